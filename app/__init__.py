@@ -1,0 +1,1 @@
+"""Serves checkpoints over HTTP, batching requests at every denoising step."""

@@ -1,0 +1,1 @@
+"""One thread that owns the device: schedule → step → advance → publish. Knows nothing of HTTP."""

@@ -1,0 +1,251 @@
+"""The engine thread. Every admitted request gets exactly one answer: images, cancelled, expired or failed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+
+from app.engine.request import Answer, Frame, Mailbox, Request, Sample, post
+from app.engine.runner import Runner
+from app.engine.scheduler import Scheduler
+from app.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, ServiceError, StepFailed
+from app.metrics import EngineMetrics
+
+log = logging.getLogger("ddpm.engine")
+
+SMOOTHING = 0.1  # of the newest step in the running estimates
+
+
+class Engine:
+    """Owns the runner. `submit`, `cancel`, `drain` and the properties may be called from any thread.
+
+    `max_work` bounds the queue in U-Net rows (images × steps, twice that under guidance).
+    """
+
+    def __init__(self, runner: Runner, metrics: EngineMetrics, *, max_rows: int, max_work: int) -> None:
+        self._runner, self._metrics = runner, metrics
+        self._scheduler = Scheduler(max_rows)
+        self._max_work = max_work
+        self._inbox: deque[Request] = deque()  # new ones, and running ones that were cancelled
+        self._wake = threading.Condition()  # guards the inbox, the pending set and the state
+        self._pending: set[Request] = set()
+        self._outbox: list[tuple[Mailbox, Frame | Answer]] = []
+        self._ready = False
+        self._draining: float | None = None  # until when
+        self._step_started: float | None = None
+        self._expected_step = 1.0  # seconds, of a full batch until steps were seen
+        self._rows_per_second = math.inf
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From other threads
+
+    def start(self) -> None:
+        """Starts the thread; `ready` becomes true when the runner is warm."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Admits a request. Raises NotReady, Overloaded, or DeadlineExceeded where it could not be done in time."""
+        with self._wake:
+            if not self.ready:
+                raise NotReady("draining" if self._draining else "not ready yet", retry_after=5)
+            work, waiting = request.work_left, sum(other.work_left for other in self._pending)
+            if waiting and waiting + work > self._max_work:  # an empty queue takes anything within the request limits
+                surplus = min(waiting, waiting + work - self._max_work)
+                retry = max(1, math.ceil(surplus / self._rows_per_second))
+                raise Overloaded(f"the queue is full; try again in {retry} s", retry_after=retry)
+            # Requests share the device, so each of the others delays this one by at most its own work.
+            ahead = sum(min(other.work_left, work) for other in self._pending)
+            seconds = (ahead + work) / self._rows_per_second
+            if time.monotonic() + seconds > request.deadline:
+                raise DeadlineExceeded(f"this would take about {math.ceil(seconds)} s, longer than its time-out")
+            self._pending.add(request)
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def cancel(self, request: Request) -> None:
+        """The client went away: the request leaves at the next step. Harmless if it was answered already."""
+        with self._wake:
+            if request in self._pending and request.cancelled_at is None:
+                request.cancelled_at = time.monotonic()
+                self._inbox.append(request)
+                self._wake.notify()
+
+    def drain(self, seconds: float) -> None:
+        """Takes no more work; what is not done after `seconds` is answered with NotReady. The thread then ends."""
+        with self._wake:
+            if self._draining is None:
+                self._draining = time.monotonic() + seconds
+            self._wake.notify()
+
+    def join(self, seconds: float) -> bool:
+        """Waits for the thread to end; whether it did."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        """Weights warm, thread alive, no step overdue, not draining."""
+        return self._ready and self._draining is None and self._thread.is_alive() and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """A step has been running for longer than max(1 s, 5 × expected). An idle engine is not stalled."""
+        started = self._step_started
+        return started is not None and time.monotonic() - started > max(1.0, 5 * self._expected_step)
+
+    # The thread
+
+    def _run(self) -> None:
+        self._warm_up()
+        while True:
+            try:
+                self._loop()
+                self._publish()
+                return
+            except Exception:
+                log.exception("engine failed outside a step; everyone pending is answered and it goes on")
+                self._metrics.restarts.inc()
+                self._step_started = None
+                for request in list(self._pending):
+                    self._answer(request, StepFailed("the engine failed"))
+                self._publish()
+
+    def _warm_up(self) -> None:
+        for _ in range(2):  # the first call pays for kernel selection and memory
+            started = time.monotonic()
+            self._runner.warm_up(self._scheduler.max_rows)
+            self._expected_step = max(time.monotonic() - started, 1e-6)
+        self._rows_per_second = self._scheduler.max_rows / self._expected_step
+        self._ready = True
+        log.info("ready", extra={"rows_per_second": round(self._rows_per_second, 1)})
+
+    def _loop(self) -> None:
+        while self._drain_inbox():
+            batch = self._scheduler.schedule()
+            if batch:
+                self._start(batch)
+                self._step(batch)
+            self._publish()
+
+    def _drain_inbox(self) -> bool:
+        """Lets new requests in, cancelled and expired ones out; waits while there is nothing to do. False: all done."""
+        with self._wake:
+            if not len(self._scheduler) and not self._inbox:
+                self._metrics.rows_running.set(0)
+                self._metrics.rows_waiting.set(0)
+                while not self._inbox and self._draining is None:
+                    self._wake.wait()
+            arrived = list(self._inbox)
+            self._inbox.clear()
+        for request in arrived:
+            if request.answered:
+                continue
+            if request.cancelled_at is not None:
+                self._answer(request, Cancelled("the client went away"))
+            else:
+                self._scheduler.add(request)
+        now = time.monotonic()
+        for request in self._scheduler:
+            if now > request.deadline:
+                self._answer(request, DeadlineExceeded("the time-out passed before all images were done"))
+            elif self._draining is not None and now > self._draining:
+                self._answer(request, NotReady("the server is shutting down", retry_after=5))
+        return self._draining is None or len(self._scheduler) > 0 or bool(self._inbox)
+
+    def _start(self, batch: list[Sample]) -> None:
+        fresh = [sample for sample in batch if sample.x is None]
+        if not fresh:
+            return
+        self._runner.start(fresh)
+        now = time.monotonic()
+        for sample in fresh:
+            if sample.request.started is None:
+                sample.request.started = now
+                self._metrics.queue_seconds.observe(now - sample.request.submitted)
+        self._show([s for s in fresh if 0 in s.request.frame_steps])
+
+    def _step(self, batch: list[Sample]) -> None:
+        rows = sum(sample.rows for sample in batch)
+        self._metrics.rows_running.set(len(batch))
+        self._metrics.rows_waiting.set(sum(len(request.samples) for request in self._scheduler) - len(batch))
+        self._step_started = started = time.monotonic()
+        costs = [sample.rows for sample in batch]
+        try:
+            broken = self._runner.step(batch)
+        except Exception as error:
+            self._step_started = None
+            self._replay(batch, error)
+            return
+        self._step_started = None
+        self._measure(time.monotonic() - started, len(batch), rows)
+        for sample, cost in zip(batch, costs, strict=True):
+            sample.request.work_left -= cost
+            sample.request.steps_done += 1
+        for request in {sample.request for sample in broken}:
+            self._answer(request, StepFailed("the network returned numbers that are not finite"))
+        self._advance([sample for sample in batch if not sample.request.answered])
+
+    def _replay(self, batch: list[Sample], error: Exception) -> None:
+        """A failed step changed nothing, so each sample is tried again alone: only the culprit's request fails."""
+        log.error("a step failed", exc_info=error, extra={"samples": len(batch)})
+        self._metrics.failed_steps.inc()
+        if len(batch) == 1:
+            self._answer(batch[0].request, StepFailed("a denoising step failed"))
+            return
+        for sample in batch:
+            if not sample.request.answered:
+                self._step([sample])
+
+    def _measure(self, seconds: float, samples: int, rows: int) -> None:
+        self._metrics.step_seconds.observe(seconds)
+        self._metrics.batch_rows.observe(rows)
+        self._metrics.image_steps.inc(samples)
+        if 2 * rows > self._scheduler.max_rows:  # small batches say little about full ones
+            self._expected_step += SMOOTHING * (seconds - self._expected_step)
+            self._rows_per_second += SMOOTHING * (rows / seconds - self._rows_per_second)
+
+    def _advance(self, batch: list[Sample]) -> None:
+        """Finished samples leave with their pictures; those that a frame is due for are shown."""
+        self._show([s for s in batch if s.step in s.request.frame_steps])
+        finished = [sample for sample in batch if sample.finished]
+        if not finished:
+            return
+        for sample, picture in zip(finished, self._runner.read(finished, "xt"), strict=True):
+            images = sample.request.place(sample.i, picture)
+            if images is not None:
+                self._answer(sample.request, images)
+
+    def _show(self, samples: list[Sample]) -> None:
+        for view in ("xt", "x0"):
+            seen = [sample for sample in samples if sample.request.view == view]
+            if not seen:
+                continue
+            for sample, picture in zip(seen, self._runner.read(seen, view), strict=True):
+                frame = sample.request.place_in_frame(sample.step, sample.i, picture)
+                if frame is not None:
+                    self._outbox.append((sample.request.mailbox, frame))
+
+    def _answer(self, request: Request, answer: Answer) -> None:
+        """The only way out of the engine."""
+        assert not request.answered
+        request.answered = True
+        with self._wake:
+            self._pending.discard(request)
+        if request in self._scheduler:
+            self._scheduler.remove(request)
+        self._outbox.append((request.mailbox, answer))
+        if isinstance(answer, ServiceError):
+            self._metrics.wasted_steps.inc(request.steps_done)
+            if request.cancelled_at is not None:
+                self._metrics.cancel_seconds.observe(time.monotonic() - request.cancelled_at)
+        else:
+            self._metrics.images.inc(request.n)
+
+    def _publish(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            post(outbox)

@@ -1,0 +1,172 @@
+"""What a client asked for (Request), the state of one image on its way (Sample), where the answer goes (Mailbox)."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from app.errors import ServiceError
+from model.images import Image
+from model.samplers import Plan
+
+View = Literal["xt", "x0"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """All images of a request, uint8 [n, C, H, W], after `step` of its steps. Step 0 is pure noise."""
+
+    step: int
+    images: Image
+
+
+Answer = Image | ServiceError
+"""The one terminal answer of a request: its images, uint8 [n, C, H, W], or why there are none."""
+
+
+class Mailbox:
+    """Where the engine thread leaves frames and the answer for one client on an event loop.
+
+    With `keep` frames at most `keep` wait for the client; the oldest goes when one more comes. `on_drop` is told.
+    The answer is never dropped.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, keep: int = 1, on_drop: Callable[[], None] = lambda: None):
+        self.loop = loop
+        self._frames: deque[Frame] = deque()
+        self._keep, self._on_drop = keep, on_drop
+        self._answer: Answer | None = None
+        self._news = asyncio.Event()
+
+    def deliver(self, item: Frame | Answer) -> None:
+        """On the event loop only; the engine gets here by `post`."""
+        if isinstance(item, Frame):
+            self._frames.append(item)
+            if len(self._frames) > self._keep:
+                self._frames.popleft()
+                self._on_drop()
+        else:
+            self._answer = item
+        self._news.set()
+
+    async def answer(self) -> Image:
+        """Waits for the images. Raises the ServiceError that the engine answered."""
+        while self._answer is None:
+            await self._wait()
+        if isinstance(self._answer, ServiceError):
+            raise self._answer
+        return self._answer
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        """Frames as they come, until the answer is there and no frame is left."""
+        while True:
+            while self._frames:
+                yield self._frames.popleft()
+            if self._answer is not None:
+                return
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+
+def post(items: Iterable[tuple[Mailbox, Frame | Answer]]) -> None:
+    """Delivers from the engine thread: one `call_soon_threadsafe` per event loop, however many the items."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, Frame | Answer]]] = {}
+    for mailbox, item in items:
+        by_loop.setdefault(mailbox.loop, []).append((mailbox, item))
+    for loop, pairs in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_deliver, pairs)
+        except RuntimeError:  # the loop is closed: nobody is left to read
+            continue
+
+
+def _deliver(pairs: list[tuple[Mailbox, Frame | Answer]]) -> None:
+    for mailbox, item in pairs:
+        mailbox.deliver(item)
+
+
+_order = itertools.count()
+
+
+@dataclass(eq=False)
+class Request:
+    """n images of one plan. `classes` has one class per image, or is None for an unconditional checkpoint.
+
+    Image i is drawn from (seed, index + i). `deadline` is in seconds of `time.monotonic`. `frame_steps` are the steps
+    (0 is the noise) after which the client wants to see all n images, as x_t or as the prediction of x_0.
+    """
+
+    plan: Plan
+    seed: int
+    index: int
+    n: int
+    classes: tuple[int, ...] | None
+    deadline: float
+    mailbox: Mailbox
+    frame_steps: frozenset[int] = frozenset()
+    view: View = "xt"
+
+    # From here on the engine's.
+    number: int = field(default_factory=lambda: next(_order))
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    cancelled_at: float | None = None
+    steps_done: int = 0  # over all images, for what a cancel wasted
+    answered: bool = False
+
+    def __post_init__(self) -> None:
+        self.samples = [Sample(self, i) for i in range(self.n)]
+        self.work_left = self.n * int(self.plan.rows.sum())  # in U-Net rows
+        self.images: Image | None = None
+        self._frames: dict[int, tuple[Image, int]] = {}  # step → canvas and how many images are on it
+
+    def place(self, i: int, image: Image) -> Image | None:
+        """Puts the finished image i [C, H, W] in its place; all n images when it was the last."""
+        self.images = self._canvas(image) if self.images is None else self.images
+        self.images[i] = image
+        self.samples = [sample for sample in self.samples if sample.i != i]
+        return None if self.samples else self.images
+
+    def place_in_frame(self, step: int, i: int, image: Image) -> Frame | None:
+        """Puts image i as it is after `step` into that step's frame; the frame when it was the last of n."""
+        canvas, count = self._frames.pop(step) if step in self._frames else (self._canvas(image), 0)
+        canvas[i] = image
+        if count + 1 == self.n:
+            return Frame(step, canvas)
+        self._frames[step] = (canvas, count + 1)
+        return None
+
+    def _canvas(self, image: Image) -> Image:
+        return np.empty((self.n, *image.shape), np.uint8)
+
+
+class Sample:
+    """One image on its way: place i in its request, steps done, x_t and the last x_0 [C, H, W] (None at first)."""
+
+    __slots__ = ("i", "request", "step", "x", "x0")
+
+    def __init__(self, request: Request, i: int) -> None:
+        self.request, self.i = request, i
+        self.step = 0
+        self.x: Tensor | None = None
+        self.x0: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """U-Net rows of the next step."""
+        return 2 if self.request.plan.table[self.step, 0] != 1 else 1
+
+    @property
+    def finished(self) -> bool:
+        return self.step == len(self.request.plan)

@@ -1,0 +1,97 @@
+"""The only place that knows the device: weights, the U-Net call, the update, the noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.engine.request import Sample, View
+from model.checkpoint import Checkpoint
+from model.images import Image, to_uint8
+from model.rng import normals
+from model.samplers import apply_step, predict
+
+
+class Runner:
+    """Steps samples of one checkpoint on one device.
+
+    The U-Net always runs on `chunk` rows, padded with zeros: kernels choose their order of summation by the number of
+    rows, so an image would otherwise depend, in its last bits, on who shares its batch.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, chunk: int) -> None:
+        self.config = checkpoint.config.unet
+        self.device, self.chunk = device, chunk
+        self._network = checkpoint.network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._null_class = self.config.num_classes if self.config.null_class else None
+
+    @torch.inference_mode()
+    def start(self, samples: list[Sample]) -> None:
+        """Draws x_T."""
+        noise = self._noise(samples, steps=[0] * len(samples))
+        for sample, x in zip(samples, noise.unbind(), strict=True):
+            sample.x, sample.x0 = x, torch.zeros_like(x)
+
+    @torch.inference_mode()
+    def step(self, samples: list[Sample]) -> list[Sample]:
+        """Takes every sample one step further and returns those whose x is no longer finite.
+
+        Nothing is changed if it raises: the same samples can be stepped again.
+        """
+        plans = [sample.request.plan for sample in samples]
+        rows = np.stack([plan.table[sample.step] for plan, sample in zip(plans, samples, strict=True)])
+        table = torch.from_numpy(rows.astype(np.float32)).to(self.device)
+        t = torch.tensor([int(p.timesteps[s.step]) for p, s in zip(plans, samples, strict=True)], device=self.device)
+        y = None
+        if self.config.num_classes is not None:
+            y = torch.tensor([s.request.classes[s.i] for s in samples], device=self.device)  # type: ignore[index]
+        x = torch.stack([s.x for s in samples])  # type: ignore[misc]
+        x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
+        z = torch.zeros_like(x)
+        noisy = np.flatnonzero(rows[:, -1])
+        if len(noisy):
+            drawn = [samples[i] for i in noisy]
+            z[torch.from_numpy(noisy).to(self.device)] = self._noise(drawn, [s.step + 1 for s in drawn])
+
+        out = predict(self.forward, x, t, y, table[:, 0], self._null_class)
+        x_next, x0 = apply_step(x, out, x0_prev, table, z)
+        finite = torch.isfinite(x_next).flatten(1).all(1).tolist()
+        for sample, next_x, next_x0 in zip(samples, x_next.unbind(), x0.unbind(), strict=True):
+            sample.x, sample.x0 = next_x, next_x0
+            sample.step += 1
+        return [sample for sample, ok in zip(samples, finite, strict=True) if not ok]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The network in chunks of one fixed size. x [N, C, H, W], t [N], y [N] or None → [N, C, H, W]."""
+        n = len(x)
+        padding = -n % self.chunk
+        if padding:
+            x = torch.cat([x, x.new_zeros(padding, *x.shape[1:])])
+            t = torch.cat([t, t.new_zeros(padding)])
+            y = None if y is None else torch.cat([y, y.new_zeros(padding)])
+        x = x.to(memory_format=torch.channels_last)
+        parts = []
+        for start in range(0, n, self.chunk):
+            rows = slice(start, start + self.chunk)
+            parts.append(self._network(x[rows], t[rows], None if y is None else y[rows]))
+        return torch.cat(parts)[:n].contiguous()
+
+    def read(self, samples: list[Sample], view: View) -> Image:
+        """The samples as pictures, uint8 [N, C, H, W] on the host."""
+        states = [sample.x0 if view == "x0" else sample.x for sample in samples]
+        return to_uint8(torch.stack(states)).cpu().numpy()  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def warm_up(self, rows: int) -> None:
+        """Runs the network once on `rows` rows, as the engine will."""
+        x = torch.zeros(rows, *self.config.image_shape, device=self.device)
+        t = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.forward(x, t, None if self.config.num_classes is None else t)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _noise(self, samples: list[Sample], steps: list[int]) -> Tensor:
+        seeds = [sample.request.seed for sample in samples]
+        indices = [sample.request.index + sample.i for sample in samples]
+        return normals(seeds, indices, steps, self.config.image_shape, self.device)

@@ -1,0 +1,148 @@
+"""From what a client said to what the engine does: defaults, class names, seeds, the plan."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import numpy as np
+
+from app.engine.request import Mailbox, Request, View
+from app.errors import InvalidClassLabel, InvalidRequest
+from app.schemas import Sampling, SequenceQuery
+from app.settings import Settings
+from model.checkpoint import Checkpoint
+from model.rng import draw_class
+from model.samplers import make_plan
+
+LARGEST_JSON_INTEGER = 2**53
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request on its way, and everything needed to make its images again."""
+
+    request: Request
+    checkpoint: Checkpoint
+    class_label: int | None
+    eta: float
+    guidance_scale: float
+
+    def provenance(self) -> dict[str, str]:
+        """For response headers and PNG text: what to send again for the same images."""
+        names = self.checkpoint.config.class_names
+        return {
+            "model": self.checkpoint.name,
+            "checkpoint": self.checkpoint.sha256,
+            "seed": str(self.request.seed),
+            "index": str(self.request.index),
+            "class_label": "random" if self.class_label is None else names[self.class_label],
+            "sampler": self.request.plan.sampler,
+            "steps": str(len(self.request.plan)),
+            "eta": f"{self.eta:g}",
+            "guidance_scale": f"{self.guidance_scale:g}",
+        }
+
+    def provenance_of(self, i: int) -> dict[str, str]:
+        """The same for image i alone."""
+        name = self.class_of(i)[1]
+        own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
+        return self.provenance() | own
+
+    def class_of(self, i: int) -> tuple[int | None, str | None]:
+        """Index and name of image i's class; None for an unconditional checkpoint."""
+        if self.request.classes is None:
+            return None, None
+        label = self.request.classes[i]
+        return label, self.checkpoint.config.class_names[label]
+
+
+def headers(provenance: Mapping[str, str]) -> dict[str, str]:
+    """X-DDPM-… headers; values are percent-encoded where they are not plain ASCII."""
+    return {
+        f"X-DDPM-{key.replace('_', '-').title()}": quote(value, safe=" !#$&'()*+,/:;=?@[]~")
+        for key, value in provenance.items()
+    }
+
+
+def make_job(
+    asked: Sampling, checkpoint: Checkpoint, settings: Settings, on_drop: Callable[[], None] = lambda: None
+) -> Job:
+    """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
+    asked.check(settings)
+    defaults, unet = checkpoint.config.sampling, checkpoint.config.unet
+    diffusion = checkpoint.diffusion
+    sampler = asked.sampler or defaults.sampler
+    steps = min(defaults.steps, settings.max_steps) if asked.steps is None else asked.steps
+    eta = defaults.eta if asked.eta is None else asked.eta
+    scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+    if steps > diffusion.num_timesteps:
+        raise InvalidRequest(f"steps must not be more than {diffusion.num_timesteps}, not {steps}", param="steps")
+    if eta and sampler != "ddim":
+        raise InvalidRequest(f"eta belongs to the ddim sampler; {sampler} takes none", param="eta")
+    if scale != 1 and not unet.null_class:
+        raise InvalidRequest(
+            "this checkpoint was trained without a null class: guidance_scale must be 1",
+            param="guidance_scale",
+        )
+    seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
+    label = class_index(asked.class_label, checkpoint.config.class_names)
+    places = range(asked.index, asked.index + asked.n)
+    classes = None
+    if unet.num_classes is not None:
+        classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
+
+    view: View = "xt"
+    steps_shown: frozenset[int] = frozenset()
+    keep = 1
+    if isinstance(asked, SequenceQuery):
+        view, steps_shown = asked.view, frame_steps(asked.frames, steps, asked.view)
+        size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
+        if size > settings.max_sequence_bytes:
+            raise InvalidRequest(
+                f"{len(steps_shown)} frames of {asked.n} images are {size} bytes of pixels; "
+                f"at most {settings.max_sequence_bytes} are served",
+                param="frames",
+            )
+        if asked.format in ("gif", "webp"):
+            keep = len(steps_shown)  # a file holds every frame, a stream the newest
+    request = Request(
+        plan=make_plan(diffusion, sampler, steps, eta=eta, guidance_scale=scale),
+        seed=seed,
+        index=asked.index,
+        n=asked.n,
+        classes=classes,
+        deadline=time.monotonic() + (asked.timeout_s or settings.max_timeout_s),
+        mailbox=Mailbox(asyncio.get_running_loop(), keep, on_drop),
+        frame_steps=steps_shown,
+        view=view,
+    )
+    return Job(request, checkpoint, label, eta, scale)
+
+
+def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
+    """The class that a client means; None for a random mix. Names come before numbers. Raises InvalidClassLabel."""
+    if label is None:
+        return None
+    if not names:
+        raise InvalidClassLabel("this checkpoint is unconditional: class_label must be null", param="class_label")
+    if label in names:
+        return names.index(str(label))
+    is_number = isinstance(label, int) or (label.isascii() and label.isdigit() and len(label) < 10)
+    if is_number and 0 <= int(label) < len(names):
+        return int(label)
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    raise InvalidClassLabel(
+        f"no class {label!r:.80}; there are {shown} (or their numbers, 0 to {len(names) - 1})",
+        param="class_label",
+    )
+
+
+def frame_steps(frames: int, steps: int, view: View) -> frozenset[int]:
+    """`frames` steps spread evenly from the noise (step 0; for x0 from step 1) to the last, which is always shown."""
+    first = 1 if view == "x0" else 0
+    return frozenset(np.linspace(steps, first, frames).round().astype(int).tolist())

@@ -1,0 +1,93 @@
+"""The application: `create_app` wires settings, checkpoint, engine and routes together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from app.engine.engine import Engine
+from app.engine.runner import Runner
+from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
+from app.metrics import Metrics
+from app.middleware import BodyLimit, RequestLog
+from app.routes import generate, sequence, status
+from app.routes.common import Service
+from app.settings import Settings
+from model import checkpoint
+
+HTTP_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
+
+
+def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
+    """The ASGI application. Its lifespan starts the engine, and drains it at the end.
+
+    `runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
+    """
+    loaded = checkpoint.load(settings.checkpoint)
+    metrics = Metrics()
+    device = settings.torch_device()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    chunk = settings.chunk_rows or (32 if device.type == "cuda" else 8)
+    engine = Engine(
+        runner or Runner(loaded, device, chunk),
+        metrics.engine,
+        max_rows=settings.max_batch_rows or (256 if device.type == "cuda" else 16),
+        max_work=settings.max_queue_rows,
+    )
+    metrics.ready.set_function(lambda: engine.ready)
+    metrics.model_info.labels(loaded.name, loaded.sha256, device.type).set(1)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        engine.drain(0)
+        await asyncio.to_thread(engine.join, 10)
+
+    app = FastAPI(
+        title="ddpm-serve",
+        summary="Class-conditional diffusion images, batched at every denoising step.",
+        version="0.1.0",
+        lifespan=lifespan,
+    )
+    app.state.service = Service(settings, loaded, engine, metrics)
+    for routes in (generate, sequence, status):
+        app.include_router(routes.router)
+    app.add_exception_handler(ServiceError, _answer)
+    app.add_exception_handler(RequestValidationError, _answer)
+    app.add_exception_handler(HTTPException, _answer)
+    app.add_exception_handler(Exception, _answer)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(RequestLog, metrics=metrics)
+    return app
+
+
+async def _answer(request: Request, exception: Exception) -> JSONResponse:
+    """The one error handler: whatever went wrong, the client sees the same shape."""
+    error, extra = _service_error(exception)
+    request.state.outcome = error.code
+    if error.retry_after is not None:
+        extra["Retry-After"] = str(error.retry_after)
+    return JSONResponse(error.body(), error.status, headers=extra)
+
+
+def _service_error(exception: Exception) -> tuple[ServiceError, dict[str, str]]:
+    if isinstance(exception, ServiceError):
+        return exception, {}
+    if isinstance(exception, RequestValidationError):
+        first = exception.errors()[0]
+        where = [str(part) for part in first["loc"][1:] if first["type"] != "json_invalid"]
+        param = ".".join(where) or None
+        return InvalidRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param), {}
+    if isinstance(exception, HTTPException):
+        kind = HTTP_ERRORS.get(exception.status_code, InvalidRequest)
+        return kind(str(exception.detail)), dict(exception.headers or {})
+    return ServiceError("internal error"), {}

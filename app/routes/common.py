@@ -1,0 +1,77 @@
+"""What the sampling endpoints share: the service they find on the app, and the watch on a client that may leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, ParamSpec, TypeVar
+
+from fastapi import Depends, Request
+
+from app.engine.engine import Engine
+from app.intake import Job
+from app.metrics import Metrics
+from app.schemas import ErrorResponse
+from app.settings import Settings
+from model.checkpoint import Checkpoint
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+STATUSES = {
+    404: "unknown path",
+    406: "no acceptable format",
+    413: "body too large",
+    422: "malformed, out of limits, or an unknown class",
+    429: "queue full; Retry-After says when to come back",
+    500: "a step failed",
+    503: "loading or draining",
+    504: "the time-out passed, or cannot be kept",
+}
+ERRORS: dict[int | str, dict[str, object]] = {
+    status: {"model": ErrorResponse, "description": text} for status, text in STATUSES.items()
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What handlers work with; made once by `create_app`."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    engine: Engine
+    metrics: Metrics
+
+    async def encode(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""
+        with self.metrics.encode_seconds.time():
+            return await asyncio.to_thread(function, *args, **kwargs)
+
+
+def service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+TheService = Annotated[Service, Depends(service)]
+
+
+@asynccontextmanager
+async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[None]:
+    """Submits the job, and cancels it as soon as its client leaves or the block ends without an answer."""
+    http.state.log = {"n": job.request.n, "steps": len(job.request.plan), "sampler": job.request.plan.sampler}
+    service.engine.submit(job.request)
+    watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        service.engine.cancel(job.request)
+
+
+async def _cancel_on_disconnect(service: Service, http: Request, job: Job) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    service.engine.cancel(job.request)

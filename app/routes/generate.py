@@ -1,0 +1,77 @@
+"""POST /generate: images, as one grid, as JSON, or as a zip."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from app import images
+from app.intake import Job, headers, make_job
+from app.negotiation import negotiate
+from app.routes.common import ERRORS, TheService, admitted
+from app.schemas import GenerateBody, GeneratedImage, GenerateResponse
+from model.images import Image, grid
+
+router = APIRouter(tags=["images"])
+
+PNG, JSON, ZIP = "image/png", "application/json", "application/zip"
+CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
+CONTENT[ZIP] = CONTENT[PNG]
+
+
+@router.post(
+    "/generate",
+    summary="Generate images of one class",
+    response_model=GenerateResponse,
+    responses={
+        **ERRORS,
+        200: {"content": CONTENT, "description": "a grid, the images as JSON, or a zip, as Accept says"},
+    },
+)
+async def generate(body: GenerateBody, http: Request, service: TheService) -> Response:
+    """`Accept` chooses `image/png` (a grid, the default), `application/json` or `application/zip`. Seed, sampler,
+    steps, class and checkpoint come back in `X-DDPM-…` headers and in the PNG's text; sending them again gives the
+    same images."""
+    media_type = negotiate(http.headers.get("accept"), (PNG, JSON, ZIP))
+    job = make_job(body, service.checkpoint, service.settings)
+    async with admitted(service, http, job):
+        pictures = await job.request.mailbox.answer()
+    content = await service.encode(_encode, media_type, job, pictures, body.columns)
+    return Response(content, media_type=media_type, headers={**headers(job.provenance()), "Vary": "Accept"})
+
+
+def _encode(media_type: str, job: Job, pictures: Image, columns: int | None) -> bytes:
+    if media_type == PNG:
+        return images.png(grid(pictures, columns), job.provenance())
+    singles = [images.png(grid(pictures[i : i + 1]), job.provenance_of(i)) for i in range(len(pictures))]
+    if media_type == ZIP:
+        names = [_file_name(job, i) for i in range(len(singles))]
+        return images.archive(dict(zip(names, singles, strict=True)))
+    listed = []
+    for i, data in enumerate(singles):
+        label, name = job.class_of(i)
+        place = {
+            "seed": job.request.seed,
+            "index": job.request.index + i,
+            "class_label": label,
+            "class_name": name,
+        }
+        listed.append(GeneratedImage(png=base64.b64encode(data).decode(), **place))
+    response = GenerateResponse(
+        model=job.checkpoint.name,
+        checkpoint=job.checkpoint.sha256,
+        sampler=job.request.plan.sampler,
+        steps=len(job.request.plan),
+        eta=job.eta,
+        guidance_scale=job.guidance_scale,
+        images=listed,
+    )
+    return response.model_dump_json().encode()
+
+
+def _file_name(job: Job, i: int) -> str:
+    label, _ = job.class_of(i)
+    prefix = "" if label is None else f"{label}-"
+    return f"{prefix}{job.request.index + i}.png"

@@ -1,0 +1,67 @@
+"""The settings of the server: `DDPM_*` variables and flags of `python -m app`. The only reader of the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "DDPM_"
+
+
+class Settings(BaseSettings):
+    """Each field is a flag (`--max-n`) and a variable (`DDPM_MAX_N`); the flag wins."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    checkpoint: str = Field("mnist", description="a bundled checkpoint's name, or the path of a .safetensors file")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 lets the system choose")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is the GPU where there is one")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the network; 0 is one per core")
+
+    max_n: int = Field(64, ge=1, le=4096, description="most images in a request")
+    max_steps: int = Field(1000, ge=1, le=100_000, description="most denoising steps in a request")
+    max_frames: int = Field(100, ge=1, le=1000, description="most frames in a denoising sequence")
+    max_sequence_bytes: int = Field(
+        64 * 2**20,
+        ge=1,
+        description="most bytes of pixels in a denoising sequence: frames x n x size of an image",
+    )
+    max_timeout_s: float = Field(300, gt=0, le=86_400, description="longest time a request may take, and the default")
+    max_body_bytes: int = Field(65_536, ge=1, description="largest request body")
+    max_queue_rows: int = Field(
+        250_000,
+        ge=1,
+        description="most work admitted at once, in U-Net rows: images x steps, twice that with guidance",
+    )
+    max_batch_rows: int = Field(0, ge=0, le=65_536, description="U-Net rows in a step; 0 is 16 on a CPU, 256 on a GPU")
+    chunk_rows: int = Field(
+        0,
+        ge=0,
+        le=65_536,
+        description="U-Net rows in a network call (it decides an image's last bits); 0 is 8 on a CPU, 32 on a GPU",
+    )
+    drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    def torch_device(self) -> torch.device:
+        """Raises ValueError where cuda is asked for and not there."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, but torch finds no CUDA device")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def unknown_variables() -> list[str]:
+    """A sentence for every DDPM_* variable that no setting reads: most likely a misspelling."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    sentences = []
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            nearest = difflib.get_close_matches(name.upper(), known, n=1)
+            sentences.append(f"unknown variable {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    return sentences
