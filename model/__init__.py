@@ -1,1 +1,1 @@
-"""The mathematics: U-Net, diffusion, samplers, random numbers, checkpoints. Needs torch, numpy and safetensors only."""
+"""The mathematics: U-Net, diffusion, samplers, noise, checkpoints. Needs torch, numpy, safetensors."""

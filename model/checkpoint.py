@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with the weights and, as JSON in its metadata, everything else.
 
-Loading needs no architecture flag and never executes code. A file that is not one of ours, damaged or dishonest is
-refused with a `CheckpointError` that says why, before any memory for a network is taken.
+Loading needs no architecture flag and never executes code. A file that is not one of ours, damaged or
+dishonest is refused with a `CheckpointError` that says why, before any memory for a network is taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
-from model.samplers import SamplingDefaults
+from model.samplers import SamplingDefaults, make_plan
 from model.unet import UNet, UNetConfig
 
 FORMAT = "ddpm-serve/1"
@@ -34,8 +34,8 @@ class CheckpointError(ValueError):
 class CheckpointConfig:
     """What a checkpoint knows about itself besides its weights.
 
-    `class_names` has one name per class (empty for an unconditional network). `provenance` is for people: data set,
-    steps, metrics, command, git revision, …
+    `class_names` has one name per class (empty for an unconditional network). `provenance` is for people:
+    data set, steps, metrics, command, git revision, …
     """
 
     unet: UNetConfig
@@ -47,6 +47,10 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if len(self.class_names) != (self.unet.num_classes or 0):
             raise ValueError(f"{len(self.class_names)} class names for {self.unet.num_classes or 0} classes")
+        # What a request gets that says nothing must be possible: ValueError where it is not.
+        make_plan(GaussianDiffusion(self.diffusion), **asdict(self.sampling))
+        if self.sampling.guidance_scale != 1 and not self.unet.null_class:
+            raise ValueError("a guidance_scale other than 1 needs a network with a null class")
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
@@ -81,52 +85,67 @@ class Checkpoint:
 
 
 def save(path: str | Path, weights: dict[str, Tensor], config: CheckpointConfig) -> None:
-    """Writes `weights` (a U-Net's state dict) and `config` to `path`, atomically: a reader sees the old file or the new."""
+    """Writes a U-Net's state dict and its `config` atomically: a reader sees the old file or the new."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, temporary, metadata={"ddpm": config.to_json()})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"ddpm": config.to_json()})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find(name_or_path: str | Path) -> Path:
-    """A bundled checkpoint by its name ("mnist"), or the path of a file. Raises CheckpointError where there is none."""
+    """A bundled checkpoint by its name ("mnist"), or a file by its path. Raises CheckpointError."""
     bundled = PRETRAINED / f"{name_or_path}.safetensors"
-    if Path(name_or_path).name == str(name_or_path) and bundled.is_file():
-        return bundled
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        names = sorted(p.stem for p in PRETRAINED.glob("*.safetensors"))
-        raise CheckpointError(f"no checkpoint {str(name_or_path)!r}: neither a file nor bundled ({', '.join(names)})")
-    return path
+    try:
+        if Path(name_or_path).name == str(name_or_path) and bundled.is_file():
+            return bundled
+        path = Path(name_or_path).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError) as error:  # a name too long, the home (~) of nobody
+        raise CheckpointError(f"no checkpoint {str(name_or_path)!r}: {error}") from error
+    names = ", ".join(sorted(p.stem for p in PRETRAINED.glob("*.safetensors")))
+    raise CheckpointError(f"no checkpoint {str(name_or_path)!r}: neither a file nor bundled ({names})")
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Loads a checkpoint for sampling. Raises CheckpointError with a sentence for anything that is not a good one."""
+    """Loads a checkpoint for sampling. Raises CheckpointError with a sentence for anything but a good one."""
     path = find(name_or_path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = (file.metadata() or {}).get("ddpm")
             if metadata is None:
-                raise CheckpointError(f"{path} is a safetensors file, but not a ddpm-serve checkpoint")
+                raise CheckpointError("a safetensors file, but not a ddpm-serve checkpoint")
             config = CheckpointConfig.from_json(metadata)
             with torch.device("meta"):
                 network = UNet(config.unet)
-            _check_shapes(network, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            names = file.keys()
+            _check_shapes(network, {name: tuple(file.get_slice(name).get_shape()) for name in names})
+            weights = {name: _float32(name, file.get_tensor(name)) for name in names}
+        with path.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has a configuration that cannot be used: {error!r}") from error
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: tensor {name!r} is not finite floating point numbers")
-    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Checkpoint(path.stem, digest, config, network.to(device))
+    return Checkpoint(path.stem, sha256, config, network.to(device))
+
+
+def _float32(name: str, tensor: Tensor) -> Tensor:
+    """A copy: what safetensors hands out is the mapped file itself, which may change on the disk."""
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, not floating point numbers")
+    weights = tensor.to(torch.float32, copy=True)
+    if not torch.isfinite(weights).all():
+        raise CheckpointError(f"tensor {name!r} has numbers that are not finite")
+    return weights
 
 
 def _check_shapes(network: UNet, found: dict[str, tuple[int, ...]]) -> None:
@@ -137,4 +156,6 @@ def _check_shapes(network: UNet, found: dict[str, tuple[int, ...]]) -> None:
         raise CheckpointError(f"{len(surplus)} tensors are not part of the network, {min(surplus)!r} among them")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise CheckpointError(f"tensor {name!r} has shape {list(found[name])}, the configuration says {list(shape)}")
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(found[name])}, the configuration says {list(shape)}"
+            )

@@ -1,13 +1,14 @@
 """The forward process and its loss (Ho et al. 2020): beta schedules, q(x_t | x_0), what the network predicts.
 
-t runs from 0 (almost clean) to T - 1 (almost noise). All tables are float64; they are cast where they meet images.
+t runs from 0 (almost clean) to T - 1 (almost noise). All tables are float64, cast where they meet images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ def cosine_betas(num_timesteps: int) -> Table:
     """Nichol & Dhariwal 2021, eq. 17: ᾱ(u) = cos²((u + 0.008)/1.008 · π/2), betas clipped at 0.999."""
     u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
     alpha_bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    betas: Table = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return betas
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class DiffusionConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("prediction", self.prediction, PREDICTIONS)
         _one_of("loss_type", self.loss_type, LOSSES)
-        if not 2 <= self.num_timesteps <= 100_000:
-            raise ValueError(f"num_timesteps must be between 2 and 100000, not {self.num_timesteps}")
+        if not isinstance(self.num_timesteps, int) or not 2 <= self.num_timesteps <= 100_000:
+            raise ValueError(f"num_timesteps must be a whole number from 2 to 100000, not {self.num_timesteps}")
         betas = self.betas()
         if not (np.all(betas > 0) and np.all(betas < 1)):
             raise ValueError(
@@ -68,21 +70,24 @@ SCHEDULES: dict[str, Callable[[DiffusionConfig], Table]] = {
     "cosine": lambda c: cosine_betas(c.num_timesteps),
 }
 PREDICTIONS = ("eps", "x0", "v")
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of each element
+    "l1": partial(F.l1_loss, reduction="none"),
+    "l2": partial(F.mse_loss, reduction="none"),
+}
 
 
 class GaussianDiffusion:
     """q(x_t | x_0) = N(√ᾱ_t·x_0, (1 - ᾱ_t)·I), and the loss of a network that undoes it.
 
-    The tables `betas`, `alphas_cumprod` (ᾱ) are float64 numpy arrays [T]; methods take image tensors [N, C, H, W] in
-    [-1, 1] and timesteps t, int64 [N].
+    The tables `betas`, `alphas_cumprod` (ᾱ) are float64 numpy arrays [T]; methods take image tensors
+    [N, C, H, W] in [-1, 1] and timesteps t, int64 [N].
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
         self.num_timesteps = config.num_timesteps
         self.betas = config.betas()
-        self.alphas_cumprod: Table = np.cumprod(1 - self.betas)
+        self.alphas_cumprod = np.cumprod(1 - self.betas, dtype=np.float64)
         self._alpha = torch.from_numpy(np.sqrt(self.alphas_cumprod))
         self._sigma = torch.from_numpy(np.sqrt(1 - self.alphas_cumprod))
 
@@ -114,7 +119,7 @@ class GaussianDiffusion:
         """The training loss of each image, float32 [N] (Ho et al., eq. 14, for l2 and eps)."""
         out = network(self.q_sample(x0, t, noise), t, y)
         distance = LOSSES[self.config.loss_type]
-        return distance(out.float(), self.target(x0, t, noise), reduction="none").mean(dim=(1, 2, 3))
+        return distance(out.float(), self.target(x0, t, noise)).mean(dim=(1, 2, 3))
 
     def x0_coefficients(self, t: NDArray[np.int64]) -> tuple[Table, Table]:
         """(p, q), float64 [len(t)] each: x_0 = p·x_t - q·out, whatever the network predicts."""
@@ -126,6 +131,6 @@ class GaussianDiffusion:
         return alpha, sigma
 
 
-def _one_of(name: str, value: str, valid: object) -> None:
-    if value not in valid:  # type: ignore[operator]
-        raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}")  # type: ignore[arg-type]
+def _one_of(name: str, value: str, valid: Collection[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}")

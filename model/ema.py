@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
+
+
+class EMAState(TypedDict):
+    """What a resumed run needs."""
+
+    weights: dict[str, Tensor]
+    updates: int
 
 
 class EMA:
     """θ̄ ← d·θ̄ + (1 - d)·θ with d = min(decay, (1 + k)/(10 + k)) at the k-th update.
 
-    The warm-up is TensorFlow's `ExponentialMovingAverage(num_updates)`, as in Ho et al.'s code: early averages follow
-    the network instead of remembering its random start. The average is float32 and is updated in place.
+    The warm-up is TensorFlow's `ExponentialMovingAverage(num_updates)`, as in Ho et al.'s code: early
+    averages follow the network instead of remembering its random start. It is float32, and updated in place.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -25,14 +34,13 @@ class EMA:
         """Moves the average towards the network's present weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in self._source.values()], 1 - decay)
+        sources = [p.detach().float() for p in self._source.values()]
+        torch._foreach_lerp_(list(self.weights.values()), sources, 1 - decay)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor] | int]:
+    def state_dict(self) -> EMAState:
         return {"weights": self.weights, "updates": self.updates}
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor] | int]) -> None:
-        weights = state["weights"]
-        assert isinstance(weights, dict)
+    def load_state_dict(self, state: EMAState) -> None:
         for name, average in self.weights.items():
-            average.copy_(weights[name])
-        self.updates = int(state["updates"])  # type: ignore[arg-type]
+            average.copy_(state["weights"][name])
+        self.updates = state["updates"]

@@ -23,7 +23,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def grid(images: Image, columns: int | None = None) -> Image:
-    """Images [N, C, H, W] → one [H', W', C], row by row without gaps; `columns` defaults to a square of ⌈√N⌉."""
+    """Images [N, C, H, W] → one [H', W', C], row by row without gaps; `columns` defaults to ⌈√N⌉."""
     n, c, h, w = images.shape
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)

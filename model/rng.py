@@ -1,7 +1,8 @@
 """Counter-based random numbers: noise is a function of (seed, index, step), never of what ran before.
 
-Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), computed in int64 so that the same
-code runs on every torch device. The key is the 64-bit seed; the counter is (block, step, image index, purpose).
+Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), computed in int64 so that
+the same code runs on every torch device. The key is the 64-bit seed; the counter is (block, step, image
+index, purpose).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32-10: four counter words and two key words → four random words.
 
-    All tensors are int64 holding values in [0, 2³²) and broadcast against each other. The product of two words
-    overflows int64, which wraps: the low 64 bits, all that is needed, are right.
+    All tensors are int64 holding values in [0, 2³²) and broadcast against each other. The product of two
+    words overflows int64, which wraps: the low 64 bits, all that is needed, are right.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -48,8 +49,8 @@ def normals(
 ) -> Tensor:
     """Standard normal noise, float32 [N, *shape]: row i depends on (seeds[i], indices[i], steps[i]) alone.
 
-    Step 0 is x_T. Box-Muller in float64 on u = (word + ½)·2⁻³², all four words of a block used, elements in C, H, W
-    order. Seeds are in [0, 2⁶⁴), indices and steps in [0, 2³²).
+    Step 0 is x_T. Box-Muller in float64 on u = (word + ½)·2⁻³², all four words of a block used, elements in
+    C, H, W order. Seeds are in [0, 2⁶⁴), indices and steps in [0, 2³²).
     """
     size = math.prod(shape)
     words = [[s & _WORD, s >> 32, i, t] for s, i, t in zip(seeds, indices, steps, strict=True)]

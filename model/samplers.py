@@ -1,17 +1,18 @@
 """Samplers as tables: a plan has one row of scalars per step, made in float64 from the beta schedule.
 
-With e the network's output for the class, u its output for the null class and z standard normal noise, a step is
+With e the network's output for the class, u that for the null class and z standard normal noise, a step is
 
     out    = u + g·(e - u)                      g = 1: only e is computed
     x0     = limit(p·x - q·out)                 limit: clamp to ±1, or none
     x_next = a·x + b·x0 + c·x0_prev + s·z
 
-so that requests with different samplers and step counts share one batch without a branch. A new sampler is one function
-and one entry in `SAMPLERS`.
+so that requests with different samplers and step counts share one batch without a branch. A new sampler is
+one function and one entry in `SAMPLERS`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,8 @@ class SamplingDefaults:
 class Plan:
     """A sampler made concrete for one request.
 
-    `timesteps` int64 [S], descending, is what the network sees; `table` float64 [S, 8] holds the scalars of `COLUMNS`.
+    `timesteps` int64 [S], descending, is what the network sees; `table` float64 [S, 8] holds the scalars of
+    `COLUMNS`.
     """
 
     sampler: str
@@ -55,15 +57,15 @@ class Plan:
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """How many rows of a U-Net batch each step takes, int64 [S]: two where guidance asks for the null class too."""
+        """Rows of a U-Net batch that each step takes, int64 [S]: two where guidance adds the null class."""
         return np.where(self.table[:, 0] == 1, 1, 2)
 
 
 def spaced(num_timesteps: int, steps: int, spacing: str) -> Timesteps:
-    """`steps` of the timesteps 0 … T - 1, descending. Lin et al. 2023 (2305.08891), table 2, names the three ways.
+    """`steps` of the timesteps 0 … T - 1, descending, in one of three ways (Lin et al. 2023, table 2).
 
-    leading ends at 0 and starts late; trailing starts at T - 1 and ends early; linspace spreads over both ends, as
-    diffusers' DPM-Solver does (steps + 1 points, the last of them dropped).
+    leading ends at 0 and starts late; trailing starts at T - 1 and ends early; linspace spreads over both
+    ends, as diffusers' DPM-Solver does (steps + 1 points, the last of them dropped).
     """
     if spacing == "leading":
         return np.arange(steps, dtype=np.int64)[::-1] * (num_timesteps // steps)
@@ -77,9 +79,9 @@ def spaced(num_timesteps: int, steps: int, spacing: str) -> Timesteps:
 
 
 def ddpm(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float) -> dict[str, Table]:
-    """Ancestral sampling (Ho et al. 2020, eq. 7), respaced (Nichol & Dhariwal 2021, eq. 19), posterior variance.
+    """Ancestral sampling (Ho et al. 2020, eq. 7), respaced (Nichol & Dhariwal 2021, eq. 19).
 
-    `eta` is not used: it belongs to ddim.
+    Its variance is the posterior's. `eta` is not used: it belongs to ddim.
     """
     ab, ab_prev = _alpha_bars(diffusion, timesteps)
     beta = 1 - ab / ab_prev
@@ -91,7 +93,10 @@ def ddpm(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float) -> dict
 
 
 def ddim(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float) -> dict[str, Table]:
-    """Song et al. 2021, eq. 12 and 16: eta 0 is deterministic, eta 1 is ancestral. eps is re-derived from the limited x0."""
+    """Song et al. 2021, eq. 12 and 16: eta 0 is deterministic, eta 1 is ancestral.
+
+    eps is re-derived from the limited x0.
+    """
     ab, ab_prev = _alpha_bars(diffusion, timesteps)
     s = eta * np.sqrt((1 - ab_prev) / (1 - ab)) * np.sqrt(1 - ab / ab_prev)
     a = np.sqrt(np.maximum(1 - ab_prev - s**2, 0) / (1 - ab))
@@ -99,9 +104,9 @@ def ddim(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float) -> dict
 
 
 def dpmpp_2m(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float) -> dict[str, Table]:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): second order, from this x0 and the last. `eta` is not used.
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): second order, from this x0 and the last.
 
-    The first and the last step are first order; the last goes to sigma = 0, where x is x0.
+    The first and the last step are first order; the last goes to sigma = 0, where x is x0. `eta` is not used.
     """
     ab, ab_prev = _alpha_bars(diffusion, timesteps)
     alpha, sigma = np.sqrt(ab_prev), np.sqrt(1 - ab_prev)  # where each step goes
@@ -139,8 +144,9 @@ def make_plan(
 ) -> Plan:
     """The table of `sampler` over `steps` timesteps.
 
-    `eta` in [0, 1] is ddim's; `guidance_scale` g is 1 for none; `clip` limits x0 to [-1, 1]. Without it an eps network
-    starts where log(alpha/sigma) ≥ -5.1, since its x0 explodes before. Raises ValueError on values out of range.
+    `eta` in [0, 1] is ddim's; `guidance_scale` g is 1 for none; `clip` limits x0 to [-1, 1]. Without it an
+    eps network starts where log(alpha/sigma) ≥ -5.1, since its x0 explodes before. Raises ValueError on
+    values out of range.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
@@ -152,9 +158,18 @@ def make_plan(
         raise ValueError(f"steps must be between 1 and {num_timesteps}, not {steps}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, not {eta}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be finite, not {guidance_scale}")
     timesteps = spaced(num_timesteps, steps, spacing)
     p, q = diffusion.x0_coefficients(timesteps)
-    columns = {"g": guidance_scale, "p": p, "q": q, "clip": float(clip), "c": 0.0, "s": 0.0}
+    columns: dict[str, Table | float] = {
+        "g": guidance_scale,
+        "p": p,
+        "q": q,
+        "clip": float(clip),
+        "c": 0.0,
+        "s": 0.0,
+    }
     columns |= SAMPLERS[sampler](diffusion, timesteps, eta)
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COLUMNS], axis=1)
     return Plan(sampler, timesteps, table.astype(np.float64))
@@ -172,7 +187,7 @@ def apply_step(x: Tensor, out: Tensor, x0_prev: Tensor, rows: Tensor, z: Tensor)
 
 
 def predict(network: Network, x: Tensor, t: Tensor, y: Tensor | None, g: Tensor, null_class: int | None) -> Tensor:
-    """The network's output with classifier-free guidance (Ho & Salimans 2022, as e_u + g·(e_c - e_u)), [N, C, H, W].
+    """The network's output with classifier-free guidance, u + g·(e - u) (Ho & Salimans 2022), [N, C, H, W].
 
     The rows that need the null class (g ≠ 1, float [N]) are appended to the same network call.
     """
@@ -183,7 +198,7 @@ def predict(network: Network, x: Tensor, t: Tensor, y: Tensor | None, g: Tensor,
     assert null_class is not None, "guidance needs a network with a null class"
     rows = torch.cat([torch.arange(len(x), device=x.device), guided])
     classes = torch.cat([y, torch.full_like(guided, null_class)])
-    out = network(x[rows], t[rows], classes)
+    out = network(x[rows], t[rows], classes).to(x.dtype)  # autocast gives bfloat16
     e, u = out[: len(x)].clone(), out[len(x) :]
     e[guided] = u + g[guided].reshape(-1, 1, 1, 1) * (e[guided] - u)
     return e
@@ -213,11 +228,11 @@ def sample(
     for i, (timestep, row) in enumerate(zip(plan.timesteps, plan.table, strict=True), start=1):
         rows = torch.tensor(row, dtype=dtype, device=device).expand(len(x), -1)
         t = torch.full((len(x),), int(timestep), device=device)
-        z = normals(seeds, indices, [i] * len(seeds), shape, device).to(dtype) if row[-1] else torch.zeros_like(x)
+        noise = torch.zeros_like(x)
+        if row[-1]:
+            noise = normals(seeds, indices, [i] * len(seeds), shape, device).to(dtype)
         out = predict(network, x, t, y, rows[:, 0], null_class)
-        x, x0 = apply_step(x, out, x0, rows, z)
+        x, x0 = apply_step(x, out, x0, rows, noise)
         if on_step:
             on_step(i, x, x0)
     return x
-
-

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020: sinusoidal time embedding, class bias in every residual block, attention at chosen levels."""
+"""The U-Net of Ho et al. 2020: time and class bias every residual block, attention at chosen levels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 class UNetConfig:
     """The architecture. It travels inside the checkpoint, so loading one needs no flag.
 
-    `attention_levels` counts resolutions from the top: 0 is the image's own size, 1 is half of it. `num_classes` None
-    is an unconditional network; with `null_class` one more class, numbered `num_classes`, stands for "no class"
-    (classifier-free guidance, Ho & Salimans 2022).
+    `attention_levels` counts resolutions from the top: 0 is the image's own size, 1 is half of it.
+    `num_classes` None is an unconditional network; with `null_class` one more class, numbered `num_classes`,
+    stands for "no class" (classifier-free guidance, Ho & Salimans 2022).
     """
 
     image_channels: int = 3
@@ -33,21 +33,21 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "channel_mults", "attention_levels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
-        limits = {
-            "image_channels": (self.image_channels, 1, 4),
-            "image height": (self.image_size[0], 1, 4096),
-            "image width": (self.image_size[1], 1, 4096),
-            "base_channels": (self.base_channels, 2, 4096),
-            "number of channel_mults": (len(self.channel_mults), 1, 8),
-            "largest of channel_mults": (max(self.channel_mults, default=0), 1, 64),
-            "smallest of channel_mults": (min(self.channel_mults, default=0), 1, 64),
-            "num_res_blocks": (self.num_res_blocks, 1, 16),
-            "time_emb_dim": (self.time_emb_dim, 1, 16384),
-            "num_classes": (self.num_classes or 1, 1, 100_000),
-        }
-        for name, (value, low, high) in limits.items():
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size must be (height, width), not {self.image_size}")
+        limits = [
+            ("image_channels", self.image_channels, 1, 4),
+            *(("image_size", side, 1, 4096) for side in self.image_size),
+            ("base_channels", self.base_channels, 2, 4096),
+            ("number of channel_mults", len(self.channel_mults), 1, 8),
+            *(("channel_mults", mult, 1, 64) for mult in self.channel_mults),
+            ("num_res_blocks", self.num_res_blocks, 1, 16),
+            ("time_emb_dim", self.time_emb_dim, 1, 16384),
+            ("num_classes", 1 if self.num_classes is None else self.num_classes, 1, 100_000),
+        ]
+        for name, value, low, high in limits:
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value}")
         if self.base_channels % 2:
             raise ValueError(f"base_channels must be even (sines and cosines), not {self.base_channels}")
         if not 0 <= self.dropout < 1:
@@ -67,9 +67,10 @@ class UNetConfig:
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding, float32 [N, dim]: sines, then cosines, of t·10000^(-i / (dim/2)) (Vaswani et al. 2017, §3.5)."""
+    """Sines, then cosines, of t·10000^(-i / (dim/2)), float32 [N, dim] (Vaswani et al. 2017, §3.5)."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half))
+    i = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(i * (-math.log(1e4) / half))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -80,7 +81,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Zero-initialised, so that a residual branch starts as the identity (Ho et al.'s code; Goyal et al. 2017)."""
+    """Zero-initialised, so a residual block starts as the identity (Ho et al.'s code; Goyal et al. 2017)."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -104,7 +105,7 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm → SiLU → conv, plus the time's and the class's bias, norm → SiLU → dropout → conv, plus the input."""
+    """norm → SiLU → conv, plus the biases of time and class, norm → SiLU → dropout → conv, plus the input."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attention: bool) -> None:
         super().__init__()
@@ -150,7 +151,9 @@ class UNet(nn.Module):
         self.config = config
         channels = config.base_channels
         self.time_mlp = nn.Sequential(
-            nn.Linear(channels, config.time_emb_dim), nn.SiLU(), nn.Linear(config.time_emb_dim, config.time_emb_dim)
+            nn.Linear(channels, config.time_emb_dim),
+            nn.SiLU(),
+            nn.Linear(config.time_emb_dim, config.time_emb_dim),
         )
         self.init_conv = nn.Conv2d(config.image_channels, channels, 3, padding=1)
 
@@ -168,7 +171,10 @@ class UNet(nn.Module):
                 skips.append(channels)
 
         self.mid = nn.ModuleList(
-            [ResBlock(config, channels, channels, attention=True), ResBlock(config, channels, channels, attention=False)]
+            [
+                ResBlock(config, channels, channels, attention=True),
+                ResBlock(config, channels, channels, attention=False),
+            ]
         )
 
         for level, mult in reversed(list(enumerate(config.channel_mults))):
@@ -185,8 +191,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts eps, x_0 or v, as trained.
 
-        Args: x [N, C, H, W] in about [-1, 1]; t [N], the timestep, 0 to T - 1, any dtype; y int64 [N], the class, where
-        the network is conditional (`num_classes` is the null class), None where it is not. Returns [N, C, H, W].
+        Args: x [N, C, H, W] in about [-1, 1]; t [N], the timestep, 0 to T - 1, any dtype; y int64 [N], the
+        class, where the network is conditional (`num_classes` is the null class), None where it is not.
+        Returns [N, C, H, W].
         """
         if (y is None) != (self.config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
