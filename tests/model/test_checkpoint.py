@@ -1,0 +1,265 @@
+"""What is saved is what is loaded, and whatever else is loaded is refused with a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig, CheckpointError, find, load, save
+from model.diffusion import DiffusionConfig
+from model.samplers import SamplingDefaults
+from model.unet import UNet, UNetConfig
+
+
+@pytest.fixture
+def config(tiny_config: UNetConfig) -> CheckpointConfig:
+    return CheckpointConfig(
+        unet=tiny_config,
+        diffusion=DiffusionConfig(num_timesteps=400, schedule="cosine", prediction="v", loss_type="l1"),
+        class_names=("T-shirt/top", "Ärmel", "靴"),
+        sampling=SamplingDefaults("dpmpp_2m", 15, 0.0, 2.5),
+        provenance={"dataset": "none", "metrics": {"loss": 0.03}, "git_revision": None, "list": [1, 2]},
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "some.safetensors"
+
+
+def test_a_checkpoint_comes_back_exactly_and_needs_no_flags(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    save(path, tiny.state_dict(), config)
+    loaded = load(path)
+    assert loaded.config == config
+    assert loaded.name == "some"
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.network.state_dict().keys() == tiny.state_dict().keys()
+    for name, weight in tiny.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], weight)
+    assert loaded.diffusion.config == config.diffusion
+    x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([7]), torch.tensor([1])
+    assert torch.equal(loaded.network(x, t, y), tiny(x, t, y))
+
+
+def test_a_loaded_network_is_ready_for_sampling(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    save(path, tiny.train().state_dict(), config)
+    network = load(path).network
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_a_loaded_network_does_not_change_with_the_file(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    save(path, tiny.state_dict(), config)
+    network = load(path).network
+    with path.open("r+b") as file:  # as `cp` does: the same file, other bytes
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(network.state_dict()[name], weight) for name, weight in tiny.state_dict().items())
+
+
+def test_an_unconditional_checkpoint_has_no_class_names(tiny_config: UNetConfig, path: Path) -> None:
+    config = CheckpointConfig(replace(tiny_config, num_classes=None, null_class=False), DiffusionConfig())
+    save(path, UNet(config.unet).state_dict(), config)
+    assert load(path).config == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_loaded_as_float32(
+    tiny: UNet, config: CheckpointConfig, path: Path, dtype: torch.dtype
+) -> None:
+    save(path, {name: weight.to(dtype) for name, weight in tiny.state_dict().items()}, config)
+    for name, weight in load(path).network.state_dict().items():
+        assert torch.equal(weight, tiny.state_dict()[name].to(dtype).float())
+
+
+def test_saving_replaces_the_old_file_and_leaves_nothing_else(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    path.write_bytes(b"old")
+    save(path, tiny.state_dict(), config)
+    assert load(path).config == config
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing_else(
+    tiny: UNet, config: CheckpointConfig, path: Path
+) -> None:
+    path.write_bytes(b"old")
+    shared = dict.fromkeys(("one", "other"), tiny.out_conv.weight)  # safetensors refuses shared memory
+    with pytest.raises(RuntimeError):
+        save(path, shared, config)
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_checkpoints_are_found_by_bundled_name_and_by_path(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundled = tmp_path / "bundled"
+    bundled.mkdir()
+    (bundled / "digits.safetensors").touch()
+    path.touch()
+    monkeypatch.setattr(checkpoint, "PRETRAINED", bundled)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert find("digits") == bundled / "digits.safetensors"
+    assert find(path) == find(str(path)) == find("~/some.safetensors") == path
+    assert find("some.safetensors") == Path("some.safetensors")
+    for name in ("letters", "", ".", "..", "../bundled/digits", "digits\0", "~nobody-here/x", "x" * 5000):
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            find(name)
+    with pytest.raises(CheckpointError, match="digits"):  # it says what there is
+        find("letters")
+
+
+def test_every_bundled_checkpoint_loads() -> None:
+    bundled = sorted(checkpoint.PRETRAINED.glob("*.safetensors"))
+    if not bundled:
+        pytest.skip("no checkpoint is bundled")
+    for file in bundled:
+        assert load(file.stem).config.provenance
+
+
+def assert_refused(path: Path, message: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(path)
+    assert path.name in str(caught.value)
+    assert time.perf_counter() - started < 5
+
+
+class Evil:
+    """A pickle that would leave a trace if anyone opened it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_in_disguise_is_refused_and_not_run(path: Path) -> None:
+    trace = path.with_name("trace")
+    path.write_bytes(pickle.dumps(Evil(trace)))
+    assert_refused(path, "not a readable safetensors file")
+    torch.save({"x": Evil(trace)}, path)
+    assert_refused(path, "not a readable safetensors file")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tiny: UNet, config: CheckpointConfig, path: Path, part: float) -> None:
+    save(path, tiny.state_dict(), config)
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    assert_refused(path, "not a readable safetensors file")
+
+
+def test_a_header_that_promises_terabytes_is_refused(path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(1000))
+    assert_refused(path, "not a readable safetensors file")
+    path.write_bytes(struct.pack("<Q", 2**62) + header)
+    assert_refused(path, "not a readable safetensors file")
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
+def test_somebody_elses_safetensors_are_refused(path: Path, metadata: dict[str, str] | None) -> None:
+    save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
+    assert_refused(path, "not a ddpm-serve checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("out_conv.bias"), "1 tensors are missing, 'out_conv.bias'"),
+        (lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not part of the network, 'extra'"),
+        (lambda w: w.update({"out_conv.bias": torch.zeros(2)}), r"'out_conv.bias' has shape \[2\].* \[1\]"),
+        (lambda w: w.update({"out_conv.bias": torch.zeros(1, 1)}), r"'out_conv.bias' has shape \[1, 1\]"),
+        (lambda w: w.update({"out_conv.bias": torch.tensor([torch.nan])}), "'out_conv.bias' .* not finite"),
+        (lambda w: w.update({"out_conv.bias": torch.tensor([torch.inf])}), "'out_conv.bias' .* not finite"),
+        (lambda w: w.update({"out_conv.bias": torch.tensor([1e300]).double()}), "not finite"),
+        (lambda w: w.update({"out_conv.bias": torch.tensor([1])}), "torch.int64, not floating point"),
+    ],
+    ids=["missing", "surplus", "length", "rank", "nan", "infinite", "infinite in float32", "whole numbers"],
+)
+def test_weights_that_are_not_the_networks_are_refused(
+    tiny: UNet, config: CheckpointConfig, path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    weights = dict(tiny.state_dict())
+    change(weights)
+    save(path, weights, config)
+    assert_refused(path, message)
+
+
+HUGE = {
+    "base_channels": 4096,
+    "channel_mults": [64] * 8,
+    "num_res_blocks": 16,
+    "attention_levels": list(range(8)),
+    "time_emb_dim": 16384,
+}  # some 10¹⁴ weights
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("unet", HUGE, "tensors are missing"),
+        ("unet", {"base_channels": 10**9}, "base_channels"),
+        ("unet", {"base_channels": 16}, "has shape"),
+        ("unet", {"base_channels": "12"}, "base_channels"),
+        ("unet", {"image_size": []}, "image_size"),
+        ("unet", {"image_size": [8.0, 8.0]}, "image_size"),
+        ("unet", {"num_classes": 5}, "3 class names for 5 classes"),
+        ("unet", {"num_classes": None, "null_class": False}, "3 class names for 0 classes"),
+        ("unet", {"null_class": False}, "null class"),
+        ("unet", {"surprise": 1}, "surprise"),
+        ("unet", {"dropout": None}, "NoneType"),
+        ("diffusion", {"num_timesteps": 10**15}, "num_timesteps"),
+        ("diffusion", {"num_timesteps": 400.0}, "num_timesteps"),
+        ("diffusion", {"schedule": "sigmoid"}, "schedule must be"),
+        ("diffusion", {"schedule": ["linear"]}, "list"),
+        ("diffusion", {"schedule": "linear", "schedule_low": "0"}, "cannot be used"),
+        ("sampling", {"sampler": "euler"}, "sampler must be"),
+        ("sampling", {"steps": 0}, "steps must be"),
+        ("sampling", {"steps": 401}, "steps must be"),
+        ("sampling", {"steps": 10.5}, "integers"),
+        ("sampling", {"eta": 2}, "eta must be"),
+        ("sampling", {"guidance_scale": float("nan")}, "guidance_scale must be"),
+    ],
+    ids=str,
+)
+def test_a_dishonest_configuration_is_refused(
+    tiny: UNet, config: CheckpointConfig, path: Path, part: str, values: dict[str, Any], message: str
+) -> None:
+    data = json.loads(config.to_json())
+    data[part].update(values)
+    save_file(tiny.state_dict(), path, metadata={"ddpm": json.dumps(data)})
+    assert_refused(path, message)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["", "{", "[]", "null", "1" * 5000, "[" * 100_000, '{"format": "ddpm-serve/1"}', '{"format": "ddpm-serve/2"}'],
+    ids=["empty", "half", "list", "null", "long", "deep", "bare", "newer"],
+)
+def test_metadata_that_is_no_configuration_is_refused(tiny: UNet, path: Path, metadata: str) -> None:
+    save_file(tiny.state_dict(), path, metadata={"ddpm": metadata})
+    assert_refused(path, "configuration that cannot be used")
+
+
+def test_a_configuration_is_checked_when_it_is_made(config: CheckpointConfig, tiny_config: UNetConfig) -> None:
+    with pytest.raises(ValueError, match="2 class names for 3 classes"):
+        replace(config, class_names=("one", "two"))
+    with pytest.raises(ValueError, match="steps must be between 1 and 400"):
+        replace(config, sampling=SamplingDefaults(steps=500))
+    with pytest.raises(ValueError, match="null class"):
+        replace(config, unet=replace(tiny_config, null_class=False))

@@ -1,0 +1,156 @@
+"""The forward process against reference values, computed elsewhere in float64, and against its own algebra."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.diffusion import DiffusionConfig, GaussianDiffusion
+
+LINEAR, COSINE = DiffusionConfig(), DiffusionConfig(schedule="cosine")
+
+
+@pytest.mark.parametrize(
+    ("config", "t", "beta", "alpha_bar"),
+    [
+        (LINEAR, 0, 1e-4, 0.9999),
+        (LINEAR, 1, 1.1991991992e-4, 0.999780092072),
+        (LINEAR, 500, 0.01005995996, 0.077796658365),
+        (LINEAR, 999, 0.02, 4.03582976538e-5),
+        (COSINE, 0, 4.1284224822e-5, 0.999958715775),
+        (COSINE, 500, 0.00315569144159, 0.492285172449),
+        (COSINE, 998, 0.749999392901, 2.42876690703e-6),
+        (COSINE, 999, 0.999, 2.42876690703e-9),
+        (replace(LINEAR, num_timesteps=200), 199, 0.1, 3.03183716723e-5),
+        (replace(LINEAR, num_timesteps=4000), 3999, 0.005, 4.2466522758e-5),
+    ],
+)
+def test_beta_schedules_give_the_reference_values(
+    config: DiffusionConfig, t: int, beta: float, alpha_bar: float
+) -> None:
+    diffusion = GaussianDiffusion(config)
+    assert len(diffusion.betas) == len(diffusion.alphas_cumprod) == config.num_timesteps
+    assert diffusion.betas.dtype == diffusion.alphas_cumprod.dtype == np.float64
+    assert diffusion.betas[t] == pytest.approx(beta, rel=1e-9, abs=1e-10)
+    assert diffusion.alphas_cumprod[t] == pytest.approx(alpha_bar, rel=1e-9, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("config", "t", "half_log_snr"), [(LINEAR, 0, 4.60512), (LINEAR, 999, -5.05884), (COSINE, 999, -9.91794)]
+)
+def test_log_snr_gives_the_reference_values(config: DiffusionConfig, t: int, half_log_snr: float) -> None:
+    alpha_bar = GaussianDiffusion(config).alphas_cumprod[t]
+    assert 0.5 * math.log(alpha_bar / (1 - alpha_bar)) == pytest.approx(half_log_snr, abs=6e-6)
+
+
+def test_only_the_last_cosine_beta_is_clipped() -> None:
+    for steps in (10, 1000, 4000):
+        betas = GaussianDiffusion(replace(COSINE, num_timesteps=steps)).betas
+        assert (betas == 0.999).tolist() == [False] * (steps - 1) + [True]
+
+
+def test_the_ends_of_the_linear_schedule_are_settings() -> None:
+    betas = GaussianDiffusion(DiffusionConfig(num_timesteps=500, schedule_low=2e-4, schedule_high=0.01)).betas
+    assert betas[[0, -1]] == pytest.approx([4e-4, 0.02])
+    assert np.allclose(np.diff(betas), np.diff(betas)[0])
+
+
+def images(n: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 4, 5, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def noise(n: int, seed: int = 1) -> Tensor:
+    return torch.randn(n, 3, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_q_sample_is_the_closed_form_of_single_steps(config: DiffusionConfig) -> None:
+    # Without noise T steps of x ← √(1 - β)·x shrink x0 to √ᾱ·x0; with it the variances add up to 1 - ᾱ.
+    diffusion = GaussianDiffusion(config)
+    x0, zero = images(1), torch.zeros(1, 3, 4, 5, dtype=torch.float64)
+    scale, variance = 1.0, 0.0
+    for t, beta in enumerate(diffusion.betas):
+        scale, variance = scale * math.sqrt(1 - beta), (1 - beta) * variance + beta
+        if t % 111 == 0:
+            at = torch.tensor([t])
+            torch.testing.assert_close(diffusion.q_sample(x0, at, zero), scale * x0, rtol=1e-10, atol=1e-12)
+            std = diffusion.q_sample(zero, at, torch.ones_like(zero))
+            torch.testing.assert_close(std**2, torch.full_like(zero, variance), rtol=1e-10, atol=1e-12)
+
+
+def test_each_image_is_noised_at_its_own_timestep() -> None:
+    diffusion, t = GaussianDiffusion(LINEAR), torch.tensor([0, 500, 999])
+    together = diffusion.q_sample(images(3), t, noise(3))
+    alone = [diffusion.q_sample(images(3)[i : i + 1], t[i : i + 1], noise(3)[i : i + 1]) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_targets_are_eps_x0_and_v() -> None:
+    x0, eps, t = images(4), noise(4), torch.tensor([0, 300, 700, 999])
+    alpha_bar = torch.from_numpy(GaussianDiffusion(LINEAR).alphas_cumprod)[t].reshape(-1, 1, 1, 1)
+    expected = {"eps": eps, "x0": x0, "v": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0}
+    for prediction, target in expected.items():
+        diffusion = GaussianDiffusion(replace(LINEAR, prediction=prediction))
+        torch.testing.assert_close(diffusion.target(x0, t, eps), target, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_x0_is_recovered_from_every_target(schedule: str, prediction: str) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(schedule=schedule, prediction=prediction))
+    t = torch.tensor([0, 1, 250, 500, 750, 990])
+    x0, eps = images(len(t)), noise(len(t))
+    p, q = (torch.from_numpy(c).reshape(-1, 1, 1, 1) for c in diffusion.x0_coefficients(t.numpy()))
+    recovered = p * diffusion.q_sample(x0, t, eps) - q * diffusion.target(x0, t, eps)
+    torch.testing.assert_close(recovered, x0, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("loss_type", "first"), [("l2", 1.0), ("l1", math.sqrt(2 / math.pi))])
+def test_a_network_that_says_zero_starts_at_the_known_loss(loss_type: str, first: float) -> None:
+    diffusion = GaussianDiffusion(replace(LINEAR, loss_type=loss_type))
+    eps = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    loss = diffusion.loss(lambda x, t, y: torch.zeros_like(x), torch.ones_like(eps), None, torch.arange(64), eps)
+    assert loss.shape == (64,)
+    assert float(loss.mean()) == pytest.approx(first, abs=0.02)
+
+
+@pytest.mark.parametrize("loss_type", ["l1", "l2"])
+def test_the_loss_is_the_distance_of_each_image_to_its_target(loss_type: str) -> None:
+    diffusion = GaussianDiffusion(replace(LINEAR, prediction="v", loss_type=loss_type))
+    x0, eps, t, y = images(3).float(), noise(3).float(), torch.tensor([1, 500, 998]), torch.tensor([2, 0, 1])
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        return (x * 0.3 + (t / 1000 + y).reshape(-1, 1, 1, 1)).bfloat16()
+
+    difference = network(diffusion.q_sample(x0, t, eps), t, y).float() - diffusion.target(x0, t, eps)
+    expected = difference.abs() if loss_type == "l1" else difference**2
+    loss = diffusion.loss(network, x0, y, t, eps)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected.flatten(1).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "sigmoid"}, "schedule must be one of linear, cosine"),
+        ({"prediction": "noise"}, "prediction must be one of eps, x0, v"),
+        ({"loss_type": "huber"}, "loss_type must be one of l1, l2"),
+        ({"num_timesteps": 1}, "num_timesteps"),
+        ({"num_timesteps": 100_001}, "num_timesteps"),
+        ({"num_timesteps": 1000.0}, "num_timesteps"),
+        ({"num_timesteps": 10}, "betas outside"),  # 0.02 · 1000/10 = 2
+        ({"schedule_low": 0.0}, "betas outside"),
+        ({"schedule_high": math.nan}, "betas outside"),
+    ],
+)
+def test_settings_that_make_no_diffusion_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig(**values)

@@ -1,0 +1,429 @@
+"""Our tables, run through `sample` in float64, against diffusers' schedulers, textbook formulas and known numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, scheduling_ddpm
+from torch import Tensor
+
+from model.diffusion import DiffusionConfig, GaussianDiffusion, Network
+from model.rng import normals
+from model.samplers import COLUMNS, SAMPLERS, Plan, apply_step, make_plan, predict, sample, spaced
+from model.unet import UNet
+
+LINEAR = GaussianDiffusion(DiffusionConfig())
+SHAPE, SEEDS, INDICES = (1, 4, 4), [7, 8], [0, 5]
+THEIR_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def diffusion_of(schedule: str, prediction: str) -> GaussianDiffusion:
+    return GaussianDiffusion(DiffusionConfig(schedule=schedule, prediction=prediction))
+
+
+def network_of(diffusion: GaussianDiffusion) -> Network:
+    """A smooth network whose x0 leaves [-1, 1] in part. It depends on x, t and the pixel, in float64."""
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod)
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        ab = alpha_bar[t].reshape(-1, 1, 1, 1)
+        x0 = 1.3 * torch.sin(x + torch.linspace(0, 3, 16).reshape(SHAPE) + t.reshape(-1, 1, 1, 1) / 300)
+        eps = (x - ab.sqrt() * x0) / (1 - ab).sqrt()
+        return {"eps": eps, "x0": x0, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x0}[diffusion.config.prediction]
+
+    return network
+
+
+def noise(step: int) -> Tensor:
+    return normals(SEEDS, INDICES, [step] * len(SEEDS), SHAPE).double()
+
+
+def our_trajectory(diffusion: GaussianDiffusion, plan: Plan) -> Tensor:
+    """Every x after x_T, [S, N, C, H, W]."""
+    xs: list[Tensor] = []
+    x0s: list[Tensor] = []
+
+    def on_step(i: int, x: Tensor, x0: Tensor) -> None:
+        assert i == len(xs) + 1
+        xs.append(x)
+        x0s.append(x0)
+
+    final = sample(network_of(diffusion), plan, SHAPE, SEEDS, INDICES, dtype=torch.float64, on_step=on_step)
+    assert torch.equal(final, xs[-1])
+    limited = torch.stack(x0s).abs() == 1
+    assert limited.any(), "nothing was clipped: the comparison says nothing about clipping"
+    assert not limited.all(), "everything was clipped: the comparison says nothing else"
+    return torch.stack(xs)
+
+
+def their_trajectory(
+    scheduler: Any, diffusion: GaussianDiffusion, step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The same with `step(out, t, x, z)` of diffusers, at the scheduler's own timesteps."""
+    network, x = network_of(diffusion), noise(0)
+    xs = []
+    for i, t in enumerate(scheduler.timesteps, start=1):
+        x = step(network(x, t.expand(len(x)), None), t, x, noise(i))
+        xs.append(x)
+    return torch.stack(xs)
+
+
+def in_float64(scheduler: Any, diffusion: GaussianDiffusion) -> Any:
+    scheduler.alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod)
+    return scheduler
+
+
+KINDS = [(schedule, prediction) for schedule in ("linear", "cosine") for prediction in ("eps", "x0", "v")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "steps", "spacing"),
+    [
+        ("linear", "eps", 1000, "trailing"),
+        ("cosine", "v", 1000, "trailing"),
+        *((*kind, 50, "leading") for kind in KINDS),
+        *((*kind, 30, "trailing") for kind in KINDS),
+        *((*kind, 7, "linspace") for kind in KINDS),
+        *((*kind, 1, "trailing") for kind in KINDS),
+    ],
+)
+def test_ddpm_is_that_of_diffusers(
+    schedule: str, prediction: str, steps: int, spacing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusion = diffusion_of(schedule, prediction)
+    plan = make_plan(diffusion, "ddpm", steps, spacing=spacing)
+    scheduler = DDPMScheduler(
+        variance_type="fixed_small", prediction_type=THEIR_NAMES[prediction], timestep_spacing=spacing
+    )
+    in_float64(scheduler, diffusion)
+    if spacing == "linspace":  # diffusers' DDPM has another idea of it
+        scheduler.set_timesteps(timesteps=plan.timesteps.tolist())
+    else:
+        scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
+
+    def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: z)
+        return scheduler.step(out, t, x).prev_sample
+
+    theirs = their_trajectory(scheduler, diffusion, step)
+    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("schedule", "prediction"), KINDS)
+@pytest.mark.parametrize(
+    ("steps", "spacing"),
+    # diffusers takes t - T // n for the next timestep: right for leading, and for trailing where n divides T
+    [(50, "leading"), (30, "leading"), (7, "leading"), (20, "trailing"), (1, "trailing")],
+)
+def test_ddim_is_that_of_diffusers(schedule: str, prediction: str, steps: int, spacing: str, eta: float) -> None:
+    diffusion = diffusion_of(schedule, prediction)
+    plan = make_plan(diffusion, "ddim", steps, eta=eta, spacing=spacing)
+    scheduler = in_float64(DDIMScheduler(prediction_type=THEIR_NAMES[prediction], timestep_spacing=spacing), diffusion)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
+
+    def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        answer = scheduler.step(out, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z if eta else None)
+        return answer.prev_sample
+
+    theirs = their_trajectory(scheduler, diffusion, step)
+    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("linear", "eps"), ("linear", "x0"), ("linear", "v"), ("cosine", "v")]
+)
+@pytest.mark.parametrize(
+    ("steps", "spacing"), [(50, "linspace"), (15, "linspace"), (7, "linspace"), (20, "trailing"), (2, "trailing")]
+)
+def test_dpmpp_2m_is_that_of_diffusers(schedule: str, prediction: str, steps: int, spacing: str) -> None:
+    diffusion = diffusion_of(schedule, prediction)
+    plan = make_plan(diffusion, "dpmpp_2m", steps, spacing=spacing)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type=THEIR_NAMES[prediction],
+        timestep_spacing=spacing,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        thresholding=True,  # with the default sample_max_value of 1 it is a clamp
+    )
+    in_float64(scheduler, diffusion).set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
+
+    def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        return scheduler.step(out, t, x).prev_sample
+
+    theirs = their_trajectory(scheduler, diffusion, step)  # its sigmas and its x are float32
+    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 15])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_dpmpp_2m_is_the_textbooks(schedule: str, steps: int) -> None:
+    diffusion = diffusion_of(schedule, "v")
+    plan = make_plan(diffusion, "dpmpp_2m", steps)
+    alpha_bars = [*diffusion.alphas_cumprod[plan.timesteps], 1.0]
+    alpha, sigma = np.sqrt(alpha_bars), np.sqrt(1 - np.array(alpha_bars))
+    network, x, xs = network_of(diffusion), noise(0), []
+    lambdas: list[float] = []
+    m: list[Tensor] = []
+    for i, t in enumerate(plan.timesteps):
+        m.append((alpha[i] * x - sigma[i] * network(x, torch.tensor([t, t]), None)).clamp(-1, 1))
+        lambdas.append(math.log(alpha[i] / sigma[i]))
+        if i == steps - 1:
+            x = m[i]
+        else:
+            h = math.log(alpha[i + 1] / sigma[i + 1]) - lambdas[i]
+            d = m[i]
+            if i > 0:
+                r = (lambdas[i] - lambdas[i - 1]) / h
+                d = (1 + 1 / (2 * r)) * m[i] - 1 / (2 * r) * m[i - 1]
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (math.exp(-h) - 1) * d
+        xs.append(x)
+    torch.testing.assert_close(our_trajectory(diffusion, plan), torch.stack(xs), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_solvers_have_their_order(sampler: str, order: int) -> None:
+    # Data N(0, ½²): the best x0 is linear in x, and the probability flow keeps x over its standard deviation.
+    diffusion = GaussianDiffusion(DiffusionConfig(num_timesteps=100_000))
+    ab = diffusion.alphas_cumprod
+    variance = 0.25 * ab + 1 - ab
+
+    def error(steps: int) -> float:
+        """At the end of `steps` steps from log-SNR -3 to 2 (the step after them goes to a clean image)."""
+        targets = np.linspace(-3, 2, steps + 1)
+        t = np.array([np.abs(0.5 * np.log(ab / (1 - ab)) - target).argmin() for target in targets])
+        table = {"c": np.zeros(steps + 1)} | SAMPLERS[sampler](diffusion, t, 0.0)
+        x, x0_prev = math.sqrt(variance[t[0]]), 0.0
+        for i in range(steps):
+            x0 = 0.25 * math.sqrt(ab[t[i]]) / variance[t[i]] * x
+            x, x0_prev = table["a"][i] * x + table["b"][i] * x0 + table["c"][i] * x0_prev, x0
+        return abs(x - math.sqrt(variance[t[-1]]))
+
+    assert math.log2(error(40) / error(80)) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 1000])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_the_last_row_is_x0_itself(sampler: str, steps: int, spacing: str) -> None:
+    plan = make_plan(LINEAR, sampler, steps, eta=1.0, spacing=spacing)
+    last = dict(zip(COLUMNS, plan.table[-1], strict=True))
+    assert (last["a"], last["b"], last["c"], last["s"]) == (0, 1, 0, 0)
+    assert len(plan) == steps
+    assert np.isfinite(plan.table).all()
+    assert plan.table.dtype == np.float64
+
+
+def column(plan: Plan, name: str) -> Any:
+    return plan.table[:, COLUMNS.index(name)]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "t", "sigma"),
+    [("leading", 500, 0.420265433125), ("trailing", 999, 0.574284350785), ("leading", 20, 0.00992036102998)],
+)
+def test_ddim_noise_has_the_known_size(spacing: str, t: int, sigma: float) -> None:
+    for eta in (1.0, 0.5, 0.0):
+        plan = make_plan(LINEAR, "ddim", 50, eta=eta, spacing=spacing)
+        (found,) = column(plan, "s")[plan.timesteps == t]
+        assert found == pytest.approx(eta * sigma, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("t", "c1", "c2", "variance"),
+    [
+        (1, 0.54529149951, 0.454708498991, 5.4531876613e-5),
+        (500, 0.00305805707563, 0.994104350757, 0.0100513357789),
+        (999, 1.28351487172e-4, 0.989948678268, 0.0199999835266),
+    ],
+)
+def test_ddpm_over_all_timesteps_is_the_known_posterior(t: int, c1: float, c2: float, variance: float) -> None:
+    plan = make_plan(LINEAR, "ddpm", 1000)
+    found = [column(plan, name)[999 - t] for name in ("b", "a", "s")]
+    assert found == pytest.approx([c1, c2, math.sqrt(variance)], rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1000, 37])
+def test_ddim_with_eta_1_is_ddpm(steps: int) -> None:
+    ours, ddpm = make_plan(LINEAR, "ddim", steps, eta=1.0), make_plan(LINEAR, "ddpm", steps)
+    np.testing.assert_allclose(ours.table, ddpm.table, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("num_timesteps", [2, 7, 100, 1000])
+def test_spaced_timesteps_descend_within_range_for_every_number_of_steps(num_timesteps: int, spacing: str) -> None:
+    for steps in range(1, num_timesteps + 1):
+        timesteps = spaced(num_timesteps, steps, spacing)
+        assert timesteps.dtype == np.int64
+        assert len(timesteps) == steps
+        assert (np.diff(timesteps) < 0).all()
+        assert timesteps[-1] >= 0
+        assert timesteps[-1] == 0 or spacing != "leading"
+        assert timesteps[0] < num_timesteps
+        assert timesteps[0] == num_timesteps - 1 or spacing == "leading"
+    assert spaced(num_timesteps, num_timesteps, spacing).tolist() == list(range(num_timesteps))[::-1]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "first", "last"),
+    [("leading", [980, 960], [20, 0]), ("trailing", [999, 979], [39, 19]), ("linspace", [999, 979, 959], [40, 20])],
+)
+def test_fifty_timesteps_of_a_thousand_are_the_known_ones(spacing: str, first: list[int], last: list[int]) -> None:
+    timesteps = spaced(1000, 50, spacing).tolist()
+    assert timesteps[: len(first)] == first
+    assert timesteps[-2:] == last
+
+
+def log_snr(diffusion: GaussianDiffusion, t: int) -> float:
+    ab = diffusion.alphas_cumprod[t]
+    return 0.5 * math.log(ab / (1 - ab))
+
+
+def test_eps_without_a_limit_starts_where_x0_can_be_told() -> None:
+    eps, v = diffusion_of("cosine", "eps"), diffusion_of("cosine", "v")
+    for sampler in SAMPLERS:
+        start = int(make_plan(eps, sampler, 20, clip=False).timesteps[0])
+        assert log_snr(eps, start) >= -5.1 > log_snr(eps, start + 1)
+        assert make_plan(eps, sampler, 20).timesteps[0] == 999
+        assert make_plan(v, sampler, 20, clip=False).timesteps[0] == 999
+    with pytest.raises(ValueError, match=f"between 1 and {start + 1}"):
+        make_plan(eps, "ddpm", 1000, clip=False)
+
+
+def test_without_a_limit_x0_is_what_the_network_says() -> None:
+    x, zero = torch.full((2, 1, 1, 1), 5.0), torch.zeros(2, 1, 1, 1)
+    clipped, free = make_plan(LINEAR, "ddim", 1), make_plan(LINEAR, "ddim", 1, clip=False)
+    rows = torch.tensor(np.concatenate([clipped.table, free.table])).float()
+    x_next, x0 = apply_step(x, zero, zero, rows, zero)
+    assert x0.flatten().tolist() == pytest.approx([1, 5 / math.sqrt(LINEAR.alphas_cumprod[free.timesteps[0]])])
+    assert torch.equal(x_next, x0)
+
+
+def test_plans_of_any_kind_share_a_step() -> None:
+    plans = [
+        make_plan(LINEAR, "ddpm", 1000),
+        make_plan(LINEAR, "ddim", 20, eta=0.3, guidance_scale=2.0),
+        make_plan(LINEAR, "dpmpp_2m", 15, clip=False),
+        make_plan(LINEAR, "ddim", 1),
+    ]
+    rows = torch.tensor(np.stack([plan.table[len(plan) // 2] for plan in plans])).float()
+    generator = torch.Generator().manual_seed(0)
+    x, out, x0_prev, z = torch.randn(4, len(plans), 3, 5, 7, generator=generator)
+    together = apply_step(x, out, x0_prev, rows, z)
+    for i in range(len(plans)):
+        one = slice(i, i + 1)
+        alone = apply_step(x[one], out[one], x0_prev[one], rows[one], z[one])
+        assert torch.equal(together[0][one], alone[0])
+        assert torch.equal(together[1][one], alone[1])
+
+
+def test_a_step_is_the_formula_of_its_row() -> None:
+    _, p, q, _, a, b, c, s = row = torch.tensor([1.0, 0.9, 0.4, 1.0, 0.5, 0.6, 0.7, 0.8], dtype=torch.float64)
+    x, out, x0_prev, z = torch.randn(4, 1, 2, 3, 3, dtype=torch.float64)
+    x0 = torch.clamp(p * x - q * out, -1, 1)
+    found = apply_step(x, out, x0_prev, row[None], z)
+    torch.testing.assert_close(found, (a * x + b * x0 + c * x0_prev + s * z, x0))
+
+
+def test_guidance_is_two_calls_in_one(tiny: UNet) -> None:
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, y, g = torch.tensor([9, 99, 500, 999]), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2.5, 0.0, -1.0])
+    calls = []
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        calls.append(len(x))
+        return tiny(x, t, y)
+
+    guided = predict(network, x, t, y, g, null_class=3)
+    assert calls == [7]
+    e, u = tiny(x, t, y), tiny(x, t, torch.full_like(y, 3))
+    torch.testing.assert_close(guided, u + g.reshape(-1, 1, 1, 1) * (e - u), rtol=1e-4, atol=1e-5)
+    assert (guided - e)[1:3].abs().max() > 1e-4
+    assert torch.equal(predict(network, x, t, y, torch.ones(4), null_class=None), e)
+    assert calls == [7, 4]
+
+
+def test_a_plan_says_how_many_rows_a_step_takes() -> None:
+    assert make_plan(LINEAR, "ddpm", 3).rows.tolist() == [1, 1, 1]
+    for scale in (0.0, 1.5):
+        assert make_plan(LINEAR, "ddpm", 3, guidance_scale=scale).rows.tolist() == [2, 2, 2]
+
+
+def test_guidance_works_under_autocast(tiny: UNet) -> None:
+    plan = make_plan(LINEAR, "ddim", 3, guidance_scale=2.0)
+    arguments: dict[str, Any] = {"classes": [0, 1], "null_class": 3}
+    exact = sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, **arguments)
+    assert images.dtype == torch.float32
+    assert (images - exact).abs().max() < 0.5
+    assert (images - exact).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampling_has_no_hidden_state(sampler: str, tiny: UNet) -> None:
+    plan = make_plan(LINEAR, sampler, 5, eta=1.0, guidance_scale=1.5)
+
+    def run() -> Tensor:
+        return sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, [0, 1], null_class=3)
+
+    table = plan.table.copy()
+    state = torch.get_rng_state()
+    first = run()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(run(), first)
+    assert np.array_equal(plan.table, table)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(sampler: str) -> None:
+    plan = make_plan(LINEAR, sampler, 10, eta=1.0)
+    network = network_of(LINEAR)  # element by element, so that equality is to the byte
+    together = sample(network, plan, SHAPE, [1, 2, 1], [0, 0, 1], dtype=torch.float64)
+    alone = [sample(network, plan, SHAPE, [s], [i], dtype=torch.float64) for s, i in ((1, 0), (2, 0), (1, 1))]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[0], together[2])
+
+
+def test_the_network_sees_timestep_and_class_of_every_row() -> None:
+    plan, seen = make_plan(LINEAR, "ddpm", 4), []
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        seen.append((t.tolist(), y.tolist()))
+        return x
+
+    sample(network, plan, SHAPE, SEEDS, INDICES, classes=[4, 2])
+    assert seen == [([t, t], [4, 2]) for t in (999, 749, 499, 249)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m, not 'euler'"),
+        ({"steps": 0}, "steps must be between 1 and 1000, not 0"),
+        ({"steps": 1001}, "steps must be between 1 and 1000, not 1001"),
+        ({"eta": -0.1}, "eta must be between 0 and 1"),
+        ({"eta": 1.1}, "eta must be between 0 and 1"),
+        ({"eta": math.nan}, "eta must be between 0 and 1"),
+        ({"spacing": "quadratic"}, "spacing must be one of leading, trailing, linspace"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be finite"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be finite"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(LINEAR, **({"sampler": "ddim", "steps": 10} | arguments))

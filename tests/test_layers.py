@@ -1,0 +1,93 @@
+"""The import rules between the packages, read from the sources: app ← model → training, and no further."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def sources(folder: str) -> list[Path]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files, f"{folder} has no sources: a rule about nothing"
+    return files
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by its full name: `from a import b` gives a and a.b."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(path: Path) -> set[str]:
+    """The outermost package of each import."""
+    return {module.split(".")[0] for module in imports(path)}
+
+
+def environment_reads(path: Path) -> Iterator[str]:
+    """Uses of the environment: os.environ, os.getenv and their kin, and a model of settings, which reads it too."""
+    names = {"environ", "environb", "getenv", "getenvb", "putenv"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            yield f"{path.name}:{node.lineno} uses {node.attr}"
+    yield from (
+        f"{path.name} imports {module}"
+        for module in imports(path)
+        if module in {"pydantic_settings.BaseSettings", *(f"os.{name}" for name in names)}
+    )
+
+
+def test_model_imports_nothing_else_of_ours_and_little_of_others() -> None:
+    allowed = {"model", "torch", "numpy", "safetensors"} | sys.stdlib_module_names
+    for path in sources("model"):
+        assert packages(path) <= allowed, path
+
+
+@pytest.mark.parametrize(("folder", "others"), [("training", {"app", "tests"}), ("app", {"training", "tests"})])
+def test_training_and_app_do_not_know_each_other(folder: str, others: set[str]) -> None:
+    for path in sources(folder):
+        assert not packages(path) & others, path
+
+
+def test_the_engine_knows_nothing_of_http() -> None:
+    for path in sources("app/engine"):
+        assert not packages(path) & {"fastapi", "starlette", "uvicorn", "pydantic"}, path
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    readers = [read for path in sources("app") if path != ROOT / "app/settings.py" for read in environment_reads(path)]
+    assert not readers
+
+
+def test_imports_are_found_wherever_and_however_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "app" / "engine" / "one.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import a.b as c\n"
+        "from d import e\n"
+        "from . import f\n"
+        "from .. import g\n"
+        "from ..h import i\n"
+        "def late():\n    from fastapi.routing import APIRouter\n"
+    )
+    expected = {"a.b", "d", "d.e", "app.engine", "app.engine.f", "app", "app.g", "app.h", "app.h.i"}
+    assert imports(path) == expected | {"fastapi.routing", "fastapi.routing.APIRouter"}
+    assert packages(path) == {"a", "d", "app", "fastapi"}
+    path.write_text("import os\nfrom os import getenv\nos.environ['X']\nfrom pydantic_settings import BaseSettings\n")
+    assert len(list(environment_reads(path))) == 3
