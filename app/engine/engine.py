@@ -126,17 +126,22 @@ class Engine:
     def _loop(self) -> None:
         while self._drain_inbox():
             batch = self._scheduler.schedule()
+            self._count(batch)
             if batch:
                 self._start(batch)
                 self._step(batch)
             self._publish()
+        self._count([])
+
+    def _count(self, batch: list[Sample]) -> None:
+        self._metrics.rows_running.set(len(batch))
+        self._metrics.rows_waiting.set(sum(len(request.samples) for request in self._scheduler) - len(batch))
 
     def _drain_inbox(self) -> bool:
         """Lets new requests in, cancelled and expired ones out; waits while there is nothing to do. False: all done."""
         with self._wake:
             if not len(self._scheduler) and not self._inbox:
-                self._metrics.rows_running.set(0)
-                self._metrics.rows_waiting.set(0)
+                self._count([])
                 while not self._inbox and self._draining is None:
                     self._wake.wait()
             arrived = list(self._inbox)
@@ -170,8 +175,6 @@ class Engine:
 
     def _step(self, batch: list[Sample]) -> None:
         rows = sum(sample.rows for sample in batch)
-        self._metrics.rows_running.set(len(batch))
-        self._metrics.rows_waiting.set(sum(len(request.samples) for request in self._scheduler) - len(batch))
         self._step_started = started = time.monotonic()
         costs = [sample.rows for sample in batch]
         try:

@@ -36,19 +36,20 @@ class Scheduler:
     def schedule(self) -> list[Sample]:
         """The samples of the next step; whose turn comes next is remembered for the step after."""
         batch: list[Sample] = []
-        rows, exhausted = 0, 0
+        rows = 0
         queues: dict[Request, Iterator[Sample]] = {}
-        while exhausted < len(self._turns):
+        spent: set[Request] = set()
+        while len(spent) < len(self._turns):
             request = self._turns[0]
             if request not in queues:
                 queues[request] = iter(sorted(request.samples, key=lambda sample: sample.step))
             sample = next(queues[request], None)
-            if sample is not None and rows + sample.rows > self.max_rows and batch:
-                return batch
-            self._turns.rotate(-1)
             if sample is None:
-                exhausted += 1
-                continue
-            batch.append(sample)
-            rows += sample.rows
+                spent.add(request)
+            elif rows + sample.rows > self.max_rows and batch:
+                break
+            else:
+                batch.append(sample)
+                rows += sample.rows
+            self._turns.rotate(-1)
         return batch

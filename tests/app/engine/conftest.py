@@ -1,0 +1,145 @@
+"""A tiny served checkpoint, an engine around a runner that tests can hold, break and count."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from app.engine.engine import Engine
+from app.engine.request import Mailbox, Request, Sample
+from app.engine.runner import Runner
+from app.metrics import EngineMetrics
+from model.checkpoint import Checkpoint, CheckpointConfig
+from model.diffusion import DiffusionConfig
+from model.samplers import make_plan
+from model.unet import UNet
+
+CHUNK = 4
+
+
+@pytest.fixture
+def checkpoint(tiny: UNet) -> Checkpoint:
+    config = CheckpointConfig(tiny.config, DiffusionConfig(num_timesteps=100, prediction="v"), ("a", "b", "c"))
+    return Checkpoint("tiny", "0" * 64, config, tiny)
+
+
+class HeldRunner(Runner):
+    """The real runner. `hold()` stops it before its next step until `release(k)` lets k steps pass (or `free()` all);
+    `fail` decides, from the samples of a step, whether it raises; `poison` which samples turn to NaN."""
+
+    def __init__(self, checkpoint: Checkpoint, chunk: int = CHUNK) -> None:
+        super().__init__(checkpoint, torch.device("cpu"), chunk)
+        self.batches: list[list[tuple[int, int, int]]] = []  # (seed, place, step) of every step tried
+        self.fail: Callable[[list[Sample]], bool] = lambda samples: False
+        self.poison: Callable[[Sample], bool] = lambda sample: False
+        self._permits: threading.Semaphore | None = None
+        self.arrived = threading.Semaphore(0)  # one permit per step that has begun
+
+    def hold(self) -> None:
+        self._permits = threading.Semaphore(0)
+
+    def release(self, steps: int = 1) -> None:
+        assert self._permits is not None
+        self._permits.release(steps)
+
+    def free(self) -> None:
+        permits, self._permits = self._permits, None
+        if permits is not None:
+            permits.release(1_000_000)
+
+    def step(self, samples: list[Sample]) -> list[Sample]:
+        self.arrived.release()
+        if self._permits is not None:
+            assert self._permits.acquire(timeout=20)
+        self.batches.append([(s.request.seed, s.i, s.step) for s in samples])
+        if self.fail(samples):
+            raise RuntimeError("injected")
+        for sample in samples:
+            if self.poison(sample):
+                assert sample.x is not None
+                sample.x = sample.x * float("nan")
+        return super().step(samples)
+
+
+@pytest.fixture
+def runner(checkpoint: Checkpoint) -> HeldRunner:
+    return HeldRunner(checkpoint)
+
+
+class Metrics(EngineMetrics):
+    """With a way to read them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        super().__init__(self.registry)
+
+    def __getitem__(self, name: str) -> float:
+        return self.registry.get_sample_value(name) or 0.0
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def engine(runner: HeldRunner, metrics: Metrics) -> Iterator[Engine]:
+    engine = Engine(runner, metrics, max_rows=8, max_work=1000)
+    engine.start()
+    until(lambda: engine.ready)
+    yield engine
+    runner.free()
+    engine.drain(0)
+    assert engine.join(10), "the engine thread did not end"
+
+
+class CountingMailbox(Mailbox):
+    """Counts terminal answers."""
+
+    answers = 0
+
+    def deliver(self, item: Any) -> None:
+        if type(item).__name__ != "Frame":
+            self.answers += 1
+        super().deliver(item)
+
+
+@pytest.fixture
+def ask(checkpoint: Checkpoint) -> Callable[..., Request]:
+    """ask(loop, n=…, seed=…, sampler=…, …) → a Request as the HTTP side makes it."""
+
+    def ask(
+        loop: asyncio.AbstractEventLoop,
+        *,
+        n: int = 1,
+        seed: int = 0,
+        index: int = 0,
+        label: int = 1,
+        sampler: str = "ddim",
+        steps: int = 4,
+        eta: float = 0.0,
+        guidance_scale: float = 1.0,
+        timeout_s: float = 60,
+        keep: int = 1,
+        **fields: Any,
+    ) -> Request:
+        plan = make_plan(checkpoint.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
+        mailbox = CountingMailbox(loop, keep)
+        return Request(plan, seed, index, n, (label,) * n, time.monotonic() + timeout_s, mailbox, **fields)
+
+    return ask
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Waits for a condition that another thread makes true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.001)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from app.engine.request import Request
+from app.engine.scheduler import Scheduler
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def run_step(scheduler: Scheduler) -> Counter[int]:
+    """One step of everything that was scheduled: images per seed."""
+    batch = scheduler.schedule()
+    for sample in batch:
+        sample.step += 1
+        if sample.finished:
+            sample.request.samples.remove(sample)
+            if not sample.request.samples:
+                scheduler.remove(sample.request)
+    return Counter(sample.request.seed for sample in batch)
+
+
+def test_a_single_image_joins_the_next_step_beside_a_request_of_many(
+    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
+) -> None:
+    scheduler = Scheduler(max_rows=8)
+    scheduler.add(ask(loop, seed=1, n=64))
+    run_step(scheduler)
+    scheduler.add(ask(loop, seed=2, n=1, steps=4))
+    for _ in range(4):
+        assert run_step(scheduler) == {1: 7, 2: 1}
+    assert run_step(scheduler) == {1: 8}, "and its place is taken again"
+
+
+def test_requests_take_turns_when_there_are_more_than_fit(
+    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
+) -> None:
+    scheduler = Scheduler(max_rows=4)
+    for seed in range(6):
+        scheduler.add(ask(loop, seed=seed, n=2, steps=10))
+    total: Counter[int] = Counter()
+    for _ in range(3):
+        total += run_step(scheduler)
+    assert set(total.values()) == {2}, "equal requests progress equally"
+
+
+def test_a_batch_never_has_more_rows_than_fit_and_guidance_counts_twice(
+    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
+) -> None:
+    scheduler = Scheduler(max_rows=5)
+    scheduler.add(ask(loop, seed=1, n=9, guidance_scale=2.0))
+    scheduler.add(ask(loop, seed=2, n=9))
+    for _ in range(5):
+        assert sum(sample.rows for sample in scheduler.schedule()) <= 5
+
+
+def test_a_guided_image_runs_even_where_one_row_is_the_limit(
+    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
+) -> None:
+    scheduler = Scheduler(max_rows=1)
+    scheduler.add(ask(loop, guidance_scale=2.0))
+    assert len(scheduler.schedule()) == 1
+
+
+def test_images_of_a_request_stay_within_one_step_of_each_other(
+    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
+) -> None:
+    scheduler = Scheduler(max_rows=4)
+    request = ask(loop, n=10, steps=20)
+    scheduler.add(request)
+    while len(scheduler):
+        run_step(scheduler)
+        steps = [sample.step for sample in request.samples]
+        assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_nothing_to_do_is_an_empty_batch() -> None:
+    assert Scheduler(max_rows=4).schedule() == []
