@@ -17,7 +17,7 @@ from app.engine.runner import Runner
 from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestLog
-from app.routes import generate, sequence, status
+from app.routes import generate, page, sequence, status
 from app.routes.common import Service
 from app.settings import Settings
 from model import checkpoint
@@ -59,7 +59,7 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = Service(settings, loaded, engine, metrics)
-    for routes in (generate, sequence, status):
+    for routes in (generate, sequence, status, page):
         app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
