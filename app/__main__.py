@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from app import logs
+from app.engine.runner import Runner
 from app.main import create_app
 from app.routes.common import Service
 from app.settings import PREFIX, Settings, unknown_variables
@@ -55,11 +56,11 @@ def read_settings(argv: list[str]) -> Settings:
         sys.exit("python -m app: " + "; ".join(lines))
 
 
-def main(argv: list[str] | None = None) -> None:
-    settings = read_settings(sys.argv[1:] if argv is None else argv)
+def serve(settings: Settings, runner: Runner | None = None) -> None:
+    """Serves until a signal comes and the admitted work is done. `runner` is for tests."""
     logs.configure(settings.log_level)
     try:
-        app = create_app(settings)
+        app = create_app(settings, runner)
     except ValueError as error:
         sys.exit(f"python -m app: {error}")
     config = uvicorn.Config(
@@ -72,11 +73,12 @@ def main(argv: list[str] | None = None) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_s) + GRACE_S,
     )
     server = Server(config, app.state.service)
-    # uvicorn raises the signal again when it has shut down; a drained server has nothing to die of.
+    # uvicorn puts its own handlers in place when it runs, and raises the signal again when it has shut down; a
+    # drained server has nothing to die of.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, server.handle_exit)
     server.run()
 
 
 if __name__ == "__main__":
-    main()
+    serve(read_settings(sys.argv[1:]))

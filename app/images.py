@@ -41,7 +41,9 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target:
         for name, data in files.items():
-            target.writestr(zipfile.ZipInfo(name), data)
+            entry = zipfile.ZipInfo(name)
+            entry.create_system, entry.external_attr = 3, 0o644 << 16  # or unzip makes files that nobody may read
+            target.writestr(entry, data)
     return out.getvalue()
 
 

@@ -43,8 +43,8 @@ class Job:
             "class_label": "random" if self.class_label is None else names[self.class_label],
             "sampler": self.request.plan.sampler,
             "steps": str(len(self.request.plan)),
-            "eta": f"{self.eta:g}",
-            "guidance_scale": f"{self.guidance_scale:g}",
+            "eta": str(self.eta),
+            "guidance_scale": str(self.guidance_scale),
         }
 
     def provenance_of(self, i: int) -> dict[str, str]:

@@ -74,6 +74,7 @@ async def _answer(request: Request, exception: Exception) -> JSONResponse:
     """The one error handler: whatever went wrong, the client sees the same shape."""
     error, extra = _service_error(exception)
     request.state.outcome = error.code
+    extra["X-Request-Id"] = request.state.request_id  # an unforeseen exception is answered outside of RequestLog
     if error.retry_after is not None:
         extra["Retry-After"] = str(error.retry_after)
     return JSONResponse(error.body(), error.status, headers=extra)
@@ -84,8 +85,8 @@ def _service_error(exception: Exception) -> tuple[ServiceError, dict[str, str]]:
         return exception, {}
     if isinstance(exception, RequestValidationError):
         first = exception.errors()[0]
-        where = [str(part) for part in first["loc"][1:] if first["type"] != "json_invalid"]
-        param = ".".join(where) or None
+        where = [str(part) for part in first["loc"][1:2] if first["type"] != "json_invalid"]
+        param = where[0] if where else None
         return InvalidRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param), {}
     if isinstance(exception, HTTPException):
         kind = HTTP_ERRORS.get(exception.status_code, InvalidRequest)

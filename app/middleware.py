@@ -52,6 +52,7 @@ class RequestLog:
             await self.app(scope, receive, send_with_id)
         except BaseException:
             state["outcome"] = "internal_error" if state["outcome"] == "ok" else state["outcome"]
+            status = status or 500  # which Starlette sends, outside of this
             raise
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
@@ -75,13 +76,13 @@ class RequestLog:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes with 413, without holding more than that."""
+    """Refuses bodies of more than `limit` bytes with 413, without holding more than that. Nobody holds a GET's."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
         received = 0

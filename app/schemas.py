@@ -37,7 +37,7 @@ class Sampling(BaseModel):
         for name, limit in limits.items():
             value = getattr(self, name)
             if value is not None and value > limit:
-                raise InvalidRequest(f"{name} must not be more than {limit:g}, not {value:g}", param=name)
+                raise InvalidRequest(f"{name} must not be more than {limit:g}", param=name)
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise InvalidRequest(f"sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}", param="sampler")
 
@@ -70,9 +70,7 @@ class SequenceQuery(Sampling):
     def check(self, settings: Settings) -> None:
         super().check(settings)
         if self.frames > settings.max_frames:
-            raise InvalidRequest(
-                f"frames must not be more than {settings.max_frames}, not {self.frames}", param="frames"
-            )
+            raise InvalidRequest(f"frames must not be more than {settings.max_frames}", param="frames")
 
 
 class GeneratedImage(BaseModel):
@@ -107,7 +105,7 @@ class ModelCard(BaseModel):
     num_timesteps: int
     samplers: list[str]
     defaults: dict[str, Any] = Field(description="sampler, steps, eta and guidance_scale when a request does not say")
-    limits: dict[str, float]
+    limits: dict[str, int | float]
     provenance: dict[str, Any]
 
 

@@ -58,10 +58,11 @@ class Settings(BaseSettings):
 
 def unknown_variables() -> list[str]:
     """A sentence for every DDPM_* variable that no setting reads: most likely a misspelling."""
-    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    known = [name.upper() for name in Settings.model_fields]
     sentences = []
     for name in sorted(os.environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            nearest = difflib.get_close_matches(name.upper(), known, n=1)
-            sentences.append(f"unknown variable {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        key = name.upper().removeprefix(PREFIX)
+        if name.upper().startswith(PREFIX) and key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            sentences.append(f"unknown variable {name}" + (f"; did you mean {PREFIX}{nearest[0]}?" if nearest else ""))
     return sentences

@@ -11,6 +11,7 @@ from typing import Annotated, ParamSpec, TypeVar
 from fastapi import Depends, Request
 
 from app.engine.engine import Engine
+from app.errors import Cancelled
 from app.intake import Job
 from app.metrics import Metrics
 from app.schemas import ErrorResponse
@@ -75,3 +76,5 @@ async def _cancel_on_disconnect(service: Service, http: Request, job: Job) -> No
     while (await http.receive())["type"] != "http.disconnect":
         pass
     service.engine.cancel(job.request)
+    if job.request.cancelled_at is not None:
+        http.state.outcome = Cancelled.code  # for log and metrics: a stream ends here, and never sees the answer

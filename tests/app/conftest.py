@@ -1,0 +1,124 @@
+"""Tiny checkpoints, applications inside this process, and real servers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from app.engine.request import Sample
+from app.engine.runner import Runner
+from app.main import create_app
+from app.settings import Settings
+from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.diffusion import DiffusionConfig
+from model.samplers import SamplingDefaults
+from model.unet import UNet, UNetConfig
+from tests.app.processes import ServerProcess, wait_for
+
+BEETLE = "Käfer → 虫"
+CLASSES = ("plain", BEETLE, "0")  # the third is named like the first one's number
+GREY = UNetConfig(
+    image_channels=1,
+    image_size=(8, 12),
+    base_channels=6,  # 2 groups of 3 in GroupNorm: with one channel a group it would undo the bias of time and class
+    channel_mults=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(),
+    time_emb_dim=8,
+    num_classes=3,
+    null_class=True,
+    dropout=0.0,
+)
+COLOUR = replace(GREY, image_channels=3, image_size=(8, 8), num_classes=None, null_class=False)
+
+
+def write_checkpoint(path: Path, unet: UNetConfig, class_names: tuple[str, ...]) -> Path:
+    """A checkpoint with random weights everywhere: a fresh network's last convolution would give zeros."""
+    network = UNet(unet)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+    defaults = SamplingDefaults(sampler="ddim", steps=6)
+    config = CheckpointConfig(unet, DiffusionConfig(prediction="v"), class_names, defaults, {"data": "none"})
+    checkpoint.save(path, network.state_dict(), config)
+    return path
+
+
+@pytest.fixture(scope="session")
+def grey_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grey images of 8 × 12, three classes, a null class."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "grey.safetensors", GREY, CLASSES)
+
+
+@pytest.fixture(scope="session")
+def colour_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Colour images of 8 × 8, unconditional."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "colour.safetensors", COLOUR, ())
+
+
+@contextmanager
+def serving(path: Path, runner: Runner | None = None, cold: bool = False, **limits: float) -> Iterator[TestClient]:
+    """An application in this process, ready unless `cold`."""
+    settings = Settings(checkpoint=str(path), device="cpu", threads=1, **limits)
+    with TestClient(create_app(settings, runner)) as client:
+        if not cold:
+            wait_for(lambda: client.get("/readyz").status_code == 200, "readiness")
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(grey_checkpoint: Path) -> Iterator[TestClient]:
+    with serving(grey_checkpoint) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def colour_client(colour_checkpoint: Path) -> Iterator[TestClient]:
+    with serving(colour_checkpoint) as client:
+        yield client
+
+
+class HeldRunner(Runner):
+    """Takes 20 ms a step until `released`, and is cold until `warm`: a test decides how long things last."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(checkpoint.load(path), torch.device("cpu"), chunk=4)
+        self.released, self.warm = threading.Event(), threading.Event()
+        self.warm.set()
+
+    def warm_up(self, rows: int) -> None:
+        assert self.warm.wait(30)
+        super().warm_up(rows)
+
+    def step(self, samples: list[Sample]) -> list[Sample]:
+        self.released.wait(0.02)
+        return super().step(samples)
+
+
+@pytest.fixture
+def held(grey_checkpoint: Path) -> Iterator[HeldRunner]:
+    runner = HeldRunner(grey_checkpoint)
+    yield runner
+    runner.released.set()
+
+
+@pytest.fixture(scope="session")
+def server(grey_checkpoint: Path) -> Iterator[ServerProcess]:
+    """`python -m app` on a port of its own."""
+    with ServerProcess("app", "--checkpoint", str(grey_checkpoint)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def faulty(grey_checkpoint: Path) -> Iterator[ServerProcess]:
+    """The same with a runner that fails as the seed says; see faulty_server.py."""
+    with ServerProcess("tests.app.faulty_server", "--checkpoint", str(grey_checkpoint)) as server:
+        yield server

@@ -1,0 +1,45 @@
+"""The server of `python -m app` with a runner that fails where a request's seed says so."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from app.__main__ import read_settings, serve
+from app.engine.request import Sample
+from app.engine.runner import Runner
+from model import checkpoint
+
+RAISES, RAISES_ONCE, NOT_FINITE, SLOW = 9001, 9002, 9003, 9004  # seeds
+FAULTY_STEP = 3
+SLOW_STEP_S = 0.03
+
+
+class FaultyRunner(Runner):
+    """Raises for a sample of seed RAISES at its third step, every time, and for one of RAISES_ONCE the first time;
+    poisons one of NOT_FINITE; takes its time over one of SLOW. Only image 1 of a request is affected."""
+
+    raised = False
+
+    def step(self, samples: list[Sample]) -> list[Sample]:
+        if any(sample.request.seed == SLOW for sample in samples):
+            time.sleep(SLOW_STEP_S)
+        for sample in samples:
+            if sample.i != 1 or sample.step != FAULTY_STEP:
+                continue
+            seed = sample.request.seed
+            if seed == RAISES:
+                raise RuntimeError("a fault that a test asked for")
+            if seed == RAISES_ONCE and not self.raised:
+                self.raised = True
+                raise RuntimeError("a fault that a test asked for once")
+            if seed == NOT_FINITE:
+                sample.x = torch.full_like(sample.x, torch.nan)
+        return super().step(samples)
+
+
+if __name__ == "__main__":
+    settings = read_settings(sys.argv[1:])
+    serve(settings, FaultyRunner(checkpoint.load(settings.checkpoint), torch.device("cpu"), chunk=4))

@@ -1,0 +1,122 @@
+"""Real server processes on real ports, and what a test asks of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 60.0  # seconds; only a broken server needs them
+
+
+def wait_for(condition: Callable[[], object], what: str = "the condition") -> None:
+    """Polls until the condition holds. Fails after a minute."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, f"{what} did not come true"
+        time.sleep(0.005)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's, without DDPM_* variables and with one thread."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
+    return kept | {"OMP_NUM_THREADS": "1"} | extra
+
+
+def run_to_its_end(*argv: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """`python -m app` that is expected to stop by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "app", *argv],
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """The sum of the samples of that name that have these labels; 0 where there are none."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+class ServerProcess:
+    """A server by `python -m module --port 0 …`: ready when entered, gone when left."""
+
+    def __init__(self, module: str, *argv: str, **extra: str) -> None:
+        self._command = [sys.executable, "-m", module, "--port", "0", "--threads", "1", *argv]
+        self._environment = environment(**extra)
+        self.lines: list[str] = []
+
+    def __enter__(self) -> ServerProcess:
+        self.process = subprocess.Popen(
+            self._command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, text=True
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            wait_for(self._listening, "listening")
+            self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
+            wait_for(lambda: self.client.get("/readyz").status_code == 200, "readiness")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        if hasattr(self, "client"):
+            self.client.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def _listening(self) -> bool:
+        assert self.process.poll() is None, "".join(self.lines)
+        found = re.search(r"running on (http://[\d.]+:\d+)", "".join(self.lines))
+        self.url = found[1] if found else ""
+        return bool(found)
+
+    def logs(self) -> list[dict[str, Any]]:
+        """What was logged until now; every line is a JSON object."""
+        return [json.loads(line) for line in list(self.lines)]
+
+    def metric(self, name: str, **labels: str) -> float:
+        return metric(self.client.get("/metrics").text, name, **labels)
+
+    def rows(self) -> float:
+        """Images that are admitted and not answered."""
+        text = self.client.get("/metrics").text
+        return metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting")
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def exit_code(self) -> int:
+        code = self.process.wait(PATIENCE)
+        self._reader.join()
+        return code

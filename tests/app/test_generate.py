@@ -1,0 +1,210 @@
+import base64
+import io
+import zipfile
+from typing import Any
+from urllib.parse import unquote
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image as Pillow
+
+from model.images import Image
+from tests.app.conftest import BEETLE
+from tests.app.processes import metric
+
+PNG, JSON, ZIP = "image/png", "application/json", "application/zip"
+
+
+def generate(client: TestClient, accept: str = PNG, /, **body: Any) -> httpx.Response:
+    answer = client.post("/generate", json=body, headers={"Accept": accept})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == accept
+    return answer
+
+
+def picture(data: bytes) -> Image:
+    return np.array(Pillow.open(io.BytesIO(data)))
+
+
+def text_of(data: bytes) -> dict[str, str]:
+    return dict(Pillow.open(io.BytesIO(data)).text)
+
+
+def tiles(grid: Image, n: int, size: tuple[int, int] = (8, 12)) -> list[Image]:
+    h, w = size
+    columns = grid.shape[1] // w
+    return [grid[i // columns * h :, i % columns * w :][:h, :w] for i in range(n)]
+
+
+def unzipped(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "rows_by_columns"),
+    [
+        (1, None, (1, 1)),
+        (5, None, (2, 3)),
+        (9, None, (3, 3)),
+        (5, 2, (3, 2)),
+        (5, 5, (1, 5)),
+        (3, 99, (1, 3)),
+        (2, 1, (2, 1)),
+    ],
+)
+def test_the_grid_is_as_square_as_can_be_or_as_wide_as_asked(
+    client: TestClient, n: int, columns: int | None, rows_by_columns: tuple[int, int]
+) -> None:
+    rows, across = rows_by_columns
+    grid = picture(generate(client, n=n, columns=columns, steps=1).content)
+    assert grid.shape == (8 * rows, 12 * across)
+    assert all(tile.std() > 1 for tile in tiles(grid, n))
+    assert not np.any(tiles(grid, rows * across)[n:])  # places that nobody asked for are black
+
+
+def test_a_grid_of_colours(colour_client: TestClient) -> None:
+    assert picture(generate(colour_client, n=3).content).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("accept", [PNG, JSON, ZIP])
+def test_a_drawn_seed_sent_back_gives_the_same_bytes(client: TestClient, accept: str) -> None:
+    first = generate(client, accept, n=3, class_label=1)
+    again = generate(client, accept, n=3, class_label=1, seed=int(first.headers["x-ddpm-seed"]))
+    assert again.content == first.content
+    assert generate(client, accept, n=3, class_label=1).content != first.content
+
+
+@pytest.mark.parametrize("accept", [PNG, ZIP])
+def test_equal_requests_give_equal_bytes_whatever_their_request_id(client: TestClient, accept: str) -> None:
+    body = {"n": 3, "seed": 4}
+    answers = [
+        client.post("/generate", json=body, headers={"Accept": accept, "X-Request-Id": name}) for name in ("a", "b")
+    ]
+    assert answers[0].content == answers[1].content
+
+
+@pytest.mark.parametrize("label", [1, None])
+def test_json_zip_and_grid_hold_the_same_images(client: TestClient, label: int | None) -> None:
+    body = {"n": 5, "seed": 11, "class_label": label, "index": 2}
+    wanted = tiles(picture(generate(client, **body).content), 5)
+    listed = generate(client, JSON, **body).json()["images"]
+    for image, tile in zip(listed, wanted, strict=True):
+        np.testing.assert_array_equal(picture(base64.b64decode(image["png"])), tile)
+    files = unzipped(generate(client, ZIP, **body).content)
+    assert list(files) == [f"{image['class_label']}-{image['index']}.png" for image in listed]
+    for data, tile in zip(files.values(), wanted, strict=True):
+        np.testing.assert_array_equal(picture(data), tile)
+
+
+@pytest.mark.parametrize("i", [0, 3])
+def test_one_image_of_a_grid_can_be_had_again_alone(client: TestClient, i: int) -> None:
+    grid = generate(client, n=4, seed=6, class_label=2, sampler="ddpm")
+    alone = generate(client, n=1, seed=6, class_label=2, sampler="ddpm", index=i)
+    np.testing.assert_array_equal(picture(alone.content), tiles(picture(grid.content), 4)[i])
+
+
+def test_images_differ_by_seed_index_class_and_plan(client: TestClient) -> None:
+    base: dict[str, Any] = {"seed": 1, "class_label": 0, "steps": 4}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"seed": 2},
+        {"index": 1},
+        {"class_label": 1},
+        {"steps": 5},
+        {"sampler": "ddpm"},
+        {"sampler": "dpmpp_2m"},
+        {"eta": 0.5},
+        {"guidance_scale": 3.0},
+    ]
+    seen = {picture(generate(client, **(base | change)).content).tobytes() for change in changes}
+    assert len(seen) == len(changes)
+
+
+def test_a_random_mix_is_reproducible_and_its_classes_are_told(client: TestClient) -> None:
+    listed = generate(client, JSON, n=24, seed=3).json()["images"]
+    assert {image["class_label"] for image in listed} == {0, 1, 2}
+    assert generate(client, JSON, n=24, seed=3).json()["images"] == listed
+    for image in listed[:4]:
+        place = {name: image[name] for name in ("seed", "index", "class_label")}
+        assert generate(client, JSON, **place).json()["images"] == [image]  # with its class
+        mixed = generate(client, JSON, seed=3, index=image["index"]).json()["images"]
+        assert mixed == [image]  # and as part of the mix
+
+
+@pytest.mark.parametrize(("one", "same"), [(1, "1"), (1, BEETLE), (0, "plain"), (2, "0")])
+def test_a_class_can_be_named_or_numbered(client: TestClient, one: int, same: str) -> None:
+    images = [generate(client, JSON, seed=1, class_label=label).json()["images"][0] for label in (one, same)]
+    assert images[0] == images[1]
+    assert images[0]["class_label"] == one
+
+
+def test_headers_and_text_say_what_to_send_again(client: TestClient) -> None:
+    first = generate(client, n=2, seed=5, index=3, class_label=BEETLE, sampler="ddim", steps=4, eta=0.123456789)
+    told = {name.removeprefix("x-ddpm-"): unquote(v) for name, v in first.headers.items() if name.startswith("x-ddpm")}
+    assert {name.replace("-", "_"): value for name, value in told.items()} == text_of(first.content)
+    card = client.get("/models").json()["models"][0]
+    assert (told["model"], told["checkpoint"]) == (card["name"], card["checkpoint"])
+    again = generate(
+        client,
+        n=2,
+        seed=int(told["seed"]),
+        index=int(told["index"]),
+        class_label=told["class-label"],
+        sampler=told["sampler"],
+        steps=int(told["steps"]),
+        eta=float(told["eta"]),
+        guidance_scale=float(told["guidance-scale"]),
+    )
+    assert again.content == first.content
+
+
+def test_header_values_are_ascii_and_the_png_has_the_name_as_it_is(client: TestClient) -> None:
+    answer = generate(client, class_label=1)
+    assert answer.headers["x-ddpm-class-label"] == "K%C3%A4fer %E2%86%92 %E8%99%AB"
+    assert text_of(answer.content)["class_label"] == BEETLE
+    assert answer.headers["vary"] == "Accept"
+
+
+def test_every_file_of_a_zip_says_how_to_make_it_alone(client: TestClient) -> None:
+    for name, data in unzipped(generate(client, ZIP, n=3, seed=8).content).items():
+        text = text_of(data)
+        assert name == f"{['plain', BEETLE, '0'].index(text['class_label'])}-{text['index']}.png"
+        alone = generate(client, seed=8, index=int(text["index"]), class_label=text["class_label"])
+        assert alone.content == data
+
+
+def test_json_tells_the_plan_and_the_checkpoint(client: TestClient) -> None:
+    answer = generate(client, JSON, sampler="ddim", steps=3, eta=0.5, guidance_scale=2, class_label=1).json()
+    card = client.get("/models").json()["models"][0]
+    plan = {"sampler": "ddim", "steps": 3, "eta": 0.5, "guidance_scale": 2.0}
+    assert answer.items() >= (plan | {"model": card["name"], "checkpoint": card["checkpoint"]}).items()
+    assert answer["images"][0]["class_name"] == BEETLE
+
+
+def test_an_unconditional_checkpoint_takes_null_and_tells_no_class(colour_client: TestClient) -> None:
+    (image,) = generate(colour_client, JSON, class_label=None, seed=1).json()["images"]
+    assert (image["class_label"], image["class_name"]) == (None, None)
+    assert list(unzipped(generate(colour_client, ZIP, n=2, seed=1).content)) == ["0.png", "1.png"]
+    refused = colour_client.post("/generate", json={"class_label": 0})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["code"] == "invalid_class_label"
+
+
+@pytest.mark.parametrize("n", [1, 64])
+@pytest.mark.parametrize("seed", [0, 2**53, 2**64 - 1])
+def test_the_ends_of_the_ranges_are_served(client: TestClient, n: int, seed: int) -> None:
+    body = {"n": n, "seed": seed, "index": 2**31 - 1, "steps": 1, "guidance_scale": 0, "eta": 1.0}
+    last = generate(client, JSON, **body).json()["images"][-1]
+    assert (last["seed"], last["index"]) == (seed, 2**31 - 1 + n - 1)
+
+
+def test_metrics_count_what_a_request_really_did(client: TestClient) -> None:
+    names = ("ddpm_image_steps_total", "ddpm_images_total", "ddpm_batch_rows_sum", "ddpm_queue_seconds_count")
+    before = client.get("/metrics").text
+    generate(client, n=5, steps=7, guidance_scale=2, class_label=1)
+    after = client.get("/metrics").text
+    assert [metric(after, name) - metric(before, name) for name in names] == [35, 5, 70, 1]
+    assert metric(after, "ddpm_wasted_image_steps_total") == metric(before, "ddpm_wasted_image_steps_total")

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from app.__main__ import read_settings
+from app.settings import PREFIX, Settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(PREFIX + name.upper(), raising=False)
+
+
+def complaint(*argv: str) -> str:
+    """What the start stops with: the exit status 1, and one line."""
+    with pytest.raises(SystemExit) as stopped:
+        read_settings(list(argv))
+    assert isinstance(stopped.value.code, str)  # Python prints it and exits with 1
+    assert "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+def test_flags_and_variables_mean_the_same_and_the_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings([]).max_n == 64
+    monkeypatch.setenv("DDPM_MAX_N", "5")
+    assert read_settings([]).max_n == 5
+    assert read_settings(["--max-n", "6"]).max_n == 6
+    assert read_settings(["--max-n=7", "--drain-s", "0.5"]).drain_s == 0.5
+
+
+def test_help_lists_every_setting_with_its_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stopped:
+        read_settings(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description is not None
+        assert " ".join(field.description.split()) in text
+        assert f"(default: {field.default})" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--max-n", "many"], "--max-n (DDPM_MAX_N): Input should be a valid integer"),
+        (["--max-n", "0"], "--max-n (DDPM_MAX_N): Input should be greater than or equal to 1"),
+        (["--port", "65536"], "--port (DDPM_PORT): Input should be less than or equal to 65535"),
+        (["--device", "tpu"], "--device (DDPM_DEVICE): Input should be 'auto', 'cpu' or 'cuda', not 'tpu'"),
+        (["--max-timeout-s", "nan"], "--max-timeout-s (DDPM_MAX_TIMEOUT_S)"),
+        (["--max-timeout-s", "inf"], "--max-timeout-s (DDPM_MAX_TIMEOUT_S)"),
+        (["--drain-s", "nan"], "--drain-s (DDPM_DRAIN_S)"),
+        (["--max-n", "0", "--port", "x"], "DDPM_PORT"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_what_is_wrong(argv: list[str], said: str) -> None:
+    assert said in complaint(*argv)
+
+
+@pytest.mark.parametrize("argv", [["--max-images", "3"], ["stray"], ["--port"]])
+def test_an_unknown_flag_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read_settings(argv)
+    assert stopped.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDPM_MAX_FRAMES", "lots")
+    assert "DDPM_MAX_FRAMES" in complaint()
+    assert "'lots'" in complaint()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("DDPM_MAX_FRAME", "unknown variable DDPM_MAX_FRAME; did you mean DDPM_MAX_FRAMES?"),
+        ("ddpm_prot", "unknown variable ddpm_prot; did you mean DDPM_PORT?"),
+        ("DDPM_XYZZY", "unknown variable DDPM_XYZZY"),
+    ],
+)
+def test_a_misspelt_variable_stops_the_start(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+    monkeypatch.setenv(name, "3")
+    assert unknown_variables() == [said]
+    assert said in complaint()
+
+
+def test_the_device_is_found_or_refused() -> None:
+    assert Settings(device="cpu").torch_device() == torch.device("cpu")
+    assert Settings().torch_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device cuda was asked for"):
+            Settings(device="cuda").torch_device()
