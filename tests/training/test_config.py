@@ -21,7 +21,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_without_words_it_is_the_originals_cifar10_run() -> None:
     config = parsed()
-    assert config.dataset == "cifar10"
+    assert config.dataset == "uoft-cs/cifar10"
     assert (config.batch_size, config.iterations, config.learning_rate) == (128, 800_000, 2e-4)
     assert (config.base_channels, config.channel_mults, config.attention_resolutions) == (128, (1, 2, 2, 2), (1,))
     assert config.run_dir.parent == Path.home() / "ddpm_logs"

@@ -222,7 +222,7 @@ def test_a_name_that_the_hub_cannot_give_ends_in_one_sentence(
     assert process.returncode == 2
     assert err.splitlines() == [err.strip()]
     assert err.startswith(
-        "training.train: cannot read the data set 'cifar10': there is no such folder, and the Hugging"
+        "training.train: cannot read the data set 'uoft-cs/cifar10': there is no such folder, and the Hugging"
     )
 
 
