@@ -131,6 +131,7 @@ class Engine:
             self._count(batch)
             if batch:
                 self._start(batch)
+                self._publish()  # the noise that a client wants to see is not to wait for the step
                 self._step(batch)
             self._publish()
         self._count([])
