@@ -25,7 +25,9 @@ def _option(default: Any, text: str, choices: Any = None) -> Any:
 class TrainConfig:
     """Names and defaults are those of abarankab/DDPM wherever it has them. Raises ValueError on what makes no sense."""
 
-    dataset: str = _option("uoft-cs/cifar10", "a name on the Hugging Face hub, or a folder (parquet, or images per class)")
+    dataset: str = _option(
+        "uoft-cs/cifar10", "a name on the Hugging Face hub, or a folder (parquet, or images per class)"
+    )
     image_size: tuple[int, ...] = _option((), "height,width: crop and resize to it; default: as the images are")
     use_labels: bool = _option(False, "condition on the class")
     label_dropout: float = _option(0.0, "share of images trained without their class, for classifier-free guidance")

@@ -109,7 +109,7 @@ def test_a_connection_can_be_used_again_after_every_error(server: ServerProcess)
     connection.close()
 
 
-def test_nothing_but_http_is_answered_with_a_traceback(server: ServerProcess) -> None:
+def test_what_is_not_http_is_refused_without_a_traceback(server: ServerProcess) -> None:
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE)
     connection.connect()
     connection.sock.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")

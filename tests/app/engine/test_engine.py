@@ -399,6 +399,19 @@ def test_metrics_say_what_was_done(engine: Engine, runner: HeldRunner, metrics: 
     assert metrics["ddpm_wasted_image_steps_total"] == 0
 
 
+def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_off(engine: Engine, ask: Ask) -> None:
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        engine._rows_per_second = 10.0
+        with pytest.raises(DeadlineExceeded):
+            engine.submit(ask(loop, n=1, steps=90, timeout_s=6))  # 9 s
+        with pytest.raises(DeadlineExceeded):
+            engine.submit(ask(loop, n=1, steps=90, timeout_s=4, patient=True))
+        engine.submit(admitted := ask(loop, n=1, steps=90, timeout_s=6, patient=True))
+        assert not isinstance(await outcome(admitted), ServiceError)
+
+    run(main)
+
+
 def test_the_estimate_follows_the_work_ahead(engine: Engine, runner: HeldRunner, ask: Ask) -> None:
     """Requests share the device: one that is small waits for little, even behind one that is large."""
 
