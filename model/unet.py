@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "mish": F.mish}
-NORMS: dict[str, Callable[[int, float], nn.Module]] = {
-    "gn": lambda channels, eps: nn.GroupNorm(math.gcd(32, channels), channels, eps),  # Ho's 32, or as many as divide
-    "bn": lambda channels, eps: _batch_norm(channels, eps),
-    "in": lambda channels, eps: nn.InstanceNorm2d(channels, eps),
-    "none": lambda channels, eps: nn.Identity(),
+NORMS: dict[str, Callable[[int, UNetConfig], nn.Module]] = {
+    "gn": lambda channels, c: nn.GroupNorm(math.gcd(c.norm_groups, channels), channels, c.norm_eps),
+    "bn": lambda channels, c: _batch_norm(channels, c.norm_eps),
+    "in": lambda channels, c: nn.InstanceNorm2d(channels, c.norm_eps),
+    "none": lambda channels, c: nn.Identity(),
 }
 CONDITIONINGS = ("bias", "embedding", "both")
 
@@ -33,7 +32,8 @@ class UNetConfig:
     `num_classes` None is an unconditional network; with `null_class` one more class, numbered `num_classes`,
     stands for "no class" (classifier-free guidance, Ho & Salimans 2022). The class acts as a bias in every residual
     block, as an embedding added to the time's, or both. An attention has `num_heads` heads, or, where `head_channels`
-    is not 0, heads of that width. The last five fields are conventions in which other projects' networks differ.
+    is not 0, heads of that width. The fields from `norm_groups` on are conventions in which other projects' networks
+    differ.
     """
 
     image_channels: int = 3
@@ -54,10 +54,12 @@ class UNetConfig:
     learned_variance: bool = False  # twice the channels out: the prediction, then v of Nichol & Dhariwal 2021, eq. 15
     scale_shift_norm: bool = False
     resblock_updown: bool = False  # residual blocks change the resolution, instead of a convolution alone
+    norm_groups: int = 32  # of a GroupNorm, or the largest divisor of it that divides the channels
     norm_eps: float = 1e-5
     downsample_padding: int = 1  # 1 on every side; 0: one row below and one column to the right, as Ho's TensorFlow
     time_freq_shift: int = 0  # frequencies end at 10000^-((half - 1) / (half - shift))
     time_scale: float = 1.0  # of t before it is embedded
+    time_table: int = 0  # not 0: t is embedded by a stored table with so many rows, not by sines and cosines
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channel_mults", "attention_levels"):
@@ -76,6 +78,8 @@ class UNetConfig:
             ("head_channels", self.head_channels, 0, 65536),
             ("downsample_padding", self.downsample_padding, 0, 1),
             ("time_freq_shift", self.time_freq_shift, 0, 1),
+            ("time_table", self.time_table, 0, 100_000),
+            ("norm_groups", self.norm_groups, 1, 4096),
             ("num_classes", 1 if self.num_classes is None else self.num_classes, 1, 100_000),
         ]
         for name, value, low, high in limits:
@@ -141,7 +145,7 @@ class Attention(nn.Module):
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else config.num_heads
-        self.norm = NORMS[config.norm](channels, config.norm_eps)
+        self.norm = NORMS[config.norm](channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -167,13 +171,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.scale_shift, self.resample = config.scale_shift_norm, resample
-        self.norm_1 = NORMS[config.norm](in_channels, config.norm_eps)
+        self.norm_1 = NORMS[config.norm](in_channels, config)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         width = 2 * out_channels if self.scale_shift else out_channels
         self.time_bias = nn.Linear(config.time_emb_dim, width)
         has_bias = config.num_classes is not None and config.class_conditioning != "embedding"
         self.class_bias = class_table(config, width) if has_bias else None
-        self.norm_2 = NORMS[config.norm](out_channels, config.norm_eps)
+        self.norm_2 = NORMS[config.norm](out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv_2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -241,6 +245,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(config.time_emb_dim, config.time_emb_dim),
         )
+        self.time_table = nn.Embedding(config.time_table, channels) if config.time_table else None
         has_embedding = config.num_classes is not None and config.class_conditioning != "bias"
         self.class_emb = class_table(config, config.time_emb_dim) if has_embedding else None
         self.init_conv = nn.Conv2d(config.image_channels, channels, 3, padding=1)
@@ -279,7 +284,7 @@ class UNet(nn.Module):
                     ResBlock(config, channels, channels, resample=2) if config.resblock_updown else Upsample(channels)
                 )
 
-        self.out_norm = NORMS[config.norm](channels, config.norm_eps)
+        self.out_norm = NORMS[config.norm](channels, config)
         out_channels = config.image_channels * (2 if config.learned_variance else 1)
         self.out_conv = zero(nn.Conv2d(channels, out_channels, 3, padding=1))
 
@@ -298,7 +303,10 @@ class UNet(nn.Module):
         x = F.pad(x, (0, -w % multiple, 0, -h % multiple))
 
         weight = self.init_conv.weight
-        embedding = time_embedding(t * config.time_scale, config.base_channels, config.time_freq_shift)
+        if self.time_table is None:
+            embedding = time_embedding(t * config.time_scale, config.base_channels, config.time_freq_shift)
+        else:
+            embedding = self.time_table(t.long())
         emb = self.time_mlp(embedding.to(weight.dtype))
         if self.class_emb is not None:
             emb = emb + self.class_emb(y)

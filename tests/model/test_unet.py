@@ -127,7 +127,7 @@ def test_time_is_embedded_as_sines_then_cosines() -> None:
 
 def test_attention_is_softmax_over_all_positions_with_a_residual() -> None:
     torch.manual_seed(0)
-    attention = Attention(8)
+    attention = Attention(UNetConfig(), 8)
     torch.nn.init.normal_(attention.out.weight)
     x = torch.randn(2, 8, 3, 5)
     h = attention.norm(x)
