@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "mish": F.mish}
 NORMS: dict[str, Callable[[int, UNetConfig], nn.Module]] = {
     "gn": lambda channels, c: nn.GroupNorm(math.gcd(c.norm_groups, channels), channels, c.norm_eps),
-    "bn": lambda channels, c: _batch_norm(channels, c.norm_eps),
+    "bn": lambda channels, c: BatchNorm(channels, c.norm_eps),
     "in": lambda channels, c: nn.InstanceNorm2d(channels, c.norm_eps),
     "none": lambda channels, c: nn.Identity(),
 }
@@ -126,10 +127,15 @@ def time_embedding(t: Tensor, dim: int, freq_shift: int = 0) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _batch_norm(channels: int, eps: float) -> nn.Module:
-    norm = nn.BatchNorm2d(channels, eps)
-    norm.num_batches_tracked = None  # an integer that is not used, and could not be averaged
-    return norm
+class BatchNorm(nn.BatchNorm2d):
+    """Without the count of batches: an integer that is not used, and could not be averaged."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps)
+        self.num_batches_tracked = None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args)  # its own would add the count
 
 
 def zero(module: nn.Module) -> nn.Module:
