@@ -78,7 +78,7 @@ def make_job(
     diffusion = checkpoint.diffusion
     sampler = asked.sampler or defaults.sampler
     steps = min(defaults.steps, settings.max_steps) if asked.steps is None else asked.steps
-    eta = defaults.eta if asked.eta is None else asked.eta
+    eta = asked.eta if asked.eta is not None else defaults.eta if sampler == "ddim" else 0.0
     scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
     if steps > diffusion.num_timesteps:
         raise InvalidRequest(f"steps must not be more than {diffusion.num_timesteps}, not {steps}", param="steps")

@@ -115,10 +115,12 @@ class Engine:
                 self._publish()
 
     def _warm_up(self) -> None:
-        for _ in range(2):  # the first call pays for kernel selection and memory
+        seconds = []
+        for _ in range(4):  # the first pays for kernel selection and memory; the fastest was least disturbed by others
             started = time.monotonic()
             self._runner.warm_up(self._scheduler.max_rows)
-            self._expected_step = max(time.monotonic() - started, 1e-6)
+            seconds.append(time.monotonic() - started)
+        self._expected_step = max(min(seconds), 1e-6)
         self._rows_per_second = self._scheduler.max_rows / self._expected_step
         self._ready = True
         log.info("ready", extra={"rows_per_second": round(self._rows_per_second, 1)})
@@ -129,6 +131,7 @@ class Engine:
             self._count(batch)
             if batch:
                 self._start(batch)
+                self._publish()  # the noise that a client wants to see is not to wait for the step
                 self._step(batch)
             self._publish()
         self._count([])

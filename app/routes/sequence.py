@@ -92,6 +92,8 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
         "index": job.request.index,
         "n": job.request.n,
         "steps": len(job.request.plan),
+        "eta": job.eta,
+        "guidance_scale": job.guidance_scale,
         "frames": len(job.request.frame_steps),
         "view": job.request.view,
     }

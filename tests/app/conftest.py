@@ -29,7 +29,7 @@ GREY = UNetConfig(
     image_channels=1,
     image_size=(8, 12),
     base_channels=6,  # 2 groups of 3 in GroupNorm: with one channel a group it would undo the bias of time and class
-    channel_mults=(1, 2),
+    channel_mults=(1,),
     num_res_blocks=1,
     attention_levels=(),
     time_emb_dim=8,
@@ -119,6 +119,7 @@ def server(grey_checkpoint: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def faulty(grey_checkpoint: Path) -> Iterator[ServerProcess]:
-    """The same with a runner that fails as the seed says; see faulty_server.py."""
-    with ServerProcess("tests.app.faulty_server", "--checkpoint", str(grey_checkpoint)) as server:
+    """The same with a runner that fails as the seed says (see faulty_server.py), and a short queue."""
+    argv = ["--max-queue-rows", "40000"]
+    with ServerProcess("tests.app.faulty_server", "--checkpoint", str(grey_checkpoint), *argv) as server:
         yield server

@@ -14,7 +14,7 @@ from model import checkpoint
 
 RAISES, RAISES_ONCE, NOT_FINITE, SLOW = 9001, 9002, 9003, 9004  # seeds
 FAULTY_STEP = 3
-SLOW_STEP_S = 0.03
+SLOW_STEP_S = 0.02
 
 
 class FaultyRunner(Runner):

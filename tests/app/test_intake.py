@@ -1,12 +1,15 @@
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
+from app.engine.request import Frame
 from app.errors import InvalidClassLabel, InvalidRequest
 from app.intake import LARGEST_JSON_INTEGER, Job, class_index, frame_steps, headers, make_job
-from app.schemas import GenerateBody, SequenceQuery
+from app.schemas import Format, GenerateBody, SequenceQuery
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -107,6 +110,12 @@ def test_what_is_left_out_is_the_checkpoints_own_default(grey: Checkpoint) -> No
     assert job(grey, GenerateBody(), max_steps=4).request.plan.timesteps.size == 4  # but within this server's limits
 
 
+def test_a_default_eta_is_for_ddim_alone(grey: Checkpoint) -> None:
+    noisy = replace(grey, config=replace(grey.config, sampling=replace(grey.config.sampling, eta=0.5)))
+    assert job(noisy, GenerateBody()).eta == 0.5
+    assert job(noisy, GenerateBody(sampler="dpmpp_2m")).eta == 0
+
+
 def test_provenance_is_exact(grey: Checkpoint) -> None:
     eta, scale = 0.1234567890123456, 1 / 3
     made = job(grey, GenerateBody(eta=eta, guidance_scale=scale, class_label=1, index=4, n=2, seed=9))
@@ -131,6 +140,22 @@ def test_the_bytes_of_a_sequence_are_limited_not_only_its_parts(grey: Checkpoint
     with pytest.raises(InvalidRequest, match=f"10 frames of 4 images are {limit} bytes") as caught:
         job(grey, query, max_sequence_bytes=limit - 1)
     assert caught.value.param == "frames"
+
+
+@pytest.mark.parametrize(("format", "dropped"), [("sse", 4), ("multipart", 4), ("gif", 0), ("webp", 0)])
+def test_a_stream_keeps_the_newest_frame_for_a_slow_client_and_a_file_keeps_all(
+    grey: Checkpoint, format: Format, dropped: int
+) -> None:
+    drops = []
+
+    async def deliver() -> None:
+        query = SequenceQuery(frames=5, steps=10, format=format)
+        mailbox = make_job(query, grey, Settings(), lambda: drops.append(1)).request.mailbox
+        for step in range(5):
+            mailbox.deliver(Frame(step, np.zeros((1, 1, 8, 12), np.uint8)))
+
+    asyncio.run(deliver())
+    assert len(drops) == dropped
 
 
 def test_more_frames_than_steps_cost_only_the_steps(grey: Checkpoint) -> None:

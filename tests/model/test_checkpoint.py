@@ -85,7 +85,9 @@ def test_other_precisions_are_loaded_as_float32(
 
 def test_saving_replaces_the_old_file_and_leaves_nothing_else(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
     path.write_bytes(b"old")
-    save(path, tiny.state_dict(), config)
+    with path.open("rb") as reader:
+        save(path, tiny.state_dict(), config)
+        assert reader.read() == b"old"  # whoever reads the old file reads it to its end
     assert load(path).config == config
     assert list(path.parent.iterdir()) == [path]
 
@@ -98,7 +100,11 @@ def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing_else(
     with pytest.raises(RuntimeError):
         save(path, shared, config)
     assert path.read_bytes() == b"old"
-    assert list(path.parent.iterdir()) == [path]
+    folder = path.with_name("folder")
+    folder.mkdir()
+    with pytest.raises(OSError, match="folder"):
+        save(folder, tiny.state_dict(), config)
+    assert sorted(path.parent.iterdir()) == [folder, path]
 
 
 def test_checkpoints_are_found_by_bundled_name_and_by_path(
@@ -130,11 +136,11 @@ def test_every_bundled_checkpoint_loads() -> None:
 
 
 def assert_refused(path: Path, message: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()  # of this process: a busy machine does not matter
     with pytest.raises(CheckpointError, match=message) as caught:
         load(path)
     assert path.name in str(caught.value)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 class Evil:
@@ -186,7 +192,7 @@ def test_somebody_elses_safetensors_are_refused(path: Path, metadata: dict[str, 
         (lambda w: w.update({"out_conv.bias": torch.zeros(1, 1)}), r"'out_conv.bias' has shape \[1, 1\]"),
         (lambda w: w.update({"out_conv.bias": torch.tensor([torch.nan])}), "'out_conv.bias' .* not finite"),
         (lambda w: w.update({"out_conv.bias": torch.tensor([torch.inf])}), "'out_conv.bias' .* not finite"),
-        (lambda w: w.update({"out_conv.bias": torch.tensor([1e300]).double()}), "not finite"),
+        (lambda w: w.update({"out_conv.bias": torch.tensor([1e300], dtype=torch.float64)}), "not finite"),
         (lambda w: w.update({"out_conv.bias": torch.tensor([1])}), "torch.int64, not floating point"),
     ],
     ids=["missing", "surplus", "length", "rank", "nan", "infinite", "infinite in float32", "whole numbers"],
@@ -248,12 +254,18 @@ def test_a_dishonest_configuration_is_refused(
 
 @pytest.mark.parametrize(
     "metadata",
-    ["", "{", "[]", "null", "1" * 5000, "[" * 100_000, '{"format": "ddpm-serve/1"}', '{"format": "ddpm-serve/2"}'],
-    ids=["empty", "half", "list", "null", "long", "deep", "bare", "newer"],
+    ["", "{", "[]", "null", "1" * 5000, "[" * 100_000, '{"format": "ddpm-serve/1"}'],
+    ids=["empty", "half", "list", "null", "long", "deep", "bare"],
 )
 def test_metadata_that_is_no_configuration_is_refused(tiny: UNet, path: Path, metadata: str) -> None:
     save_file(tiny.state_dict(), path, metadata={"ddpm": metadata})
     assert_refused(path, "configuration that cannot be used")
+
+
+def test_a_newer_format_is_refused(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    newer = config.to_json().replace("ddpm-serve/1", "ddpm-serve/2")
+    save_file(tiny.state_dict(), path, metadata={"ddpm": newer})
+    assert_refused(path, "ddpm-serve/2")
 
 
 def test_a_configuration_is_checked_when_it_is_made(config: CheckpointConfig, tiny_config: UNetConfig) -> None:

@@ -67,7 +67,14 @@ def test_philox_gives_the_published_vectors(
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 5, 7), (1, 1, 1)])
 @pytest.mark.parametrize(
     ("seed", "index", "step"),
-    [(0, 0, 0), (1, 2, 3), (2**32, 0, 1), (2**53 - 1, 63, 1000), (2**64 - 1, 2**32 - 1, 2**32 - 1)],
+    [
+        (0, 0, 0),
+        (1, 2, 3),
+        (2**32, 0, 1),
+        (2**53 - 1, 63, 1000),
+        (2**64 - 1, 2**32 - 1, 2**32 - 1),
+        (19781057, 0, 0),  # its first word is 45: small enough for the ½ beside it to show
+    ],
 )
 def test_noise_is_box_muller_of_philox_in_c_h_w_order(seed: int, index: int, step: int, shape: tuple[int, ...]) -> None:
     noise = normal(seed, index, step, shape)

@@ -50,10 +50,11 @@ def test_a_fresh_network_says_zero(tiny_config: UNetConfig) -> None:
     assert not UNet(tiny_config)(x, t, torch.tensor([0, 1])).any()
 
 
-def test_a_fresh_block_is_its_shortcut(tiny_config: UNetConfig) -> None:
+def test_fresh_blocks_and_attention_change_nothing(tiny_config: UNetConfig) -> None:
     network = UNet(tiny_config)
     x, emb = torch.randn(2, 12, 8, 8), torch.randn(2, 16)
     assert torch.equal(network.downs[0](x, emb, torch.tensor([0, 1])), x)
+    assert torch.equal(Attention(12)(x), x)
 
 
 def test_the_output_depends_on_class_timestep_and_image(tiny: UNet) -> None:

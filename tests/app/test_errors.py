@@ -1,0 +1,251 @@
+"""Every row of the error table in design.md, and that no input, however odd, is the server's fault."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from app.errors import ServiceError
+from tests.app.conftest import HeldRunner, serving
+from tests.app.processes import metric, wait_for
+
+SEQUENCE = "/diffusion-sequence"
+LABEL = "invalid_class_label"
+JSON = {"Content-Type": "application/json"}
+
+
+def error(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """Checks the one shape of all errors, and returns what is in it."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    assert list(answer.json()) == ["error"]
+    detail: dict[str, Any] = answer.json()["error"]
+    assert list(detail) == ["type", "code", "message", "param"]
+    assert detail["code"] == code
+    assert detail["type"] == ("invalid_request_error" if status < 500 and status != 429 else "server_error")
+    assert detail["message"]
+    return detail
+
+
+def test_status_and_code_belong_to_the_class() -> None:
+    assert {kind.code: kind.status for kind in ServiceError.__subclasses__()} == {
+        "invalid_request": 422,
+        "invalid_class_label": 422,
+        "not_found": 404,
+        "method_not_allowed": 405,
+        "not_acceptable": 406,
+        "body_too_large": 413,
+        "overloaded": 429,
+        "not_ready": 503,
+        "deadline_exceeded": 504,
+        "step_failed": 500,
+        "cancelled": 499,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": None}, "n"),
+        ({"n": "1"}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 10**400}, "n"),
+        ({"class_label": True}, "class_label"),
+        ({"class_label": 1.0}, "class_label"),
+        ({"class_label": [1]}, "class_label"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"steps": 10**400}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 10**400}, "seed"),
+        ({"seed": False}, "seed"),
+        ({"index": -1}, "index"),
+        ({"index": 2**31}, "index"),
+        ({"columns": 0}, "columns"),
+        ({"eta": 1.1}, "eta"),
+        ({"eta": -0.1}, "eta"),
+        ({"eta": True}, "eta"),
+        ({"eta": 0.5, "sampler": "dpmpp_2m"}, "eta"),
+        ({"guidance_scale": 21}, "guidance_scale"),
+        ({"guidance_scale": "2"}, "guidance_scale"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"sampler": "../ddim"}, "sampler"),
+        ({"sampler": 3}, "sampler"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": 301}, "timeout_s"),
+        ({"timeout_s": -1}, "timeout_s"),
+        ({"unheard": 1}, "unheard"),
+        ({"model": "mnist"}, "model"),
+        ({"checkpoint": "/etc/passwd"}, "checkpoint"),
+    ],
+)
+def test_a_body_out_of_limits_is_refused_and_the_field_named(
+    client: TestClient, body: dict[str, Any], param: str
+) -> None:
+    detail = error(client.post("/generate", json=body), 422, "invalid_request")
+    assert detail["param"] == param
+    assert param in detail["message"]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("n=0", "n"),
+        ("n=65", "n"),
+        ("n=", "n"),
+        ("n=true", "n"),
+        ("n=1.5", "n"),
+        ("n=1" + "0" * 400, "n"),
+        ("n=1" + "0" * 5000, "n"),
+        ("frames=0", "frames"),
+        ("frames=101", "frames"),
+        ("frames=1" + "0" * 400, "frames"),
+        ("steps=1001", "steps"),
+        ("view=eps", "view"),
+        ("format=mp4", "format"),
+        ("seed=1e3", "seed"),
+        ("seed=18446744073709551616", "seed"),
+        ("eta=nan", "eta"),
+        ("guidance_scale=inf", "guidance_scale"),
+        ("timeout_s=inf", "timeout_s"),
+        ("sampler=", "sampler"),
+        ("unheard=1", "unheard"),
+        ("checkpoint=..%2f..%2fetc%2fpasswd", "checkpoint"),
+    ],
+)
+def test_a_query_out_of_limits_is_refused_and_the_field_named(client: TestClient, query: str, param: str) -> None:
+    assert error(client.get(f"{SEQUENCE}?{query}"), 422, "invalid_request")["param"] == param
+
+
+@pytest.mark.parametrize("label", [3, -1, "dog", "", "3", "\x00", "\ud800", 10**400, "x" * 60_000])
+def test_an_unknown_class_is_told_the_valid_ones(client: TestClient, label: int | str) -> None:
+    detail = error(client.post("/generate", content=json.dumps({"class_label": label}), headers=JSON), 422, LABEL)
+    assert detail["param"] == "class_label"
+    assert "plain, Käfer → 虫, 0" in detail["message"]
+    assert len(detail["message"]) < 250
+
+
+def test_a_class_for_an_unconditional_checkpoint_is_refused(colour_client: TestClient) -> None:
+    for label in (0, "0", "dog"):
+        error(colour_client.post("/generate", json={"class_label": label}), 422, LABEL)
+        error(colour_client.get(SEQUENCE, params={"class_label": label}), 422, LABEL)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"n": 1}{',
+        b"{'n': 1}",
+        b"null",
+        b"7",
+        b'"n"',
+        b"[]",
+        b'[{"n": 1}]',
+        b'{"eta": NaN}',
+        b'{"timeout_s": Infinity}',
+        b'{"timeout_s": -Infinity}',
+        b'{"guidance_scale": 1e999}',
+        b'{"n": 1' + b"0" * 5000 + b"}",
+        b'{"class_label": "\xff"}',
+        b'\xff\xfe{"n": 1}',
+        b'{"\\ud800": 1}',
+        b'{"n\x00": 1}',
+        b"[" * 30_000,
+        b'{"n":' * 10_000 + b"1" + b"}" * 10_000,
+        b"\x00" * 100,
+        b"<n>1</n>",
+    ],
+)
+def test_a_malformed_body_is_the_clients_fault(client: TestClient, body: bytes) -> None:
+    error(client.post("/generate", content=body, headers=JSON), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
+)
+def test_a_body_must_be_declared_json(client: TestClient, content_type: str | None) -> None:
+    declared = {} if content_type is None else {"Content-Type": content_type}
+    error(client.post("/generate", content=b'{"n": 1}', headers=declared), 422, "invalid_request")
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/generate/7", "/models/mnist", "/static/../app/main.py", "/%2e%2e/etc"])
+def test_an_unknown_path_is_404(client: TestClient, path: str) -> None:
+    error(client.get(path), 404, "not_found")
+
+
+def test_a_wrong_method_is_405_and_told_the_right_one(client: TestClient) -> None:
+    answer = client.get("/generate")
+    error(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/jpeg", "image/png;q=0"])
+def test_no_acceptable_format_is_406(client: TestClient, accept: str) -> None:
+    detail = error(client.post("/generate", json={}, headers={"Accept": accept}), 406, "not_acceptable")
+    assert "image/png, application/json, application/zip" in detail["message"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_more_than_the_limit_is_413(client: TestClient, chunked: bool) -> None:
+    def chunks(size: int) -> Iterator[bytes]:
+        yield b'{"n": 1}'
+        yield b" " * (size - 8)
+
+    def send(size: int) -> httpx.Response:
+        content = chunks(size) if chunked else b"".join(chunks(size))
+        return client.post("/generate", content=content, headers=JSON)
+
+    assert send(65_536).status_code == 200
+    error(send(65_537), 413, "body_too_large")
+
+
+def busy(client: TestClient, **body: Any) -> threading.Thread:
+    """A request that is being worked on."""
+    thread = threading.Thread(target=lambda: client.post("/generate", json=body))
+    thread.start()
+    wait_for(lambda: metric(client.get("/metrics").text, "ddpm_rows_running") > 0, "work")
+    return thread
+
+
+def test_a_full_queue_is_429_and_an_empty_one_takes_anything(held: HeldRunner, grey_checkpoint: Path) -> None:
+    with serving(grey_checkpoint, held, max_queue_rows=100) as client:
+        thread = busy(client, n=2, steps=50)
+        for answer in (
+            client.post("/generate", json={"n": 64, "steps": 1000}),
+            client.get(SEQUENCE, params={"n": 64, "steps": 1000, "frames": 2}),
+        ):
+            detail = error(answer, 429, "overloaded")
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            assert answer.headers["retry-after"] in detail["message"]
+        held.released.set()
+        thread.join()
+        assert client.post("/generate", json={"n": 16, "steps": 7}).status_code == 200  # 112 rows
+
+
+def test_a_time_out_that_cannot_be_kept_is_504_at_once(client: TestClient) -> None:
+    steps = metric(client.get("/metrics").text, "ddpm_image_steps_total")
+    answer = client.post("/generate", json={"n": 64, "steps": 1000, "timeout_s": 0.001})
+    assert "this would take about" in error(answer, 504, "deadline_exceeded")["message"]
+    assert metric(client.get("/metrics").text, "ddpm_image_steps_total") == steps
+
+
+def test_a_time_out_that_passes_is_504_and_frees_the_place(held: HeldRunner, grey_checkpoint: Path) -> None:
+    with serving(grey_checkpoint, held) as client:
+        answer = client.post("/generate", json={"steps": 60, "timeout_s": 0.6})
+        assert "passed" in error(answer, 504, "deadline_exceeded")["message"]
+        text = client.get("/metrics").text
+        assert metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting") == 0
+        assert 0 < metric(text, "ddpm_wasted_image_steps_total") < 60

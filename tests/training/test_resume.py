@@ -1,0 +1,168 @@
+"""A run that stops, is stopped or is killed goes on as if nothing had happened."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from training import train as module
+from training.config import TrainConfig
+from training.train import learning_rate, main, train
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+Options = dict[str, Any]
+ReadLog = Callable[[Path], list[dict[str, Any]]]
+SameRun = Callable[[Path, Path, int], None]
+
+EVERY_DRAW = {"dropout": 0.2, "flip": True, "label_dropout": 0.3, "warmup": 3, "grad_clip": 1.0, "ema_decay": 0.9}
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Equal to the bit, through dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture
+def assert_same_run(read_log: ReadLog) -> SameRun:
+    """Weights, EMA, optimiser, best and log are equal, and so are the checkpoints to the byte."""
+
+    def compare(a: Path, b: Path, iteration: int) -> None:
+        states = [torch.load(run / f"state-{iteration:07d}.pt", weights_only=True) for run in (a, b)]
+        assert states[0].keys() == {"network", "ema", "optimizer", "iteration", "best"}
+        assert_equal(*states)
+        for name in (f"checkpoint-{iteration:07d}.safetensors", "best.safetensors", f"samples-{iteration:07d}.png"):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+        assert read_log(a) == read_log(b)
+
+    return compare
+
+
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(assert_same_run: SameRun, tiny_options: Options) -> None:
+    options = tiny_options | EVERY_DRAW
+    unbroken = train(TrainConfig(**options))
+    half = TrainConfig(**options | {"run_name": "halves", "iterations": 4})
+    train(half)
+    resumed = train(replace(half, iterations=8), resume=True)
+    command = checkpoint.load(resumed / "best.safetensors").config.provenance["command"]
+    assert command == TrainConfig(**options).command()
+    assert_same_run(unbroken, resumed, 8)
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(assert_same_run: SameRun, tiny_options: Options) -> None:
+    config = TrainConfig(**tiny_options | EVERY_DRAW | {"lr_schedule": "cosine", "checkpoint_rate": 3, "log_rate": 3})
+    run = train(config)
+    killed = run.with_name("killed")
+    shutil.copytree(run, killed)
+    for path in killed.glob("*0000008*"):
+        path.unlink()
+    for path in killed.glob("*-0000006*"):
+        path.unlink()  # so that the log knows later iterations than the state does
+    (killed / "best.safetensors").unlink()
+    shutil.copyfile(killed / "checkpoint-0000003.safetensors", killed / "best.safetensors")
+    train(replace(config, run_name="killed"), resume=True)
+    assert_same_run(run, killed, 8)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    assert_same_run: SameRun, tiny_options: Options
+) -> None:
+    config = TrainConfig(**tiny_options)
+    run = train(config)
+    killed = TrainConfig(**tiny_options | {"run_name": "killed"})
+    killed.run_dir.mkdir()
+    shutil.copyfile(run / "config.json", killed.run_dir / "config.json")
+    assert_same_run(run, train(killed, resume=True), 8)
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(TrainConfig(**tiny_options))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert main(["--resume", str(run)]) == 0
+    after = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] in ([], ["config.json"])
+    assert "Done" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(
+    command_line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.data, "load", interrupt)
+    assert main(command_line) == 130
+    assert capsys.readouterr().err == "training.train: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_leaves_the_handlers_as_they_were(
+    read_log: ReadLog, number: signal.Signals, tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate(config: TrainConfig, iteration: int) -> float:
+        if iteration == 4:
+            os.kill(os.getpid(), number)
+        return learning_rate(config, iteration)
+
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(module, "learning_rate", rate)
+    run = train(TrainConfig(**tiny_options))
+    assert (run / "checkpoint-0000005.safetensors").exists()
+    assert read_log(run)[-1]["iteration"] == 5
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_ctrl_c_ends_at_once(
+    command_line: list[str], tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*_: object) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 0.0
+
+    monkeypatch.setattr(module, "learning_rate", twice)
+    assert main(command_line) == 130
+    assert not list(TrainConfig(**tiny_options).run_dir.glob("checkpoint-*"))
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(
+    read_log: ReadLog, command_line: list[str], tiny_options: Options, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run = TrainConfig(**tiny_options).run_dir
+    process = start("training.train", *command_line, "--iterations", "1000000", "--checkpoint_rate", "1000000")
+    deadline = time.monotonic() + 300
+    while not (run / "log.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # for the bar to be drawn
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert re.search(r"\[\d\d:\d\d<[\d:]+, .*(it/s|s/it), loss \d", err)  # time gone, time left, rate
+    (path,) = run.glob("checkpoint-*.safetensors")
+    iteration = checkpoint.load(path).config.provenance["iterations"]
+    assert f"Stopped at iteration {iteration}; go on with: python -m training.train --resume {run}" in out
+    assert main(["--resume", str(run), "--iterations", str(iteration + 3)]) == 0
+    assert read_log(run)[-1]["iteration"] == iteration + 3

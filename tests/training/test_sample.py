@@ -1,0 +1,182 @@
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model import checkpoint
+from model.images import to_uint8
+from model.samplers import make_plan, sample
+from model.unet import UNetConfig
+from training.sample import main
+
+SaveCheckpoint = Callable[..., str]
+
+
+def images(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+@pytest.fixture
+def sampled(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> Callable[..., dict[str, np.ndarray]]:
+    """Samples the tiny checkpoint into tmp_path/`folder`."""
+    path = save_checkpoint()
+
+    def run(words: str, folder: str = "out") -> dict[str, np.ndarray]:
+        options = ["--checkpoint", path, "--save_dir", str(tmp_path / folder), "--device", "cpu"]
+        assert main([*options, *words.split()]) == 0
+        return images(tmp_path / folder)
+
+    return run
+
+
+def largest_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> int:
+    assert a.keys() == b.keys()
+    return max(int(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+def test_images_are_balanced_and_none_is_dropped(sampled: Callable[..., dict[str, np.ndarray]]) -> None:
+    names = sampled("--num_images 11 --batch_size 4").keys()
+    assert sorted(names) == sorted([f"{k}-{i}.png" for k in range(3) for i in range(4) if (k, i) != (2, 3)])
+
+
+def test_an_image_is_the_same_at_any_batch_size(sampled: Callable[..., dict[str, np.ndarray]]) -> None:
+    one_by_one = sampled("--num_images 7 --batch_size 1", "a")
+    at_once = sampled("--num_images 7 --batch_size 64", "b")
+    assert largest_difference(one_by_one, at_once) <= 1
+    assert len({image.tobytes() for image in at_once.values()}) == 7
+
+
+def test_an_image_is_the_same_among_more_and_with_its_class_alone(
+    sampled: Callable[..., dict[str, np.ndarray]],
+) -> None:
+    all_classes = sampled("--num_images 9", "a")
+    more = sampled("--num_images 12", "b")
+    dogs = sampled("--num_images 3 --class_label dog", "c")
+    assert largest_difference(all_classes, {name: more[name] for name in all_classes}) <= 1
+    assert largest_difference(dogs, {name: all_classes[name] for name in ("1-0.png", "1-1.png", "1-2.png")}) <= 1
+
+
+def test_an_image_is_that_of_the_naive_sampler(
+    sampled: Callable[..., dict[str, np.ndarray]], save_checkpoint: SaveCheckpoint
+) -> None:
+    found = sampled("--num_images 9 --seed 5 --sampler ddim --eta 0.7 --steps 3 --guidance_scale 2")["2-1.png"]
+    loaded = checkpoint.load(save_checkpoint())
+    plan = make_plan(loaded.diffusion, "ddim", 3, eta=0.7, guidance_scale=2.0)
+    x = sample(loaded.network, plan, (1, 8, 8), seeds=[5], indices=[5], classes=[2], null_class=3)
+    assert np.abs(found - to_uint8(x)[0, 0].numpy().astype(int)).max() <= 1
+
+
+def test_a_class_by_index_is_the_class_by_name(sampled: Callable[..., dict[str, np.ndarray]]) -> None:
+    by_name, by_index = (
+        sampled("--num_images 2 --class_label emu", "a"),
+        sampled("--num_images 2 --class_label 2", "b"),
+    )
+    assert list(by_name) == ["2-0.png", "2-1.png"]
+    assert largest_difference(by_name, by_index) == 0
+
+
+def test_defaults_are_the_checkpoints(sampled: Callable[..., dict[str, np.ndarray]]) -> None:
+    default = sampled("--num_images 3", "a")
+    same = sampled("--num_images 3 --sampler ddim --steps 2 --eta 0.5 --guidance_scale 1 --seed 0", "b")
+    other = sampled("--num_images 3 --eta 0.4", "c")
+    assert largest_difference(default, same) == 0
+    assert largest_difference(default, other) > 1
+
+
+def test_another_seed_gives_other_images(sampled: Callable[..., dict[str, np.ndarray]]) -> None:
+    assert largest_difference(sampled("--num_images 1", "a"), sampled("--num_images 1 --seed 1", "b")) > 1
+
+
+def test_a_second_time_only_what_is_missing_is_made(
+    sampled: Callable[..., dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    first = sampled("--num_images 5")
+    (tmp_path / "out" / "0-1.png").unlink()
+    kept = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in first if name != "0-1.png"}
+    second = sampled("--num_images 6 --batch_size 2")
+    assert len(second) == 6
+    assert largest_difference(first, {name: second[name] for name in first}) <= 1
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_an_unconditional_checkpoint_gives_numbered_images_in_colour(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    path = save_checkpoint(UNetConfig(3, (8, 12), 12, (1,), 1, (), 16))
+    assert main(["--checkpoint", path, "--save_dir", str(tmp_path / "a" / "b"), "--num_images", "3"]) == 0
+    found = images(tmp_path / "a" / "b")
+    assert {name: image.shape for name, image in found.items()} == {f"{i}.png": (8, 12, 3) for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--class_label cow", "one of 0 (cat), 1 (dog), 2 (emu), not 'cow'"),
+        ("--class_label 3", "one of 0 (cat), 1 (dog), 2 (emu), not '3'"),
+        ("--class_label -1", "one of 0 (cat)"),
+        ("--steps 1001", "steps must be between 1 and 1000"),
+        ("--sampler ddpm --eta 0.5", "--eta belongs to --sampler ddim"),
+        ("--eta 2", "eta must be between 0 and 1"),
+        ("--device cuda:99", "--device cuda:99"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_a_sentence(
+    words: str, message: str, save_checkpoint: SaveCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--checkpoint", save_checkpoint(), "--save_dir", str(tmp_path / "out"), "--num_images", "1"]
+    assert main([*options, *words.replace("--class_label ", "--class_label=").split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unconditional_checkpoint_takes_neither_a_class_nor_guidance(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--checkpoint", save_checkpoint(UNetConfig(1, (8, 8), 12, (1,), 1, (), 16)), "--save_dir", str(tmp_path)]
+    assert main([*options, "--class_label", "0"]) == 2
+    assert "unconditional" in capsys.readouterr().err
+    assert main([*options, "--guidance_scale", "2"]) == 2
+    assert "no null class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--num_images 0", "--batch_size 0", "--seed -1", "--sampler euler"])
+def test_numbers_out_of_range_end_the_command_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "x", "--save_dir", "y", *words.split()])
+    assert words.split()[0] in capsys.readouterr().err
+
+
+def test_a_folder_with_other_images_is_left_alone(
+    sampled: Callable[..., dict[str, np.ndarray]],
+    save_checkpoint: SaveCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sampled("--num_images 3")
+    options = ["--checkpoint", save_checkpoint(), "--num_images", "3", "--save_dir"]
+    assert main([*options, str(tmp_path / "out"), "--seed", "1"]) == 2
+    assert "choose another --save_dir" in capsys.readouterr().err
+    assert largest_difference(images(tmp_path / "out"), before) == 0
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (3, 3)).save(tmp_path / "photos" / "0-0.png")
+    assert main([*options, str(tmp_path / "photos")]) == 2
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["0-0.png"]
+
+
+def test_a_checkpoint_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", "no-such", "--save_dir", str(tmp_path)]) == 2
+    assert "no checkpoint 'no-such'" in capsys.readouterr().err
+
+
+def test_the_command_shows_rate_and_time_left(
+    save_checkpoint: SaveCheckpoint, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    words = f"--checkpoint {save_checkpoint()} --save_dir {tmp_path}/out --num_images 7 --batch_size 2 --device cpu"
+    out, err = (process := start("training.sample", *words.split())).communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert re.search(r"7/7 \[\d\d:\d\d<00:00, .*(image/s|s/image)\]", err)  # time gone, time left, rate
+    assert out == f"7 images in {tmp_path}/out\n"

@@ -1,0 +1,246 @@
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model import checkpoint
+from model.diffusion import DiffusionConfig, GaussianDiffusion
+from training import train as module
+from training.config import TrainConfig
+from training.data import Images
+from training.train import batch, git_revision, learning_rate, main, train, validation_loss
+
+pytestmark = pytest.mark.usefixtures("quick")
+ROOT = Path(__file__).parents[2]
+
+Options = dict[str, Any]
+ReadLog = Callable[[Path], list[dict[str, Any]]]
+
+
+def test_the_loss_falls_on_toy_images(read_log: ReadLog, tiny_options: Options) -> None:
+    options = {"iterations": 60, "learning_rate": 5e-3, "log_rate": 10, "checkpoint_rate": 30, "ema_decay": 0.9}
+    lines = read_log(train(TrainConfig(**tiny_options | options)))
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert losses[0] > 0.2
+    assert losses[-1] < 0.3 * losses[0]
+    assert validation[-1] < 0.7 * validation[0]
+
+
+def test_every_line_of_the_log_is_json_and_finite(tiny_options: Options) -> None:
+    run = train(TrainConfig(**tiny_options | {"iterations": 9}))
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "train_loss" in line]
+    validated = [line for line in lines if "validation_loss" in line]
+    assert [line["iteration"] for line in trained] == [2, 4, 6, 8, 9]
+    assert [line["iteration"] for line in validated] == [4, 8, 9]
+    assert all(line["images_per_second"] > 0 for line in trained)
+    for line in validated:
+        assert len(line["validation_loss_by_t_quartile"]) == 4
+        assert line["validation_loss"] == pytest.approx(sum(line["validation_loss_by_t_quartile"]) / 4)
+
+
+def test_a_checkpoint_knows_what_it_is(read_log: ReadLog, tiny_options: Options) -> None:
+    options = {"label_dropout": 0.1, "schedule": "cosine", "sampler": "ddim", "guidance_scale": 1.5, "keep": 1}
+    config = TrainConfig(**tiny_options | options)
+    run = train(config)
+    assert len(list(run.glob("checkpoint-*"))) == len(list(run.glob("state-*"))) == 1
+    loaded = checkpoint.load(run / "checkpoint-0000008.safetensors")
+    assert loaded.config.class_names == ("cat", "dog")
+    assert (loaded.config.unet.image_shape, loaded.config.unet.null_class) == ((1, 8, 12), True)
+    assert loaded.config.diffusion.schedule == "cosine"
+    assert (loaded.config.sampling.sampler, loaded.config.sampling.steps) == ("ddim", 2)
+    assert loaded.config.sampling.guidance_scale == 1.5
+    provenance = loaded.config.provenance
+    assert (provenance["dataset"], provenance["iterations"], provenance["images_seen"]) == ("pictures", 8, 64)
+    assert provenance["command"].startswith("python -m training.train --dataset ")
+    assert provenance["metrics"]["train_loss"] == read_log(run)[-2]["train_loss"]
+    assert provenance["metrics"]["validation_loss"] == read_log(run)[-1]["validation_loss"]
+
+
+def test_a_checkpoint_holds_the_average_and_the_state_the_weights(tiny_options: Options) -> None:
+    run = train(TrainConfig(**tiny_options))
+    state = torch.load(run / "state-0000008.pt", weights_only=True)
+    served = checkpoint.load(run / "checkpoint-0000008.safetensors").network.state_dict()
+    for name, average in state["ema"]["weights"].items():
+        assert torch.equal(served[name], average), name
+    assert not torch.equal(served["out_conv.bias"], state["network"]["out_conv.bias"])
+
+
+def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.5, 0.3, 0.4, 0.35, 0.32, 0.2])  # at 3, 6, 8; 9, 10; 11
+    monkeypatch.setattr(module, "validation_loss", lambda *_: [next(losses)] * 4)
+    config = TrainConfig(**tiny_options | {"checkpoint_rate": 3})
+
+    def best(iterations: int) -> int:
+        run = train(replace(config, iterations=iterations), resume=iterations > 8)
+        return checkpoint.load(run / "best.safetensors").config.provenance["iterations"]
+
+    assert best(8) == 6
+    assert best(10) == 6  # a resumed run knows it
+    assert best(11) == 11
+
+
+@pytest.mark.parametrize(("use_labels", "size"), [(True, (96, 16)), (False, (96, 64))])
+def test_grids_show_a_row_a_class_or_a_square(use_labels: bool, size: tuple[int, int], tiny_options: Options) -> None:
+    run = train(TrainConfig(**tiny_options | {"use_labels": use_labels}))
+    names = sorted(path.name for path in run.glob("samples-*"))
+    assert names == ["samples-0000004.png", "samples-0000008.png"]
+    with Image.open(run / names[-1]) as picture:
+        assert picture.size == size
+
+
+def test_each_step_sees_mirrored_and_unlabelled_images_when_asked(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(tiny_options["dataset"])
+    for path in folder.glob("*/*.png"):
+        pixels = np.zeros((8, 12), np.uint8)
+        pixels[:, 0] = 255  # bright at the left
+        Image.fromarray(pixels).save(path)
+    seen: list[tuple[Tensor, Tensor]] = []
+    loss = GaussianDiffusion.loss
+
+    def spy(self: GaussianDiffusion, network: Any, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append((x0, y))
+        return loss(self, network, x0, y, t, noise)
+
+    monkeypatch.setattr(GaussianDiffusion, "loss", spy)
+
+    def shares(**options: Any) -> tuple[float, float]:
+        seen.clear()
+        train(TrainConfig(**tiny_options | {"iterations": 10, "run_name": str(options), **options}))
+        x0, y = (torch.cat(part) for part in zip(*seen, strict=True))
+        return float((x0[:, 0, 0, -1] == 1).float().mean()), float((y == 2).float().mean())
+
+    assert shares() == (0.0, 0.0)
+    mirrored, unlabelled = shares(flip=True, label_dropout=0.25)
+    assert 0.35 < mirrored < 0.65
+    assert 0.1 < unlabelled < 0.4
+
+
+def many(count: int = 100) -> Images:
+    """Image i is of shade i; the first half is of class 0, the second of class 1."""
+    images = torch.arange(count, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    return Images(images, (torch.arange(count) >= count // 2).long(), ("a", "b"), "many")
+
+
+def test_an_epoch_shows_every_image_once_in_its_own_order() -> None:
+    config = TrainConfig(batch_size=20, use_labels=True)
+
+    def epoch(number: int) -> list[int]:
+        shown = []
+        for i in range(5):
+            x0, y = batch(many(), 5 * number + i, config)
+            shades = ((x0[:, 0, 0, 0] + 1) * 127.5).round().long()
+            assert y is not None
+            assert torch.equal(y, (shades >= 50).long())
+            shown += shades.tolist()
+        return shown
+
+    first, second = epoch(0), epoch(1)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+    assert epoch(0) == first
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    config = TrainConfig(learning_rate=1e-3, warmup=10, iterations=100, lr_schedule="cosine")
+    rates = [learning_rate(config, i) for i in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9]
+    assert rates[50] == pytest.approx(5e-4)
+    assert 0 < rates[99] < 1e-6
+    assert learning_rate(replace(config, warmup=0, lr_schedule="constant"), 99) == 1e-3
+
+
+class Listener(torch.nn.Module):
+    """Answers zero, and remembers what it was asked."""
+
+    class config:
+        num_classes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes: list[int] = []
+        self.t: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.classes += y.tolist()
+        self.t += t.tolist()
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("count", [100, 6])
+def test_validation_is_always_the_same_over_all_classes_and_all_t(count: int) -> None:
+    network, diffusion = Listener(), GaussianDiffusion(DiffusionConfig())
+    config = TrainConfig(use_labels=True)
+    first = validation_loss(network, diffusion, many(count), config)
+    torch.manual_seed(1)
+    assert validation_loss(network, diffusion, many(count), config) == first
+    assert first == pytest.approx([1.0] * 4, abs=0.2)  # the mean square of eps
+    assert network.classes.count(0) == network.classes.count(1) == 64
+    assert [np.histogram(network.t, 4, (0, 1000))[0].tolist()] == [[32] * 4]
+
+
+@pytest.mark.parametrize("log_rate", ["1", "100"])  # found by the log; found by the last checkpoint
+def test_weights_that_are_no_numbers_are_not_saved(
+    log_rate: str,
+    command_line: list[str],
+    tiny_options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, "learning_rate", lambda _, iteration: math.inf if iteration == 5 else 1e-3)
+    assert main([*command_line, "--log_rate", log_rate]) == 2
+    assert "training.train: the loss is nan at iteration " in capsys.readouterr().err
+    run = TrainConfig(**tiny_options).run_dir
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-0000004.safetensors"]
+    checkpoint.load(run / "best.safetensors")
+    assert "NaN" not in (run / "log.jsonl").read_text()
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which the command ends."""
+    capsys.readouterr()
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("training.train: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_what_cannot_be_trained_is_refused_with_a_sentence_and_leaves_no_run(
+    command_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no folder './nowhere'" in refusal([*command_line, "--dataset", "./nowhere"], capsys)
+    assert "only 29 images" in refusal([*command_line, "--batch_size", "30"], capsys)
+    assert "--device cuda:99" in refusal([*command_line, "--device", "cuda:99"], capsys)
+    Image.new("L", (12, 8)).save(tmp_path / "pictures" / "outside.png")
+    assert "the class of every image" in refusal(command_line, capsys)
+    (tmp_path / "pictures" / "outside.png").unlink()
+    assert main(command_line) == 0
+    assert "holds a run already" in refusal(command_line, capsys)
+    (tmp_path / "pictures" / "emu").mkdir()
+    shutil.copyfile(tmp_path / "pictures" / "cat" / "000.png", tmp_path / "pictures" / "emu" / "000.png")
+    assert "other classes or channels" in refusal(["--resume", str(tmp_path / "runs" / "run")], capsys)
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_the_revision_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", git_revision() or "")
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() is None

@@ -1,0 +1,149 @@
+"""python -m training.sample: checkpoint → a folder of PNGs, {label}-{i}.png, balanced over the classes.
+
+Image i of class k has the Philox index i·(number of classes) + k, so a name and a seed stand for one image: the same
+in any batch, beside any others, as many as are asked for. The noise is equal to the bit; the network's sums are equal
+to about 1e-6 in fp32 at different batch sizes, so a pixel may differ by one level where it was about to be rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from model import checkpoint
+from model.checkpoint import Checkpoint, CheckpointConfig
+from model.images import to_uint8
+from model.samplers import SAMPLERS, Plan, make_plan, sample
+from training.config import torch_device
+
+Item = tuple[str, int, int | None]
+"""File name, Philox index, class."""
+
+
+def items(config: CheckpointConfig, num_images: int, label: int | None = None) -> list[Item]:
+    """What to make: `num_images` of one class, of all in turn, or of an unconditional network ({i}.png)."""
+    classes = config.unet.num_classes
+    if classes is None:
+        return [(f"{i}.png", i, None) for i in range(num_images)]
+    if label is not None:
+        return [(f"{label}-{i}.png", i * classes + label, label) for i in range(num_images)]
+    return [(f"{index % classes}-{index // classes}.png", index, index % classes) for index in range(num_images)]
+
+
+def class_index(config: CheckpointConfig, label: str) -> int:
+    """The class of this name or index; a name wins. Raises ValueError that lists the valid ones."""
+    names = config.class_names
+    if not names:
+        raise ValueError("the checkpoint is unconditional: it takes no --class_label")
+    if label in names:
+        return names.index(label)
+    if label.isdecimal() and int(label) < len(names):
+        return int(label)
+    valid = ", ".join(f"{i} ({name})" for i, name in enumerate(names[:20])) + (", …" if len(names) > 20 else "")
+    raise ValueError(f"--class_label must be one of {valid}, not {label!r}")
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes `folder` that of images with these settings. Raises FileExistsError where it has other images."""
+    record = folder / "sampling.json"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise FileExistsError(f"{folder} has images with other settings (sampling.json): choose another --save_dir")
+    if not record.exists() and any(folder.glob("*.png")):
+        raise FileExistsError(f"{folder} has other images in it: choose another --save_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=2))
+
+
+def write(source: Checkpoint, plan: Plan, todo: list[Item], folder: Path, seed: int, batch_size: int) -> None:
+    """Makes the images of `todo` that `folder` does not have yet."""
+    missing = [item for item in todo if not (folder / item[0]).exists()]
+    unet = source.config.unet
+    with tqdm(total=len(todo), initial=len(todo) - len(missing), unit="image", dynamic_ncols=True) as bar:
+        for start in range(0, len(missing), batch_size):
+            names, indices, classes = zip(*missing[start : start + batch_size], strict=True)
+            x = sample(
+                source.network,
+                plan,
+                unet.image_shape,
+                seeds=[seed] * len(indices),
+                indices=indices,
+                classes=None if unet.num_classes is None else classes,
+                null_class=unet.num_classes if unet.null_class else None,
+                device=next(source.network.parameters()).device,
+            )
+            for name, image in zip(names, to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                part = folder / f"{name}.part"  # so that an image is there whole or not at all
+                Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(part, format="png")
+                os.replace(part, folder / name)
+            bar.update(len(names))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.sample",
+        description="Write images of a checkpoint, and their settings as sampling.json. What is there already is kept.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="NAME_OR_FILE", help="a bundled one by name, such as mnist, or a file")
+    add("--save_dir", required=True, metavar="DIR", help="is made if need be")
+    add("--num_images", type=int, default=10_000, metavar="N", help="in all (default: 10000)")
+    add("--class_label", metavar="CLASS", help="name or index of the only class (default: all of them in turn)")
+    add("--batch_size", type=int, default=64, metavar="N", help="images at once (default: 64)")
+    add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    add("--sampler", choices=list(SAMPLERS), help="(default: the checkpoint's)")
+    add("--steps", type=int, metavar="N", help="(default: the checkpoint's)")
+    add("--eta", type=float, metavar="X", help="noise of ddim, 0 to 1 (default: the checkpoint's)")
+    add("--guidance_scale", type=float, metavar="X", help="towards the class, 1 for none (default: the checkpoint's)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
+    args = parser.parse_args(argv)
+    for name in ("num_images", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed must be at least 0 and below 2^64, not {args.seed}")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    source = checkpoint.load(args.checkpoint, torch_device(args.device))
+    defaults = source.config.sampling
+    sampler = args.sampler or defaults.sampler
+    steps = defaults.steps if args.steps is None else args.steps
+    eta = defaults.eta if args.eta is None else args.eta
+    guidance_scale = defaults.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    if args.eta and sampler != "ddim":
+        raise ValueError(f"--eta belongs to --sampler ddim, and does nothing for {sampler}")
+    if guidance_scale != 1 and not source.config.unet.null_class:
+        raise ValueError("--guidance_scale must be 1: the checkpoint has no null class to guide away from")
+    label = None if args.class_label is None else class_index(source.config, args.class_label)
+    plan = make_plan(source.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
+    folder = Path(args.save_dir).expanduser()
+    settings = {"checkpoint": source.sha256, "seed": args.seed, "sampler": sampler, "steps": steps}
+    claim(folder, settings | {"eta": eta, "guidance_scale": guidance_scale})
+    write(source, plan, items(source.config, args.num_images, label), folder, args.seed, args.batch_size)
+    print(f"{args.num_images} images in {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"training.sample: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("training.sample: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
