@@ -47,6 +47,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if len(self.class_names) != (self.unet.num_classes or 0):
             raise ValueError(f"{len(self.class_names)} class names for {self.unet.num_classes or 0} classes")
+        if self.unet.learned_variance != (self.diffusion.variance == "learned_range"):
+            raise ValueError("variance learned_range and a network with learned_variance belong together")
         # What a request gets that says nothing must be possible: ValueError where it is not.
         make_plan(GaussianDiffusion(self.diffusion), **asdict(self.sampling))
         if self.sampling.guidance_scale != 1 and not self.unet.null_class:

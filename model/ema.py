@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, kept outside the network and the optimiser."""
+"""Exponential moving averages of the weights, kept outside the network and the optimiser."""
 
 from __future__ import annotations
 
@@ -9,38 +9,60 @@ from torch import Tensor, nn
 
 
 class EMAState(TypedDict):
-    """What a resumed run needs."""
+    """What a resumed run needs: one average for each decay, by its `repr`."""
 
-    weights: dict[str, Tensor]
+    averages: dict[str, dict[str, Tensor]]
     updates: int
 
 
 class EMA:
-    """θ̄ ← d·θ̄ + (1 - d)·θ with d = min(decay, (1 + k)/(10 + k)) at the k-th update.
+    """θ̄ ← d·θ̄ + (1 - d)·θ with d = min(decay, (1 + k)/(10 + k)) at the k-th update, for each of several decays.
 
     The warm-up is TensorFlow's `ExponentialMovingAverage(num_updates)`, as in Ho et al.'s code: early
     averages follow the network instead of remembering its random start. It is float32, and updated in place.
+    Buffers (a batch norm's statistics, averages themselves) are copied. `averages` maps each decay to a state dict;
+    `weights` is that of the first. Raises ValueError for no decay, one twice, or one outside [0, 1).
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and below 1, not {decay}")
-        self.decay, self.updates = decay, 0
+    def __init__(self, network: nn.Module, *decays: float) -> None:
+        if not decays or len(set(decays)) < len(decays):
+            raise ValueError(f"ema_decay must be one number or several different ones, not {decays}")
+        for decay in decays:
+            if not 0 <= decay < 1:
+                raise ValueError(f"ema_decay must be at least 0 and below 1, not {decay}")
+        self.updates = 0
         self._source = dict(network.state_dict(keep_vars=True))
-        self.weights = {name: p.detach().float().clone() for name, p in self._source.items()}
+        self._averaged = [name for name, tensor in self._source.items() if isinstance(tensor, nn.Parameter)]
+        self._copied = [name for name in self._source if name not in set(self._averaged)]
+        self.averages = {
+            decay: {name: tensor.detach().float().clone() for name, tensor in self._source.items()} for decay in decays
+        }
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The average of the first decay."""
+        return next(iter(self.averages.values()))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the average towards the network's present weights."""
+        """Moves the averages towards the network's present weights."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        sources = [p.detach().float() for p in self._source.values()]
-        torch._foreach_lerp_(list(self.weights.values()), sources, 1 - decay)
+        sources = [self._source[name].detach().float() for name in self._averaged]
+        for decay, average in self.averages.items():
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_([average[name] for name in self._averaged], sources, 1 - decay)
+            for name in self._copied:
+                average[name].copy_(self._source[name])
 
     def state_dict(self) -> EMAState:
-        return {"weights": self.weights, "updates": self.updates}
+        averages = {repr(decay): average for decay, average in self.averages.items()}
+        return {"averages": averages, "updates": self.updates}
 
     def load_state_dict(self, state: EMAState) -> None:
-        for name, average in self.weights.items():
-            average.copy_(state["weights"][name])
+        """Raises ValueError where the state is of other decays."""
+        if state["averages"].keys() != {repr(decay) for decay in self.averages}:
+            raise ValueError(f"averages of {', '.join(state['averages'])}, where this run has {list(self.averages)}")
+        for decay, average in self.averages.items():
+            for name, tensor in average.items():
+                tensor.copy_(state["averages"][repr(decay)][name])
         self.updates = state["updates"]

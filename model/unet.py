@@ -1,13 +1,28 @@
-"""The U-Net of Ho et al. 2020: time and class bias every residual block, attention at chosen levels."""
+"""The U-Net of Ho et al. 2020, and of those who came after, so that one network runs their weights.
+
+Time and class reach every residual block as a bias (or, after Dhariwal & Nichol 2021, as scale and shift of its second
+norm); attention stands at chosen levels.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "mish": F.mish}
+NORMS: dict[str, Callable[[int, UNetConfig], nn.Module]] = {
+    "gn": lambda channels, c: nn.GroupNorm(math.gcd(c.norm_groups, channels), channels, c.norm_eps),
+    "bn": lambda channels, c: BatchNorm(channels, c.norm_eps),
+    "in": lambda channels, c: nn.InstanceNorm2d(channels, c.norm_eps),
+    "none": lambda channels, c: nn.Identity(),
+}
+CONDITIONINGS = ("bias", "embedding", "both")
 
 
 @dataclass(frozen=True)
@@ -16,7 +31,10 @@ class UNetConfig:
 
     `attention_levels` counts resolutions from the top: 0 is the image's own size, 1 is half of it.
     `num_classes` None is an unconditional network; with `null_class` one more class, numbered `num_classes`,
-    stands for "no class" (classifier-free guidance, Ho & Salimans 2022).
+    stands for "no class" (classifier-free guidance, Ho & Salimans 2022). The class acts as a bias in every residual
+    block, as an embedding added to the time's, or both. An attention has `num_heads` heads, or, where `head_channels`
+    is not 0, heads of that width. The fields from `norm_groups` on are conventions in which other projects' networks
+    differ.
     """
 
     image_channels: int = 3
@@ -28,7 +46,21 @@ class UNetConfig:
     time_emb_dim: int = 512
     num_classes: int | None = None
     null_class: bool = False
+    class_conditioning: str = "bias"  # bias, embedding, both
     dropout: float = 0.1
+    norm: str = "gn"  # gn, bn, in, none
+    activation: str = "silu"  # silu, relu, mish
+    num_heads: int = 1
+    head_channels: int = 0
+    learned_variance: bool = False  # twice the channels out: the prediction, then v of Nichol & Dhariwal 2021, eq. 15
+    scale_shift_norm: bool = False
+    resblock_updown: bool = False  # residual blocks change the resolution, instead of a convolution alone
+    norm_groups: int = 32  # of a GroupNorm, or the largest divisor of it that divides the channels
+    norm_eps: float = 1e-5
+    downsample_padding: int = 1  # 1 on every side; 0: one row below and one column to the right, as Ho's TensorFlow
+    time_freq_shift: int = 0  # frequencies end at 10000^-((half - 1) / (half - shift))
+    time_scale: float = 1.0  # of t before it is embedded
+    time_table: int = 0  # not 0: t is embedded by a stored table with so many rows, not by sines and cosines
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channel_mults", "attention_levels"):
@@ -43,6 +75,12 @@ class UNetConfig:
             *(("channel_mults", mult, 1, 64) for mult in self.channel_mults),
             ("num_res_blocks", self.num_res_blocks, 1, 16),
             ("time_emb_dim", self.time_emb_dim, 1, 16384),
+            ("num_heads", self.num_heads, 1, 4096),
+            ("head_channels", self.head_channels, 0, 65536),
+            ("downsample_padding", self.downsample_padding, 0, 1),
+            ("time_freq_shift", self.time_freq_shift, 0, 1),
+            ("time_table", self.time_table, 0, 100_000),
+            ("norm_groups", self.norm_groups, 1, 4096),
             ("num_classes", 1 if self.num_classes is None else self.num_classes, 1, 100_000),
         ]
         for name, value, low, high in limits:
@@ -50,6 +88,20 @@ class UNetConfig:
                 raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value}")
         if self.base_channels % 2:
             raise ValueError(f"base_channels must be even (sines and cosines), not {self.base_channels}")
+        for name, chosen, valid in (
+            ("norm", self.norm, NORMS),
+            ("activation", self.activation, ACTIVATIONS),
+            ("class_conditioning", self.class_conditioning, CONDITIONINGS),
+        ):
+            if chosen not in valid:
+                raise ValueError(f"{name} must be one of {', '.join(valid)}, not {chosen!r}")
+        if not 0 < self.norm_eps < 1 or not 0 < self.time_scale < 1e6:
+            raise ValueError(f"norm_eps {self.norm_eps} or time_scale {self.time_scale} is out of range")
+        for level in {*self.attention_levels, len(self.channel_mults) - 1}:  # the last: the middle's
+            if 0 <= level < len(self.channel_mults):
+                channels = self.base_channels * self.channel_mults[level]
+                if channels % (self.head_channels or self.num_heads):
+                    raise ValueError(f"{channels} channels cannot be divided among the attention heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not all(0 <= level < len(self.channel_mults) for level in self.attention_levels):
@@ -66,18 +118,24 @@ class UNetConfig:
         return (self.image_channels, *self.image_size)
 
 
-def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines, then cosines, of t·10000^(-i / (dim/2)), float32 [N, dim] (Vaswani et al. 2017, §3.5)."""
+def time_embedding(t: Tensor, dim: int, freq_shift: int = 0) -> Tensor:
+    """Sines, then cosines, of t·10000^(-i / (dim/2 - shift)), float32 [N, dim] (Vaswani et al. 2017, §3.5)."""
     half = dim // 2
     i = torch.arange(half, device=t.device, dtype=torch.float32)
-    frequencies = torch.exp(i * (-math.log(1e4) / half))
+    frequencies = torch.exp(i * (-math.log(1e4) / (half - freq_shift)))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with Ho's 32 groups, or as many as divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+class BatchNorm(nn.BatchNorm2d):
+    """Without the count of batches: an integer that is not used, and could not be averaged."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps)
+        self.num_batches_tracked = None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args)  # its own would add the count
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -88,47 +146,78 @@ def zero(module: nn.Module) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the H·W positions, with a residual."""
+    """Self-attention over the H·W positions, with a residual. qkv has its channels as (q, k, v) × heads × width."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.heads = channels // config.head_channels if config.head_channels else config.num_heads
+        self.norm = NORMS[config.norm](channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(n, 3, c, h * w).transpose(2, 3).unbind(1)  # each [N, HW, C]
-        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        out: Tensor = self.out(y.transpose(1, 2).reshape(n, c, h, w))
+        qkv = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # each [N, heads, HW, width]
+        y = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out(y.transpose(2, 3).reshape(n, c, h, w))
         return x + out
 
 
 class ResBlock(nn.Module):
-    """norm → SiLU → conv, plus the biases of time and class, norm → SiLU → dropout → conv, plus the input."""
+    """norm → activation → conv, time and class, norm → activation → dropout → conv, plus the input.
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attention: bool) -> None:
+    Time and class are a bias before the second norm, or scale and shift after it. `resample` 0.5 or 2 changes the
+    resolution of both paths before the first convolution.
+    """
+
+    def __init__(
+        self, config: UNetConfig, in_channels: int, out_channels: int, attention: bool = False, resample: float = 1
+    ) -> None:
         super().__init__()
-        self.norm_1 = group_norm(in_channels)
+        self.activation = ACTIVATIONS[config.activation]
+        self.scale_shift, self.resample = config.scale_shift_norm, resample
+        self.norm_1 = NORMS[config.norm](in_channels, config)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_bias = nn.Linear(config.time_emb_dim, out_channels)
-        classes = None if config.num_classes is None else config.num_classes + config.null_class
-        self.class_bias = None if classes is None else nn.Embedding(classes, out_channels)
-        self.norm_2 = group_norm(out_channels)
+        width = 2 * out_channels if self.scale_shift else out_channels
+        self.time_bias = nn.Linear(config.time_emb_dim, width)
+        has_bias = config.num_classes is not None and config.class_conditioning != "embedding"
+        self.class_bias = class_table(config, width) if has_bias else None
+        self.norm_2 = NORMS[config.norm](out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv_2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = Attention(out_channels) if attention else nn.Identity()
+        self.attention = Attention(config, out_channels) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, y: Tensor | None) -> Tensor:
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = self.activation(self.norm_1(x))
+        if self.resample == 2:
+            h, x = (F.interpolate(z, scale_factor=2.0, mode="nearest") for z in (h, x))
+        elif self.resample == 0.5:
+            h, x = (F.avg_pool2d(z, 2) for z in (h, x))
+        h = self.conv_1(h)
         bias = self.time_bias(emb)
         if self.class_bias is not None:
             bias = bias + self.class_bias(y)
-        h = h + bias[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        bias = bias[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = bias.chunk(2, dim=1)
+            h = self.norm_2(h) * (1 + scale) + shift
+        else:
+            h = self.norm_2(h + bias)
+        h = self.conv_2(self.dropout(self.activation(h)))
         out: Tensor = self.attention(h + self.shortcut(x))
         return out
+
+
+class Downsample(nn.Conv2d):
+    """A 3×3 convolution with stride 2."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.padding != (0, 0) else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -143,6 +232,12 @@ class Upsample(nn.Module):
         return out
 
 
+def class_table(config: UNetConfig, width: int) -> nn.Embedding:
+    """One row of `width` numbers for each class and, where there is one, the null class."""
+    assert config.num_classes is not None
+    return nn.Embedding(config.num_classes + config.null_class, width)
+
+
 class UNet(nn.Module):
     """Down through the levels, a middle with attention, and up again with every intermediate concatenated."""
 
@@ -150,11 +245,15 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels = config.base_channels
+        self.activation = ACTIVATIONS[config.activation]
         self.time_mlp = nn.Sequential(
             nn.Linear(channels, config.time_emb_dim),
             nn.SiLU(),
             nn.Linear(config.time_emb_dim, config.time_emb_dim),
         )
+        self.time_table = nn.Embedding(config.time_table, channels) if config.time_table else None
+        has_embedding = config.num_classes is not None and config.class_conditioning != "bias"
+        self.class_emb = class_table(config, config.time_emb_dim) if has_embedding else None
         self.init_conv = nn.Conv2d(config.image_channels, channels, 3, padding=1)
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
@@ -167,13 +266,17 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
             if level != last:
-                self.downs.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                self.downs.append(
+                    ResBlock(config, channels, channels, resample=0.5)
+                    if config.resblock_updown
+                    else Downsample(channels, config.downsample_padding)
+                )
                 skips.append(channels)
 
         self.mid = nn.ModuleList(
             [
                 ResBlock(config, channels, channels, attention=True),
-                ResBlock(config, channels, channels, attention=False),
+                ResBlock(config, channels, channels),
             ]
         )
 
@@ -183,26 +286,37 @@ class UNet(nn.Module):
                 self.ups.append(ResBlock(config, channels + skips.pop(), width, level in config.attention_levels))
                 channels = width
             if level != 0:
-                self.ups.append(Upsample(channels))
+                self.ups.append(
+                    ResBlock(config, channels, channels, resample=2) if config.resblock_updown else Upsample(channels)
+                )
 
-        self.out_norm = group_norm(channels)
-        self.out_conv = zero(nn.Conv2d(channels, config.image_channels, 3, padding=1))
+        self.out_norm = NORMS[config.norm](channels, config)
+        out_channels = config.image_channels * (2 if config.learned_variance else 1)
+        self.out_conv = zero(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts eps, x_0 or v, as trained.
 
         Args: x [N, C, H, W] in about [-1, 1]; t [N], the timestep, 0 to T - 1, any dtype; y int64 [N], the
         class, where the network is conditional (`num_classes` is the null class), None where it is not.
-        Returns [N, C, H, W].
+        Returns [N, C, H, W], or [N, 2C, H, W] with learned variance.
         """
-        if (y is None) != (self.config.num_classes is None):
+        config = self.config
+        if (y is None) != (config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
-        multiple = 2 ** (len(self.config.channel_mults) - 1)
+        multiple = 2 ** (len(config.channel_mults) - 1)
         x = F.pad(x, (0, -w % multiple, 0, -h % multiple))
 
         weight = self.init_conv.weight
-        emb = F.silu(self.time_mlp(time_embedding(t, self.config.base_channels).to(weight.dtype)))
+        if self.time_table is None:
+            embedding = time_embedding(t * config.time_scale, config.base_channels, config.time_freq_shift)
+        else:
+            embedding = self.time_table(t.long())
+        emb = self.time_mlp(embedding.to(weight.dtype))
+        if self.class_emb is not None:
+            emb = emb + self.class_emb(y)
+        emb = self.activation(emb)
         x = self.init_conv(x)
         skips = [x]
         for layer in self.downs:
@@ -211,6 +325,11 @@ class UNet(nn.Module):
         for layer in self.mid:
             x = layer(x, emb, y)
         for layer in self.ups:
-            x = layer(torch.cat([x, skips.pop()], dim=1), emb, y) if isinstance(layer, ResBlock) else layer(x)
-        out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
+            if not isinstance(layer, ResBlock):
+                x = layer(x)
+            elif layer.resample == 1:
+                x = layer(torch.cat([x, skips.pop()], dim=1), emb, y)
+            else:
+                x = layer(x, emb, y)
+        out: Tensor = self.out_conv(self.activation(self.out_norm(x)))
         return out[:, :, :h, :w]

@@ -154,15 +154,16 @@ class Request:
 
 
 class Sample:
-    """One image on its way: place i in its request, steps done, x_t and the last x_0 [C, H, W] (None at first)."""
+    """One image on its way: place i in its request, steps done, x_t and the last two x_0 [C, H, W] (None at first)."""
 
-    __slots__ = ("i", "request", "step", "x", "x0")
+    __slots__ = ("i", "request", "step", "x", "x0", "x0_prev")
 
     def __init__(self, request: Request, i: int) -> None:
         self.request, self.i = request, i
         self.step = 0
         self.x: Tensor | None = None
         self.x0: Tensor | None = None
+        self.x0_prev: Tensor | None = None
 
     @property
     def rows(self) -> int:

@@ -31,7 +31,7 @@ class Runner:
         """Draws x_T."""
         noise = self._noise(samples, steps=[0] * len(samples))
         for sample, x in zip(samples, noise.unbind(), strict=True):
-            sample.x, sample.x0 = x, torch.zeros_like(x)
+            sample.x, sample.x0, sample.x0_prev = x, torch.zeros_like(x), torch.zeros_like(x)
 
     @torch.inference_mode()
     def step(self, samples: list[Sample]) -> list[Sample]:
@@ -48,6 +48,7 @@ class Runner:
             y = torch.tensor([s.request.classes[s.i] for s in samples], device=self.device)  # type: ignore[index]
         x = torch.stack([s.x for s in samples])  # type: ignore[misc]
         x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
+        x0_prev2 = torch.stack([s.x0_prev for s in samples])  # type: ignore[misc]
         z = torch.zeros_like(x)
         noisy = np.flatnonzero(rows[:, -1])
         if len(noisy):
@@ -55,10 +56,10 @@ class Runner:
             z[torch.from_numpy(noisy).to(self.device)] = self._noise(drawn, [s.step + 1 for s in drawn])
 
         out = predict(self.forward, x, t, y, table[:, 0], self._null_class)
-        x_next, x0 = apply_step(x, out, x0_prev, table, z)
+        x_next, x0 = apply_step(x, out, x0_prev, x0_prev2, table, z)
         finite = torch.isfinite(x_next).flatten(1).all(1).tolist()
         for sample, next_x, next_x0 in zip(samples, x_next.unbind(), x0.unbind(), strict=True):
-            sample.x, sample.x0 = next_x, next_x0
+            sample.x, sample.x0, sample.x0_prev = next_x, next_x0, sample.x0
             sample.step += 1
         return [sample for sample, ok in zip(samples, finite, strict=True) if not ok]
 

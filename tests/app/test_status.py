@@ -21,7 +21,7 @@ def test_models_tells_what_a_client_needs(client: TestClient, grey_checkpoint: P
     assert card["checkpoint"] == checkpoint.load(grey_checkpoint).sha256
     assert card["class_names"] == list(CLASSES)
     assert card["image_shape"] == [1, 8, 12]
-    assert card["samplers"] == ["ddpm", "ddim", "dpmpp_2m"]
+    assert card["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"]
     assert card["defaults"] == {"sampler": "ddim", "steps": 6, "eta": 0, "guidance_scale": 1}
     assert card["limits"] == {"n": 64, "steps": 1000, "frames": 100, "timeout_s": 300}
     assert card["provenance"] == {"data": "none"}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from model.likelihood import bits_per_dim, prior_bits
 
 LINEAR, COSINE = DiffusionConfig(), DiffusionConfig(schedule="cosine")
 
@@ -142,7 +143,7 @@ def test_the_loss_is_the_distance_of_each_image_to_its_target(loss_type: str) ->
     [
         ({"schedule": "sigmoid"}, "schedule must be one of linear, cosine"),
         ({"prediction": "noise"}, "prediction must be one of eps, x0, v"),
-        ({"loss_type": "huber"}, "loss_type must be one of l1, l2"),
+        ({"loss_type": "l3"}, "loss_type must be one of l1, l2, huber"),
         ({"num_timesteps": 1}, "num_timesteps"),
         ({"num_timesteps": 100_001}, "num_timesteps"),
         ({"num_timesteps": 1000.0}, "num_timesteps"),
@@ -154,3 +155,115 @@ def test_the_loss_is_the_distance_of_each_image_to_its_target(loss_type: str) ->
 def test_settings_that_make_no_diffusion_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiffusionConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("config", "t", "log_variance", "c1", "c2"),
+    [
+        (LINEAR, 0, -9.8167251353, 1, 0),
+        (LINEAR, 1, -9.8167251353, 0.54529149951, 0.454708498991),
+        (LINEAR, 500, -4.60004973998, 0.00305805707563, 0.994104350757),
+        (LINEAR, 999, -3.9120238291, 1.28351487172e-4, 0.989948678268),
+        (COSINE, 0, -10.7340825325, 1, 0),
+        (COSINE, 500, -5.76162184515, 0.00436786689953, 0.995356279455),
+        (COSINE, 998, -0.287690168239, 0.00233767618982, 0.499996963947),
+        (COSINE, 999, -0.00100292667467, 0.00155689171549, 0.0316226998741),
+    ],
+)
+def test_the_posterior_has_the_reference_values(
+    config: DiffusionConfig, t: int, log_variance: float, c1: float, c2: float
+) -> None:
+    diffusion = GaussianDiffusion(config)
+    assert diffusion.posterior_log_variance[t] == pytest.approx(log_variance, abs=1e-10)
+    assert diffusion.posterior_x0[t] == pytest.approx(c1, abs=1e-10)
+    assert diffusion.posterior_xt[t] == pytest.approx(c2, abs=1e-10)
+    assert math.exp(0.5 * GaussianDiffusion(LINEAR).large_log_variance[0]) == pytest.approx(0.0073846, abs=1e-7)
+
+
+def test_zero_terminal_snr_is_the_published_algorithm() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    before = np.sqrt(GaussianDiffusion(LINEAR).alphas_cumprod)
+    expected = (before - before[-1]) * before[0] / (before[0] - before[-1])
+    np.testing.assert_allclose(np.sqrt(diffusion.alphas_cumprod), expected, atol=1e-10)
+    assert diffusion.alphas_cumprod[-1] == 0
+    assert diffusion.betas[0] == LINEAR.betas()[0]
+    with pytest.raises(ValueError, match="zero_terminal_snr needs prediction"):
+        DiffusionConfig(zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+def test_loss_weights_are_the_published_ones(t: int) -> None:
+    ab = GaussianDiffusion(LINEAR).alphas_cumprod[t]
+    snr = ab / (1 - ab)
+
+    def weight(weighting: str, prediction: str) -> float:
+        config = replace(LINEAR, weighting=weighting, prediction=prediction)
+        return float(GaussianDiffusion(config).loss_weights()[t])
+
+    assert weight("min_snr", "eps") == pytest.approx(min(snr, 5) / snr, rel=1e-10)
+    assert weight("min_snr", "x0") == pytest.approx(min(snr, 5), rel=1e-10)
+    assert weight("min_snr", "v") == pytest.approx(min(snr, 5) / (snr + 1), rel=1e-10)
+    assert weight("p2", "eps") == pytest.approx(1 / (1 + snr), rel=1e-10)
+    assert {weight("none", prediction) for prediction in ("eps", "x0", "v")} == {1.0}
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "p2"])
+def test_the_same_error_weighs_the_same_whatever_is_predicted(weighting: str) -> None:
+    x0, eps, t = images(3), noise(3), torch.tensor([10, 400, 900])
+    wrong = x0 + 0.1 * torch.sin(40 * x0)
+    losses = []
+    for prediction in ("eps", "x0", "v"):
+        diffusion = GaussianDiffusion(replace(LINEAR, weighting=weighting, prediction=prediction))
+        alpha, sigma = diffusion.alpha_sigma(t, x0)
+        wrong_eps = eps + alpha / sigma * (x0 - wrong)
+        said = {"eps": wrong_eps, "x0": wrong, "v": alpha * wrong_eps - sigma * wrong}[prediction]
+        losses.append(diffusion.loss(lambda x, t, y, said=said: said, x0, None, t, eps))  # type: ignore[misc]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(losses[2], losses[1], rtol=1e-3, atol=1e-9)
+
+
+def test_the_hybrid_loss_is_the_distance_and_a_bound_that_moves_the_variance_alone() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(500, variance="learned_range"))
+    x0, eps, t = images(3).float(), noise(3).float(), torch.tensor([0, 200, 499])
+    x0 = torch.round((x0 + 1) * 127.5) / 127.5 - 1
+    out = torch.randn(3, 6, 4, 5, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    loss = diffusion.loss(lambda x, t, y: out, x0, None, t, eps)
+    plain = ((out[:, :3] - eps) ** 2).mean(dim=(1, 2, 3))
+    bound = diffusion.bound_term(x0, diffusion.q_sample(x0, t, eps), t, out)
+    torch.testing.assert_close(loss, plain + 0.5 * bound)
+    (gradient,) = torch.autograd.grad(loss.sum(), out, retain_graph=True)
+    (of_plain,) = torch.autograd.grad(plain.sum(), out)
+    assert torch.equal(gradient[:, :3], of_plain[:, :3])
+    assert gradient[:, 3:].any()
+
+
+def test_learned_variance_lies_between_its_ends() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(variance="learned_range"))
+    xt, t = images(1), torch.tensor([400])
+    for v, expected in ((-1.0, diffusion.posterior_log_variance[400]), (1.0, math.log(diffusion.betas[400]))):
+        out = torch.cat([xt, torch.full_like(xt, v)], dim=1)
+        _, log_variance = diffusion.p_mean_log_variance(out, xt, t)
+        assert log_variance.shape == xt.shape
+        assert float(log_variance[0, 0, 0, 0]) == pytest.approx(expected, abs=1e-10)
+
+
+def test_the_prior_is_the_published_one() -> None:
+    x0 = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)  # E[x²] = ¼
+    assert float(prior_bits(GaussianDiffusion(LINEAR), x0)) == pytest.approx(7.3e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_bits_per_dimension_add_up(variance: str) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(50, prediction="x0", variance=variance))
+    x0 = torch.round((0.9 * images(2) + 1) * 127.5) / 127.5 - 1  # no pixel in a bin at the edge
+    found = bits_per_dim(diffusion, lambda x, t, y: x0, x0, None, [1, 2], [0, 0])
+    # The network knows the image: only the width of its Gaussians costs, and the decoder's bin
+    ratio = diffusion.posterior_log_variance - (
+        diffusion.large_log_variance if variance == "fixed_large" else diffusion.posterior_log_variance
+    )
+    divergence = 0.5 * (np.exp(ratio) - 1 - ratio) / math.log(2)
+    np.testing.assert_allclose(found.terms[:, 1:], np.broadcast_to(divergence[1:], (2, 49)), atol=1e-10)
+    torch.testing.assert_close(found.total, found.prior + found.terms.sum(dim=1))
+    std = math.exp(0.5 * diffusion.posterior_log_variance[0])
+    inside = math.erf(1 / 255 / std / math.sqrt(2))
+    assert float(found.terms[:, 0].mean()) == pytest.approx(-math.log2(inside), abs=0.005)

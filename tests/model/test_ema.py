@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from model.ema import EMA
-from model.unet import UNet
+from model.unet import UNet, UNetConfig
 
 
 def perturb(network: nn.Module, seed: int) -> None:
@@ -91,3 +92,44 @@ def test_a_resumed_average_continues_exactly(tiny: UNet, tmp_path: Path) -> None
 def test_a_decay_that_is_none_is_refused(tiny: UNet, decay: float) -> None:
     with pytest.raises(ValueError, match="ema_decay"):
         EMA(tiny, decay)
+
+
+def test_several_decays_are_each_as_if_alone_and_resume(tiny: UNet, tmp_path: Path) -> None:
+    together, alone = EMA(tiny, 0.999, 0.5), [EMA(tiny, 0.999), EMA(tiny, 0.5)]
+    for k in range(20):
+        perturb(tiny, k)
+        for ema in (together, *alone):
+            ema.update()
+    assert list(together.averages) == [0.999, 0.5]
+    assert together.weights is together.averages[0.999]
+    for ema in alone:
+        (decay,) = ema.averages
+        assert all(torch.equal(together.averages[decay][name], weight) for name, weight in ema.weights.items())
+    assert not torch.equal(together.averages[0.999]["out_conv.bias"], together.averages[0.5]["out_conv.bias"])
+    torch.save(together.state_dict(), tmp_path / "ema.pt")
+    resumed = EMA(tiny, 0.999, 0.5)
+    resumed.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
+    assert resumed.updates == 20
+    for decay, average in together.averages.items():
+        assert all(torch.equal(resumed.averages[decay][name], weight) for name, weight in average.items())
+    with pytest.raises(ValueError, match=r"0\.999, 0\.5"):
+        EMA(tiny, 0.9).load_state_dict(together.state_dict())
+
+
+def test_the_statistics_of_a_batch_norm_are_copied(tiny_config: UNetConfig) -> None:
+    network = UNet(replace(tiny_config, norm="bn"))
+    ema = EMA(network, 0.9999)
+    network(torch.randn(4, 1, 8, 8) + 3, torch.arange(4), torch.arange(4))
+    perturb(network, 0)
+    ema.update()
+    statistics = dict(network.named_buffers())
+    assert statistics
+    assert statistics["downs.0.norm_1.running_mean"].any()
+    assert all(torch.equal(ema.weights[name], buffer) for name, buffer in statistics.items())
+    UNet(network.config).load_state_dict(ema.weights)
+
+
+@pytest.mark.parametrize("decays", [(), (0.9, 0.9), (0.9, 1.5)])
+def test_decays_that_are_none_are_refused(tiny: UNet, decays: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="ema_decay"):
+        EMA(tiny, *decays)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion, Network
 from model.rng import normals
-from model.samplers import COLUMNS, SAMPLERS, Plan, apply_step, make_plan, predict, sample, spaced
+from model.samplers import COLUMNS, SAMPLERS, Plan, apply_step, make_plan, predict, sample
+from model.spacing import SPACINGS, spaced
 from model.unet import UNet
 
 LINEAR = GaussianDiffusion(DiffusionConfig())
@@ -145,14 +146,20 @@ def test_ddim_is_that_of_diffusers(schedule: str, prediction: str, steps: int, s
 @pytest.mark.parametrize(
     ("steps", "spacing"), [(50, "linspace"), (15, "linspace"), (7, "linspace"), (20, "trailing"), (2, "trailing")]
 )
-def test_dpmpp_2m_is_that_of_diffusers(schedule: str, prediction: str, steps: int, spacing: str) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "order", "algorithm"),
+    [("dpmpp_2m", 2, "dpmsolver++"), ("dpmpp_3m", 3, "dpmsolver++"), ("dpmpp_2m_sde", 2, "sde-dpmsolver++")],
+)
+def test_dpm_solvers_are_those_of_diffusers(
+    sampler: str, order: int, algorithm: str, schedule: str, prediction: str, steps: int, spacing: str
+) -> None:
     diffusion = diffusion_of(schedule, prediction)
-    plan = make_plan(diffusion, "dpmpp_2m", steps, spacing=spacing)
+    plan = make_plan(diffusion, sampler, steps, spacing=spacing)
     scheduler = DPMSolverMultistepScheduler(
         prediction_type=THEIR_NAMES[prediction],
         timestep_spacing=spacing,
-        algorithm_type="dpmsolver++",
-        solver_order=2,
+        algorithm_type=algorithm,
+        solver_order=order,
         solver_type="midpoint",
         final_sigmas_type="zero",
         thresholding=True,  # with the default sample_max_value of 1 it is a clamp
@@ -161,7 +168,7 @@ def test_dpmpp_2m_is_that_of_diffusers(schedule: str, prediction: str, steps: in
     assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
 
     def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        return scheduler.step(out, t, x).prev_sample
+        return scheduler.step(out, t, x, variance_noise=z).prev_sample
 
     theirs = their_trajectory(scheduler, diffusion, step)  # its sigmas and its x are float32
     torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-5)
@@ -193,30 +200,36 @@ def test_dpmpp_2m_is_the_textbooks(schedule: str, steps: int) -> None:
     torch.testing.assert_close(our_trajectory(diffusion, plan), torch.stack(xs), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
-def test_solvers_have_their_order(sampler: str, order: int) -> None:
+def error_of(sampler: str, steps: int) -> float:
+    """At the end of `steps` steps from log-SNR -3 to 2 (the step after them goes to a clean image)."""
     # Data N(0, ½²): the best x0 is linear in x, and the probability flow keeps x over its standard deviation.
     diffusion = GaussianDiffusion(DiffusionConfig(num_timesteps=100_000))
-    ab = diffusion.alphas_cumprod
+    ab, log_snr = diffusion.alphas_cumprod, diffusion.log_snr()
     variance = 0.25 * ab + 1 - ab
+    t = np.array([np.abs(log_snr - target).argmin() for target in np.linspace(-3, 2, steps + 1)])
+    table = {"c": np.zeros(steps + 1), "d": np.zeros(steps + 1)}
+    table |= SAMPLERS[sampler](diffusion, t, 0.0, "fixed_small")
+    exact = np.sqrt(variance[t])
+    x, (x0_prev, x0_prev2) = exact[2], (0.25 * np.sqrt(ab[t]) / exact)[[1, 0]]  # with the exact past
+    for i in range(2, steps):
+        x0 = 0.25 * math.sqrt(ab[t[i]]) / variance[t[i]] * x
+        x = table["a"][i] * x + table["b"][i] * x0 + table["c"][i] * x0_prev + table["d"][i] * x0_prev2
+        x0_prev, x0_prev2 = x0, x0_prev
+    return float(abs(x - exact[-1]))
 
-    def error(steps: int) -> float:
-        """At the end of `steps` steps from log-SNR -3 to 2 (the step after them goes to a clean image)."""
-        targets = np.linspace(-3, 2, steps + 1)
-        t = np.array([np.abs(0.5 * np.log(ab / (1 - ab)) - target).argmin() for target in targets])
-        table = {"c": np.zeros(steps + 1)} | SAMPLERS[sampler](diffusion, t, 0.0)
-        x, x0_prev = math.sqrt(variance[t[0]]), 0.0
-        for i in range(steps):
-            x0 = 0.25 * math.sqrt(ab[t[i]]) / variance[t[i]] * x
-            x, x0_prev = table["a"][i] * x + table["b"][i] * x0 + table["c"][i] * x0_prev, x0
-        return abs(x - math.sqrt(variance[t[-1]]))
 
-    assert math.log2(error(40) / error(80)) == pytest.approx(order, abs=0.15)
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_solvers_have_their_order(sampler: str, order: int) -> None:
+    assert math.log2(error_of(sampler, 40) / error_of(sampler, 80)) == pytest.approx(order, abs=0.15)
+
+
+def test_with_many_steps_the_third_order_solver_is_nearer_than_the_second() -> None:
+    assert error_of("dpmpp_3m", 80) < 0.6 * error_of("dpmpp_2m", 80)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 1000])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_the_last_row_is_x0_itself(sampler: str, steps: int, spacing: str) -> None:
     plan = make_plan(LINEAR, sampler, steps, eta=1.0, spacing=spacing)
     last = dict(zip(COLUMNS, plan.table[-1], strict=True))
@@ -261,11 +274,12 @@ def test_ddim_with_eta_1_is_ddpm(steps: int) -> None:
     np.testing.assert_allclose(ours.table, ddpm.table, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("num_timesteps", [2, 7, 100, 1000])
 def test_spaced_timesteps_descend_within_range_for_every_number_of_steps(num_timesteps: int, spacing: str) -> None:
+    log_snr = GaussianDiffusion(DiffusionConfig(num_timesteps, "cosine")).log_snr()
     for steps in range(1, num_timesteps + 1):
-        timesteps = spaced(num_timesteps, steps, spacing)
+        timesteps = spaced(num_timesteps, steps, spacing, log_snr)
         assert timesteps.dtype == np.int64
         assert len(timesteps) == steps
         assert (np.diff(timesteps) < 0).all()
@@ -273,7 +287,7 @@ def test_spaced_timesteps_descend_within_range_for_every_number_of_steps(num_tim
         assert timesteps[-1] == 0 or spacing != "leading"
         assert timesteps[0] < num_timesteps
         assert timesteps[0] == num_timesteps - 1 or spacing == "leading"
-    assert spaced(num_timesteps, num_timesteps, spacing).tolist() == list(range(num_timesteps))[::-1]
+    assert spaced(num_timesteps, num_timesteps, spacing, log_snr).tolist() == list(range(num_timesteps))[::-1]
 
 
 @pytest.mark.parametrize(
@@ -295,19 +309,19 @@ def test_eps_without_a_limit_starts_where_x0_can_be_told() -> None:
     fine = DiffusionConfig(num_timesteps=10_000, schedule="cosine")
     eps, v = GaussianDiffusion(fine), GaussianDiffusion(replace(fine, prediction="v"))
     for sampler in SAMPLERS:
-        start = int(make_plan(eps, sampler, 20, clip=False).timesteps[0])
+        start = int(make_plan(eps, sampler, 20, limit="none").timesteps[0])
         assert log_snr(eps, start) >= -5.1 > log_snr(eps, start + 1)
         assert make_plan(eps, sampler, 20).timesteps[0] == 9999
-        assert make_plan(v, sampler, 20, clip=False).timesteps[0] == 9999
+        assert make_plan(v, sampler, 20, limit="none").timesteps[0] == 9999
     with pytest.raises(ValueError, match=f"between 1 and {start + 1}"):
-        make_plan(eps, "ddpm", 10_000, clip=False)
+        make_plan(eps, "ddpm", 10_000, limit="none")
 
 
 def test_without_a_limit_x0_is_what_the_network_says() -> None:
     x, zero = torch.full((2, 1, 1, 1), 5.0), torch.zeros(2, 1, 1, 1)
-    clipped, free = make_plan(LINEAR, "ddim", 1), make_plan(LINEAR, "ddim", 1, clip=False)
+    clipped, free = make_plan(LINEAR, "ddim", 1), make_plan(LINEAR, "ddim", 1, limit="none")
     rows = torch.tensor(np.concatenate([clipped.table, free.table])).float()
-    x_next, x0 = apply_step(x, zero, zero, rows, zero)
+    x_next, x0 = apply_step(x, zero, zero, zero, rows, zero)
     assert x0.flatten().tolist() == pytest.approx([1, 5 / math.sqrt(LINEAR.alphas_cumprod[free.timesteps[0]])])
     assert torch.equal(x_next, x0)
 
@@ -316,26 +330,32 @@ def test_plans_of_any_kind_share_a_step() -> None:
     plans = [
         make_plan(LINEAR, "ddpm", 1000),
         make_plan(LINEAR, "ddim", 20, eta=0.3, guidance_scale=2.0),
-        make_plan(LINEAR, "dpmpp_2m", 15, clip=False),
+        make_plan(LINEAR, "dpmpp_2m", 15, limit="none"),
         make_plan(LINEAR, "ddim", 1),
+        make_plan(LINEAR, "dpmpp_3m", 15, limit="dynamic"),
+        make_plan(LINEAR, "dpmpp_2m_sde", 9),
     ]
     rows = torch.tensor(np.stack([plan.table[len(plan) // 2] for plan in plans])).float()
     generator = torch.Generator().manual_seed(0)
-    x, out, x0_prev, z = torch.randn(4, len(plans), 3, 5, 7, generator=generator)
-    together = apply_step(x, out, x0_prev, rows, z)
+    x, out, x0_prev, x0_prev2, z = torch.randn(5, len(plans), 3, 5, 7, generator=generator)
+    together = apply_step(x, out, x0_prev, x0_prev2, rows, z)
     for i in range(len(plans)):
         one = slice(i, i + 1)
-        alone = apply_step(x[one], out[one], x0_prev[one], rows[one], z[one])
+        alone = apply_step(x[one], out[one], x0_prev[one], x0_prev2[one], rows[one], z[one])
         assert torch.equal(together[0][one], alone[0])
         assert torch.equal(together[1][one], alone[1])
 
 
 def test_a_step_is_the_formula_of_its_row() -> None:
-    _, p, q, _, a, b, c, s = row = torch.tensor([1.0, 0.9, 0.4, 1.0, 0.5, 0.6, 0.7, 0.8], dtype=torch.float64)
-    x, out, x0_prev, z = torch.randn(4, 1, 2, 3, 3, dtype=torch.float64)
+    numbers = [1.0, 0.9, 0.4, 1.0, 0.5, 0.6, 0.7, 0.3, 0.2, 0.8]
+    _, p, q, _, a, b, c, d, k, s = row = torch.tensor(numbers, dtype=torch.float64)
+    x, out, v, x0_prev, x0_prev2, z = torch.randn(6, 1, 2, 3, 3, dtype=torch.float64)
     x0 = torch.clamp(p * x - q * out, -1, 1)
-    found = apply_step(x, out, x0_prev, row[None], z)
-    torch.testing.assert_close(found, (a * x + b * x0 + c * x0_prev + s * z, x0))
+    rest = a * x + b * x0 + c * x0_prev + d * x0_prev2
+    found = apply_step(x, out, x0_prev, x0_prev2, row[None], z)
+    torch.testing.assert_close(found, (rest + s * z, x0))
+    found = apply_step(x, torch.cat([out, v], dim=1), x0_prev, x0_prev2, row[None], z)
+    torch.testing.assert_close(found, (rest + s * torch.exp(k * v) * z, x0))
 
 
 def test_guidance_is_two_calls_in_one(tiny: UNet) -> None:
@@ -414,13 +434,19 @@ def test_the_network_sees_timestep_and_class_of_every_row() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m, not 'euler'"),
+        ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, not 'euler'"),
         ({"steps": 0}, "steps must be between 1 and 1000, not 0"),
         ({"steps": 1001}, "steps must be between 1 and 1000, not 1001"),
         ({"eta": -0.1}, "eta must be between 0 and 1"),
         ({"eta": 1.1}, "eta must be between 0 and 1"),
         ({"eta": math.nan}, "eta must be between 0 and 1"),
-        ({"spacing": "quadratic"}, "spacing must be one of leading, trailing, linspace"),
+        ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, quadratic, logsnr"),
+        ({"limit": "soft"}, "limit must be one of none, clamp, dynamic"),
+        ({"variance": "large"}, "variance must be one of"),
+        ({"variance": "learned_range"}, "learned_range needs a network"),
+        ({"sampler": "ddpm", "variance": "fixed_large"}, "needs all 1000 steps"),
+        ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (0.0, 1.1)}, "guidance_interval"),
         ({"guidance_scale": math.inf}, "guidance_scale must be finite"),
         ({"guidance_scale": math.nan}, "guidance_scale must be finite"),
     ],
@@ -429,3 +455,90 @@ def test_the_network_sees_timestep_and_class_of_every_row() -> None:
 def test_a_plan_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(LINEAR, **({"sampler": "ddim", "steps": 10} | arguments))
+
+
+def test_fixed_large_is_that_of_diffusers_and_is_not_for_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(variance="fixed_large"))
+    plan = make_plan(diffusion, "ddpm", 1000)
+    scheduler = in_float64(DDPMScheduler(variance_type="fixed_large"), diffusion)
+    scheduler.set_timesteps(1000)
+
+    def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: z)
+        return scheduler.step(out, t, x).prev_sample
+
+    theirs = their_trajectory(scheduler, diffusion, step)
+    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-8)
+    with pytest.warns(UserWarning, match="fixed_small is used"):
+        few = make_plan(diffusion, "ddpm", 50)
+    assert np.array_equal(few.table, make_plan(LINEAR, "ddpm", 50).table)
+    make_plan(diffusion, "ddim", 50)
+
+
+LEARNED = GaussianDiffusion(DiffusionConfig(variance="learned_range"))
+
+
+@pytest.mark.parametrize("steps", [1000, 37])
+def test_learned_variance_is_between_the_two_fixed_ones_in_logarithms(steps: int) -> None:
+    plan = make_plan(LEARNED, "ddpm", steps)
+    ab = LEARNED.alphas_cumprod[plan.timesteps]
+    ab_prev = np.append(ab[1:], 1.0)
+    beta = 1 - ab / ab_prev
+    small = beta * (1 - ab_prev) / (1 - ab)
+    for v in (-1.0, -0.3, 1.0):
+        fraction = (v + 1) / 2
+        expected = np.exp(0.5 * (fraction * np.log(beta[:-1]) + (1 - fraction) * np.log(small[:-1])))
+        found = column(plan, "s") * np.exp(column(plan, "k") * v)
+        np.testing.assert_allclose(found[:-1], expected, rtol=1e-10)
+        assert found[-1] == 0
+
+
+def test_guidance_leaves_a_learned_variance_alone() -> None:
+    x, y = torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        return (y + 1.0).reshape(-1, 1, 1, 1) * torch.ones(1, 2, 2, 2)
+
+    out = predict(network, x, y, y, torch.tensor([3.0, 1.0]), null_class=9)
+    assert out[:, :, 0, 0].tolist() == [[10 + 3 * (1 - 10), 1.0], [2.0, 2.0]]
+
+
+def test_guidance_acts_in_its_interval_alone_and_costs_rows_there_alone() -> None:
+    plan = make_plan(LINEAR, "ddim", 10, guidance_scale=3.0, guidance_interval=(0.25, 0.75))
+    inside = (plan.timesteps / 999 >= 0.25) & (plan.timesteps / 999 <= 0.75)
+    assert 0 < inside.sum() < 10
+    assert np.array_equal(column(plan, "g"), np.where(inside, 3.0, 1.0))
+    assert np.array_equal(plan.rows, np.where(inside, 2, 1))
+
+
+def test_a_dynamic_limit_scales_each_image_by_its_own_quantile() -> None:
+    rows = torch.tensor(make_plan(LINEAR, "ddim", 1, limit="dynamic").table).expand(2, -1).clone()
+    rows[:, [COLUMNS.index("p"), COLUMNS.index("q")]] = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    x = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x * torch.tensor([3.0, 0.2]).reshape(2, 1, 1, 1)
+    zero = torch.zeros_like(x)
+    _, x0 = apply_step(x, zero, zero, zero, rows, zero)
+    s = np.quantile(x[0].abs().numpy(), 0.995)
+    np.testing.assert_allclose(x0[0].numpy(), np.clip(x[0].numpy(), -s, s) / s, rtol=1e-12)
+    assert torch.equal(x0[1], x[1])
+
+
+def test_log_snr_spacing_is_even_in_log_snr_and_quadratic_is_dense_at_the_end() -> None:
+    log_snr = LINEAR.log_snr()
+    timesteps = make_plan(LINEAR, "ddim", 20, spacing="logsnr").timesteps
+    assert timesteps[[0, -1]].tolist() == [999, 0]
+    gaps = np.diff(log_snr[timesteps])
+    assert np.abs(gaps[:12] / gaps[:12].mean() - 1).max() < 0.05
+    assert spaced(1000, 5, "quadratic").tolist() == [999, 639, 360, 160, 40]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_zero_terminal_snr_starts_at_pure_noise(sampler: str, prediction: str) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(prediction=prediction, zero_terminal_snr=True))
+    for steps in (1, 2, 3, 5, 20):
+        plan = make_plan(diffusion, sampler, steps)
+        assert np.isfinite(plan.table).all()
+        images = sample(lambda x, t, y: 0.3 * x, plan, SHAPE, SEEDS, INDICES, dtype=torch.float64)
+        assert torch.isfinite(images).all()

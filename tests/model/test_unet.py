@@ -54,7 +54,7 @@ def test_fresh_blocks_and_attention_change_nothing(tiny_config: UNetConfig) -> N
     network = UNet(tiny_config)
     x, emb = torch.randn(2, 12, 8, 8), torch.randn(2, 16)
     assert torch.equal(network.downs[0](x, emb, torch.tensor([0, 1])), x)
-    assert torch.equal(Attention(12)(x), x)
+    assert torch.equal(Attention(tiny_config, 12)(x), x)
 
 
 def test_the_output_depends_on_class_timestep_and_image(tiny: UNet) -> None:
@@ -128,7 +128,7 @@ def test_time_is_embedded_as_sines_then_cosines() -> None:
 
 def test_attention_is_softmax_over_all_positions_with_a_residual() -> None:
     torch.manual_seed(0)
-    attention = Attention(8)
+    attention = Attention(UNetConfig(), 8)
     torch.nn.init.normal_(attention.out.weight)
     x = torch.randn(2, 8, 3, 5)
     h = attention.norm(x)
