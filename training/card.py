@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -36,13 +38,41 @@ The picture is not chosen: seed 0, image indices in order, {sampling}.
 Trained by
 
     {command}
-{notes}
+{notes}{evaluation}
 The weights are the moving average (EMA). Whether training images are memorised was not tested. This card was written
 by `python -m training.card {name}`.
 """
 
 
-def card(loaded: Checkpoint, file: Path) -> str:
+EVALUATION = """
+How good its samples are, by
+
+    {command}
+
+in the features of a classifier ({extractor_accuracy:.2%} of the test images right, SHA-256 `{extractor}`):
+{num_images:,} images, as many of each class, sampled with {sampling}; beside them as many held-out images.
+The Fréchet distance is to the train split, in this classifier's features: it is not an FID.
+
+| | generated | held out |
+|---|---|---|
+| classified as asked | {generated[accuracy]:.2%} | {test[accuracy]:.2%} |
+| Fréchet distance | {generated[frechet_distance]:.4f} | {test[frechet_distance]:.4f} |
+| precision, recall | {generated[precision]:.3f}, {generated[recall]:.3f} | {test[precision]:.3f}, {test[recall]:.3f} |
+"""
+
+
+def evaluation_table(result: dict[str, Any], sha256: str) -> str:
+    """What `training.evaluate` found, Markdown. Raises ValueError where it looked at another checkpoint."""
+    if result["checkpoint"]["sha256"] != sha256:
+        raise ValueError("the evaluation is of another checkpoint")
+    sampling = result["sampling"]
+    shown = ("sampler", "steps", "guidance_scale", "seed", "precision")
+    extractor = {"extractor": result["features"]["sha256"], "extractor_accuracy": result["features"]["accuracy"]}
+    text = ", ".join(f"{key} {sampling[key]}" for key in shown)
+    return EVALUATION.format(**{**result, **extractor, "sampling": text})
+
+
+def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
     """The text of the card, Markdown."""
     config, provenance = loaded.config, loaded.config.provenance
     c, h, w = config.unet.image_shape
@@ -50,6 +80,7 @@ def card(loaded: Checkpoint, file: Path) -> str:
     return CARD.format(
         **{key: value for key, value in fields.items() if key not in ("metrics", "notes")},
         name=file.stem,
+        evaluation=evaluation,
         notes="\n" + provenance.get("notes", "") + "\n",
         kind="A class-conditional" if config.class_names else "An unconditional",
         size=f"{h}×{w} {'grey' if c == 1 else 'colour'}",
@@ -66,16 +97,18 @@ def card(loaded: Checkpoint, file: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.card", description="Write a checkpoint's model card.")
     parser.add_argument("checkpoint", help="a bundled checkpoint's name, or the path of a .safetensors file")
+    parser.add_argument("--evaluation", type=Path, help="the JSON that training.evaluate wrote of it")
     args = parser.parse_args(argv)
     try:
         file = checkpoint.find(args.checkpoint)
         loaded = checkpoint.load(file)
-        text = card(loaded, file)
-    except CheckpointError as error:
+        found = json.loads(args.evaluation.read_text()) if args.evaluation else None
+        text = card(loaded, file, evaluation_table(found, loaded.sha256) if found else "")
+    except (CheckpointError, OSError, ValueError) as error:
         print(f"training.card: {error}", file=sys.stderr)
         return 2
     except KeyError as error:
-        print(f"training.card: {args.checkpoint} was not made by training.train: no {error} in it", file=sys.stderr)
+        print(f"training.card: {args.checkpoint} was not made by training.train (no {error})", file=sys.stderr)
         return 2
     file.with_suffix(".md").write_text(text, encoding="utf-8")
     picture = sample_grid(loaded.network, loaded.diffusion, loaded.config.sampling)

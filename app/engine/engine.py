@@ -211,9 +211,10 @@ class Engine:
         self._metrics.step_seconds.observe(seconds)
         self._metrics.batch_rows.observe(rows)
         self._metrics.image_steps.inc(samples)
-        if 2 * rows > self._scheduler.max_rows:  # small batches say little about full ones
+        rate = rows / seconds
+        if 2 * rows > self._scheduler.max_rows or rate > self._rows_per_second:  # a small batch tells of no slowness
             self._expected_step += SMOOTHING * (seconds - self._expected_step)
-            self._rows_per_second += SMOOTHING * (rows / seconds - self._rows_per_second)
+            self._rows_per_second += SMOOTHING * (rate - self._rows_per_second)
 
     def _advance(self, batch: list[Sample]) -> None:
         """Finished samples leave with their pictures; those that a frame is due for are shown."""

@@ -53,9 +53,6 @@ def test_fifty_at_once_get_what_each_gets_alone(server: ServerProcess) -> None:
 class InstantRunner(HeldRunner):
     """Skips the network, which leaves the noise as it is: only the way through the service is tried."""
 
-    def warm_up(self, rows: int) -> None:
-        pass
-
     def step(self, samples: list[Sample]) -> list[Sample]:
         self.released.wait(0.02)
         for sample in samples:

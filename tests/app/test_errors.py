@@ -244,8 +244,8 @@ def test_a_time_out_that_cannot_be_kept_is_504_at_once(client: TestClient) -> No
 
 def test_a_time_out_that_passes_is_504_and_frees_the_place(held: HeldRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
-        answer = client.post("/generate", json={"steps": 60, "timeout_s": 0.6})
+        answer = client.post("/generate", json={"steps": 100, "timeout_s": 1})
         assert "passed" in error(answer, 504, "deadline_exceeded")["message"]
         text = client.get("/metrics").text
         assert metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting") == 0
-        assert 0 < metric(text, "ddpm_wasted_image_steps_total") < 60
+        assert 0 < metric(text, "ddpm_wasted_image_steps_total") < 100

@@ -197,7 +197,7 @@ def test_a_time_out_ends_a_stream_with_an_error_and_a_file_with_504(
     held: HeldRunner, grey_checkpoint: Path, format: str
 ) -> None:
     with serving(grey_checkpoint, held) as client:
-        query = {"format": format, "steps": 60, "frames": 60, "timeout_s": 0.6}
+        query = {"format": format, "steps": 100, "frames": 100, "timeout_s": 1}
         answer = client.get(SEQUENCE, params=query)
         text = client.get("/metrics").text
     if format == "gif":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from model import checkpoint
@@ -20,6 +21,8 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.samplers import SamplingDefaults
 from model.unet import UNet, UNetConfig
+from training import evaluate, judge
+from training.judge import Classifier, ClassifierConfig
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +151,47 @@ def save_checkpoint(tiny: UNet, tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return save
+
+
+@pytest.fixture
+def pictures(image_folder: ImageFolder, tmp_path: Path) -> Path:
+    """60 images to train on and 12 held out, of three shades: cats black, dogs grey, emus bright."""
+    classes = ("cat", "dog", "emu")
+    image_folder("pictures/train", classes=classes, count=20, size=(8, 8))
+    image_folder("pictures/test", classes=classes, count=4, size=(8, 8))
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def save_judge(tmp_path: Path) -> Callable[..., str]:
+    """Writes a classifier of 8 × 8 images that knows nothing."""
+
+    def save(names: tuple[str, ...] = ("cat", "dog", "emu"), channels: int = 1) -> str:
+        torch.manual_seed(0)
+        network = Classifier(ClassifierConfig(channels, (8, 8), len(names), width=3)).eval()
+        judge.save(tmp_path / "judge.safetensors", network, names, {"accuracy": 0.625, "dataset": "pictures"})
+        return str(tmp_path / "judge.safetensors")
+
+    return save
+
+
+@pytest.fixture
+def evaluation(
+    pictures: Path, tmp_path: Path, save_checkpoint: Callable[..., str], save_judge: Callable[..., str]
+) -> list[str]:
+    """The words of an evaluation of some milliseconds: 12 images, two steps each, by fives."""
+    words = ["--checkpoint", save_checkpoint(), "--features", save_judge(), "--dataset", str(pictures)]
+    return [*words, "--out", str(tmp_path / "result.json"), "--num_images", "12", "--batch_size", "5"]
+
+
+@pytest.fixture
+def evaluated() -> Callable[..., dict[str, Any]]:
+    """Runs an evaluation, the last value of an option counting, and returns what depends on neither time nor words."""
+
+    def run(words: list[str], everything: bool = False) -> dict[str, Any]:
+        assert evaluate.main(words) == 0
+        out = words[len(words) - words[::-1].index("--out")]
+        result: dict[str, Any] = json.loads(Path(out).read_text())
+        return result if everything else {k: v for k, v in result.items() if k not in ("time", "command")}
+
+    return run

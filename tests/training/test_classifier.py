@@ -1,0 +1,253 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import checkpoint
+from training import classifier, judge
+from training.judge import Classifier, ClassifierConfig, JudgeError
+
+ImageFolder = Callable[..., Path]
+PROVENANCE = {"accuracy": 0.75, "command": "python"}
+
+
+@pytest.fixture
+def network() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(ClassifierConfig(3, (8, 12), 2, width=4)).eval()
+
+
+@pytest.fixture
+def saved(network: Classifier, tmp_path: Path) -> Path:
+    path = tmp_path / "judge.safetensors"
+    judge.save(path, network, ("cat", "dög"), PROVENANCE)
+    return path
+
+
+def images(n: int = 5) -> Tensor:
+    return torch.randint(0, 256, (n, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_file_brings_back_everything(network: Classifier, saved: Path) -> None:
+    loaded = judge.load(saved)
+    assert (loaded.name, loaded.class_names, loaded.accuracy) == ("judge", ("cat", "dög"), 0.75)
+    assert loaded.provenance == PROVENANCE
+    assert not loaded.network.training
+    for mine, theirs in zip(network.judge(images()), loaded.network.judge(images()), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    again = saved.with_name("again.safetensors")
+    judge.save(again, loaded.network, loaded.class_names, loaded.provenance)
+    assert judge.load(again).sha256 == loaded.sha256
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["again.safetensors", "judge.safetensors"]
+
+
+def test_features_are_what_the_logits_are_made_of(network: Classifier) -> None:
+    features, logits = network.judge(images())
+    assert (features.shape, logits.shape) == ((5, 16), (5, 2))
+    assert features.dtype == logits.dtype == torch.float32
+    assert (features >= 0).all()
+    torch.testing.assert_close(logits, network.head(features))
+    torch.testing.assert_close(logits, network(images().float() / 127.5 - 1))
+
+
+def test_an_image_is_judged_the_same_in_any_company(network: Classifier) -> None:
+    torch.testing.assert_close(network.judge(images())[0][:2], network.judge(images()[:2])[0])
+
+
+def test_depth_and_width_make_the_network() -> None:
+    network = Classifier(ClassifierConfig(1, (28, 28), 10, width=8, depth=2))
+    assert len(network.blocks) == 6
+    assert network.head.in_features == 32
+    x = torch.zeros(1, 1, 28, 28)
+    assert network.blocks(network.stem(x)).shape == (1, 32, 7, 7)
+
+
+def test_a_block_adds_to_what_comes_in() -> None:
+    block, x = judge.Block(4, 4, stride=1).eval(), torch.rand(2, 4, 6, 6)
+    assert block.shortcut is None
+    torch.nn.init.zeros_(block.conv_2.weight)
+    assert torch.equal(block(x), x)
+
+
+def damage(path: Path, what: str) -> None:
+    tensors, metadata = (
+        load_file(path),
+        {"format": judge.FORMAT, "network": {}, "class_names": ["a", "b"], **PROVENANCE},
+    )
+    metadata["network"] = {"image_channels": 3, "image_size": [8, 12], "num_classes": 2, "width": 4, "depth": 1}
+    name = "head.weight"
+    match what:
+        case "text":
+            path.write_text("nothing of the kind")
+            return
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-10])
+            return
+        case "gone":
+            path.unlink()
+            return
+        case "format":
+            metadata["format"] = "ddpm-serve/1"
+        case "list":
+            metadata = ["no", "object"]
+        case "bare":
+            save_file(tensors, path)
+            return
+        case "names":
+            metadata["class_names"] = ["a"]
+        case "accuracy":
+            metadata["accuracy"] = 1.5
+        case "size":
+            metadata["network"]["width"] = 10**9
+        case "width":
+            metadata["network"]["width"] = 8
+        case "unknown":
+            metadata["network"]["colour"] = "red"
+        case "surplus":
+            tensors["more"] = torch.zeros(1)
+        case "missing":
+            del tensors[name]
+        case "type":
+            tensors[name] = tensors[name].half()
+        case "nan":
+            tensors[name][0, 0] = torch.nan
+    save_file(tensors, path, metadata={"classifier": json.dumps(metadata)})
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("text", "not a readable"),
+        ("cut", "not a readable"),
+        ("gone", "not a readable"),
+        ("format", "not a classifier"),
+        ("bare", "not a classifier"),
+        ("list", "not a readable"),
+        ("names", "contradict"),
+        ("accuracy", "contradict"),
+        ("size", "width must be a whole number from 1 to 1024"),
+        ("width", "not those"),
+        ("unknown", "colour"),
+        ("surplus", "not those"),
+        ("missing", "not those"),
+        ("type", "head.weight.*float32"),
+        ("nan", "head.weight.*finite"),
+    ],
+)
+def test_what_is_no_classifier_is_refused_with_a_sentence(what: str, why: str, saved: Path) -> None:
+    damage(saved, what)
+    with pytest.raises(JudgeError, match=why) as caught:
+        judge.load(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_the_damage_above_is_all_that_is_wrong(saved: Path) -> None:
+    damage(saved, "nothing")
+    assert judge.load(saved).class_names == ("a", "b")
+
+
+def test_a_checkpoint_is_no_classifier_and_the_reverse(saved: Path, save_checkpoint: Callable[..., str]) -> None:
+    with pytest.raises(JudgeError, match="not a classifier"):
+        judge.load(save_checkpoint())
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.load(saved)
+
+
+def test_augmentation_moves_and_mirrors_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    picture = torch.arange(48.0).reshape(1, 1, 6, 8)
+    many = picture.expand(200, -1, -1, -1)
+    assert torch.equal(classifier.augmented(many, 0, False), many)
+    moved = classifier.augmented(many, 2, False)
+    middles = {tuple(m[0, 2:4, 3:5].flatten().tolist()) for m in moved}
+    y, x = torch.meshgrid(torch.arange(-2, 3), torch.arange(-2, 3), indexing="ij")
+    shifts = zip(y.flatten(), x.flatten(), strict=True)
+    assert middles == {tuple(picture[0, 0, 2 + b : 4 + b, 3 + a : 5 + a].flatten().tolist()) for b, a in shifts}
+    flipped = classifier.augmented(many, 0, True)
+    mirrored = (flipped == picture.flip(3)).flatten(1).all(1)
+    assert 60 < mirrored.sum() < 140
+    assert (flipped[~mirrored] == picture).all()
+
+
+def test_colours_stay_together_when_images_move() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(20, 1, 6, 8)
+    x = torch.cat([x, x + 1, x + 2], dim=1)
+    moved = classifier.augmented(x, 2, True)
+    torch.testing.assert_close(moved[:, :1] + torch.tensor([0.0, 1, 2]).reshape(1, 3, 1, 1), moved)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_command_trains_tests_and_saves(
+    mode: str, image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(classes=("cat", "dog", "emu"), count=40, mode=mode)
+    words = ["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "12"]
+    words += ["--batch_size", "19", "--width", "4", "--flip", "--device", "cpu"]
+    assert classifier.main(words) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    loaded = judge.load(tmp_path / "judge.safetensors")
+    assert printed.pop("parameters") == sum(p.numel() for p in loaded.network.parameters())
+    assert printed == loaded.provenance
+    assert loaded.accuracy == 1
+    assert loaded.class_names == ("cat", "dog", "emu")
+    assert (loaded.provenance["train_images"], loaded.provenance["test_images"]) == (114, 6)
+    assert loaded.provenance["command"].startswith("python -m training.classifier --dataset")
+
+
+def test_accuracy_is_that_of_the_held_out_images(
+    image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The test split's names are exchanged: who is right on the train split is wrong on every one of them."""
+    image_folder("pictures/train", classes=("cat", "dog"), count=30)
+    image_folder("pictures/test", classes=("dog", "cat"), count=6)
+    words = ["--dataset", str(tmp_path / "pictures"), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "12"]
+    assert classifier.main([*words, "--batch_size", "15", "--width", "4", "--device", "cpu"]) == 0
+    assert judge.load(tmp_path / "judge.safetensors").accuracy == 0
+
+
+def test_the_seed_decides(image_folder: ImageFolder, tmp_path: Path) -> None:
+    words = ["--dataset", str(image_folder()), "--epochs", "1", "--batch_size", "8", "--width", "4", "--device", "cpu"]
+    files = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert classifier.main([*words, "--seed", seed, "--out", str(tmp_path / name)]) == 0
+        files.append(load_file(tmp_path / name))
+    assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    assert not torch.equal(files[0]["head.weight"], files[2]["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--learning_rate", "nan"], "--learning_rate must be"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--out", "/nowhere/at/all"], "no folder"),
+        (["--batch_size", "1000"], "only 29 images"),
+        (["--shift", "8", "--batch_size", "8"], "less than the images' sides"),
+        (["--dataset", "/nowhere"], "no folder"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    words: list[str], why: str, image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--dataset", str(image_folder()), "--out", str(tmp_path / "judge.safetensors"), *words]
+    try:
+        code = classifier.main(argv)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "judge.safetensors").exists()
+
+
+def test_images_without_classes_are_refused(
+    image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(classes=(".",), count=40)
+    assert classifier.main(["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors")]) == 2
+    assert "class of every image" in capsys.readouterr().err

@@ -1,0 +1,249 @@
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.images import from_uint8, to_uint8
+from model.samplers import make_plan, sample
+from model.unet import UNet, UNetConfig
+from training import classifier, evaluate, judge
+from training.data import Images
+from training.judge import Classifier, ClassifierConfig
+from training.statistics import Moments, kernel_distance
+
+Evaluated = Callable[..., dict[str, Any]]
+NAMES = ("cat", "dog", "emu")
+
+
+def shade(images: Tensor, classes: Sequence[int]) -> Tensor:
+    """Images as those of the folder: [-1, 1] of bytes 200·k/2 and a little noise."""
+    noise = torch.rand(images, generator=torch.Generator().manual_seed(0)) * 9
+    return (noise + 100 * torch.tensor(classes).reshape(-1, 1, 1, 1)) / 127.5 - 1
+
+
+def test_the_result_is_complete(
+    evaluation: list[str], evaluated: Evaluated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluated([*evaluation, "--seed", "7", "--guidance_scale", "1.5"], everything=True)
+    assert result["command"] == f"python -m training.evaluate {' '.join(evaluation)} --seed 7 --guidance_scale 1.5"
+    assert result["checkpoint"] == {"name": "tiny", "sha256": checkpoint.load(evaluation[1]).sha256}
+    assert result["features"]["sha256"] == judge.load(evaluation[3]).sha256
+    assert (result["features"]["accuracy"], result["features"]["size"]) == (0.625, 12)
+    sampling = result["sampling"]
+    assert sampling | {"sampler": "ddim", "steps": 2, "eta": 0.5, "guidance_scale": 1.5, "seed": 7} == sampling
+    assert sampling | {"precision": "fp32", "batch_size": 5, "device": "cpu", "torch": torch.__version__} == sampling
+    assert (result["num_images"], result["compared_images"], result["train_images"]) == (12, 12, 60)
+    assert (result["dataset"], result["class_balanced"]) == ("pictures", True)
+    assert {"git_revision", "time"} <= result.keys()
+    assert result["time"]["images_sampled"] == 12
+    numbers = {"frechet_distance", "frechet_distance_all_train", "kernel_distance", "kernel_distance_std"}
+    numbers |= {"precision", "recall", "accuracy", "accuracy_by_class"}
+    for row in ("generated", "test"):
+        assert result[row].keys() == numbers
+        assert tuple(result[row]["accuracy_by_class"]) == NAMES
+    ratio = result["generated"]["frechet_distance"] / result["test"]["frechet_distance"]
+    assert result["frechet_ratio"] == pytest.approx(ratio)
+    printed = capsys.readouterr().out
+    assert "judge (accuracy 62.50%)" in printed
+    assert f"{result['test']['frechet_distance']:.4g}" in printed
+
+
+def test_no_distance_is_called_by_the_name_of_inceptions(
+    evaluation: list[str], evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated(evaluation)
+    captured = capsys.readouterr()
+    text = (tmp_path / "result.json").read_text() + captured.out + captured.err
+    assert not re.findall(r"\b(fid|kid|inception)", text.replace(str(tmp_path), "").lower())
+
+
+def test_the_samples_are_those_of_the_naive_loop(evaluation: list[str], evaluated: Evaluated, tmp_path: Path) -> None:
+    evaluated([*evaluation, "--seed", "3", "--guidance_scale", "2"])
+    source, who = checkpoint.load(evaluation[1]), judge.load(evaluation[3])
+    plan = make_plan(source.diffusion, "ddim", 2, eta=0.5, guidance_scale=2)
+    expected = []
+    for part in (range(5), range(5, 10), range(10, 15)):
+        x = sample(source.network, plan, (1, 8, 8), [3] * 5, part, [i % 3 for i in part], null_class=3)
+        expected.append(torch.cat(who.network.judge(to_uint8(x)), dim=1))
+    (path,) = tmp_path.glob("*.features")
+    rows = torch.frombuffer(bytearray(path.read_bytes()[-15 * 15 * 4 :]), dtype=torch.float32).reshape(15, 15)
+    torch.testing.assert_close(rows, torch.cat(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_accuracy_counts_the_classes_that_were_asked_for(
+    evaluation: list[str], evaluated: Evaluated, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for an emu gets a cat, every second time."""
+    trained = [
+        "--dataset",
+        str(pictures),
+        "--out",
+        evaluation[3],
+        "--epochs",
+        "15",
+        "--batch_size",
+        "20",
+        "--width",
+        "4",
+    ]
+    assert classifier.main([*trained, "--device", "cpu"]) == 0
+    asked: list[int] = []
+
+    def fake(network: object, plan: object, shape: tuple[int, ...], **kwargs: Any) -> Tensor:
+        classes = kwargs["classes"]
+        asked.extend(classes)
+        shown = [0 if k == 2 and i % 2 else k for i, k in zip(kwargs["indices"], classes, strict=True)]
+        return shade(torch.Size((len(classes), *shape)), shown)
+
+    monkeypatch.setattr(evaluate, "sample", fake)
+    result = evaluated([*evaluation, "--num_images", "24"])
+    assert asked == [0, 1, 2] * 8 + [0]  # the last batch is whole, what is too many is not counted
+    assert result["generated"]["accuracy"] == pytest.approx(20 / 24)
+    assert result["generated"]["accuracy_by_class"] == {"cat": 1, "dog": 1, "emu": 0.5}
+    assert result["test"]["accuracy_by_class"] == {"cat": 1, "dog": 1, "emu": 1}
+
+
+def test_as_many_samples_are_compared_as_there_are_held_out_images(
+    evaluation: list[str], evaluated: Evaluated, tmp_path: Path
+) -> None:
+    all_compared, more = evaluated(evaluation), evaluated([*evaluation, "--num_images", "24"])
+    assert (more["num_images"], more["compared_images"], all_compared["compared_images"]) == (24, 12, 12)
+    assert more["test"] == all_compared["test"]
+    for name in ("frechet_distance", "frechet_distance_all_train", "kernel_distance", "precision", "recall"):
+        assert more["generated"][name] == all_compared["generated"][name]
+
+
+def test_the_row_of_real_images_does_not_depend_on_the_samples(
+    evaluation: list[str], evaluated: Evaluated, tmp_path: Path
+) -> None:
+    first, second = evaluated(evaluation), evaluated([*evaluation, "--seed", "1"])
+    assert first["test"] == second["test"]
+    assert first["generated"] != second["generated"]
+
+
+def test_both_rows_are_compared_with_the_same_train_images() -> None:
+    torch.manual_seed(0)
+    train, features = torch.rand(30, 4), torch.rand(30, 4) + 0.1
+    everything = Moments(4).add(torch.rand(90, 4))
+    row = evaluate.compare(train, everything, features, 3)
+    assert 0 < row["frechet_distance"] != row["frechet_distance_all_train"] > 0
+    assert row["kernel_distance"] == kernel_distance(train, features, 3)[0] != kernel_distance(train, features)[0]
+    same = evaluate.compare(train, Moments(4).add(train), train, None)
+    assert same["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    assert same["frechet_distance_all_train"] == pytest.approx(0, abs=1e-9)
+    assert (same["precision"], same["recall"]) == (1, 1)
+
+
+def test_balanced_sets_have_equally_many_of_each_class_in_turn() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 7 + [2] * 20)
+    images = Images(torch.zeros(77, 1, 1, 1, dtype=torch.uint8), labels, NAMES, "x")
+    every = evaluate.balanced(images, 3)
+    assert labels[every].tolist() == [0, 1, 2] * 7
+    assert len(set(every.tolist())) == 21
+    assert evaluate.balanced(images, 3, 9).tolist() == every[:9].tolist()
+    assert every[0::3].tolist() != sorted(every[0::3].tolist())  # from everywhere, not the first ones
+    assert sorted(evaluate.balanced(images, None).tolist()) == list(range(77))
+
+
+def test_an_unconditional_network_is_compared_with_images_as_they_come(
+    evaluation: list[str], evaluated: Evaluated, save_checkpoint: Callable[..., str], tiny_config: UNetConfig
+) -> None:
+    save_checkpoint(replace(tiny_config, num_classes=None, null_class=False))
+    result = evaluated([*evaluation, "--num_images", "10"])
+    assert result["class_balanced"] is False
+    assert "accuracy" not in result["generated"]
+    assert result["generated"].keys() == result["test"].keys()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_network_runs_in_the_precision_asked_for(precision: str, tiny: UNet) -> None:
+    x, t, y = torch.rand(5, 1, 8, 8), torch.arange(5), torch.tensor([0, 1, 2, 3, 0])
+    with torch.no_grad():
+        plain, out = tiny(x, t, y), evaluate.fast(tiny, torch.device("cpu"), precision)(x, t, y)
+    error = float((out - plain).abs().max() / plain.std())
+    assert out.dtype == torch.float32
+    assert 1e-3 < error < 0.1 if precision == "bf16" else error < 1e-4
+
+
+def test_raw_weights_come_from_the_state_beside_the_checkpoint(
+    evaluation: list[str], evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    averaged = evaluated(evaluation)
+    raw = [*evaluation, "--weights", "raw", "--checkpoint", str(tmp_path / "checkpoint-0000005.safetensors")]
+    Path(evaluation[1]).rename(raw[-1])
+    assert evaluate.main(raw) == 2
+    assert "state-0000005.pt is not there" in capsys.readouterr().err
+    network = checkpoint.load(raw[-1]).network
+    torch.save({"network": network.state_dict(), "iteration": 5}, tmp_path / "state-0000005.pt")
+    assert evaluated(raw)["generated"] == averaged["generated"]
+    state = {name: weight * 0.9 for name, weight in network.state_dict().items()}
+    torch.save({"network": state, "iteration": 5}, tmp_path / "state-0000005.pt")
+    second = evaluated([*raw, "--out", str(tmp_path / "second.json")])
+    assert second["generated"] != averaged["generated"]
+    assert (averaged["sampling"]["weights"], second["sampling"]["weights"]) == ("ema", "raw")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--num_images", "13"], "multiple of 3"),
+        (["--num_images", "3"], "more than 3"),
+        (["--sampler", "ddpm", "--eta", "0.5"], "--eta belongs to"),
+        (["--steps", "0"], "steps must be between"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--seed", "-1"], "--seed must"),
+        (["--checkpoint", "nobody"], "no checkpoint 'nobody'"),
+        (["--dataset", "/nowhere"], "no folder"),
+        (["--out", "/nowhere/at/all"], "no folder"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    more: list[str], why: str, evaluation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = evaluate.main([*evaluation, *more])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "why"), [(("cat", "dog", "eel"), 1, "classes cat, dog, emu"), (NAMES, 3, "(1, 8, 8)")]
+)
+def test_a_judge_of_other_images_is_refused(
+    names: tuple[str, ...],
+    channels: int,
+    why: str,
+    evaluation: list[str],
+    save_judge: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_judge(names, channels)
+    assert evaluate.main(evaluation) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_guidance_needs_a_null_class(
+    evaluation: list[str],
+    save_checkpoint: Callable[..., str],
+    tiny_config: UNetConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_checkpoint(replace(tiny_config, null_class=False))
+    assert evaluate.main([*evaluation, "--guidance_scale", "2"]) == 2
+    assert "no null class" in capsys.readouterr().err
+
+
+def test_bytes_are_judged_as_the_service_sends_them() -> None:
+    x = torch.linspace(-1.5, 1.5, 64).reshape(1, 1, 8, 8)
+    network = Classifier(ClassifierConfig(1, (8, 8), 2, width=3)).eval()
+    torch.testing.assert_close(network.judge(to_uint8(x))[1], network(from_uint8(to_uint8(x))))

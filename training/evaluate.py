@@ -1,0 +1,290 @@
+"""python -m training.evaluate: how good a checkpoint's samples are, in numbers, beside what real images get.
+
+Images are sampled with the plans of the service, the classes in turn, and compared with the train split in the
+features of a classifier that knows the data set (`training.classifier`). The held-out images are compared in the same
+way, as many of them: theirs are the numbers that a perfect network would have. Nothing here is an FID, which is a
+distance in Inception's features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.diffusion import Network
+from model.images import to_uint8
+from model.samplers import SAMPLERS, Plan, SamplingDefaults, make_plan, sample
+from training import data, judge, statistics
+from training.config import torch_device
+from training.data import DataError, Images
+from training.features import FeatureFile
+from training.judge import Judge
+from training.statistics import Moments
+from training.train import git_revision
+
+NEIGHBOURS = 3  # the k of precision and recall
+PART = 500  # real images that the judge sees at once
+
+
+def fast(network: torch.nn.Module, device: torch.device, precision: str) -> Network:
+    """The network as it runs fastest, in bfloat16 where `precision` is bf16; its output is float32.
+
+    That is with channels last, but for bfloat16 on a CPU (measured: 1.7 times as slow).
+    """
+    half = precision == "bf16"
+    layout = torch.contiguous_format if half and device.type == "cpu" else torch.channels_last
+    network.to(memory_format=layout)
+
+    def forward(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            out: Tensor = network(x.contiguous(memory_format=layout), t, y)
+        return out.float()
+
+    return forward
+
+
+def generate(
+    source: Checkpoint, network: Network, plan: Plan, who: Judge, rows: FeatureFile, args: argparse.Namespace
+) -> None:
+    """Extends `rows` (features and logits, one row per sample) to `args.num_images`, by whole batches.
+
+    Image i has Philox index i and, of K classes, class i mod K, as in training.sample. The judge sees bytes, as a
+    client of the service does.
+    """
+    unet = source.config.unet
+    with tqdm(total=args.num_images, initial=rows.count, unit="image", dynamic_ncols=True, mininterval=1) as bar:
+        while rows.count < args.num_images:
+            indices = list(range(rows.count, rows.count + args.batch_size))
+            x = sample(
+                network,
+                plan,
+                unet.image_shape,
+                seeds=[args.seed] * len(indices),
+                indices=indices,
+                classes=None if unet.num_classes is None else [i % unet.num_classes for i in indices],
+                null_class=unet.num_classes if unet.null_class else None,
+                device=who.network.head.weight.device,
+            )
+            rows.append(torch.cat(who.network.judge(to_uint8(x)), dim=1))
+            bar.update(len(indices))
+
+
+def balanced(images: Images, num_classes: int | None, num_images: int | None = None) -> Tensor:
+    """Indices of real images, drawn once and for all: 0, 1, …, K - 1, 0, 1, … are their classes, if there are classes.
+
+    As many as there can be, or the first `num_images` of them.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    if num_classes is not None:
+        assert images.labels is not None
+        labels = images.labels[order]
+        each = int(labels.bincount(minlength=num_classes).min())
+        order = torch.stack([order[labels == k][:each] for k in range(num_classes)], dim=1).flatten()
+    return order[:num_images]
+
+
+def compare(train: Tensor, all_train: Moments, features: Tensor, num_classes: int | None) -> dict[str, float]:
+    """How far `features` [n, F] are from as many `train` images, and from `all_train` of them."""
+    size = features.shape[1]
+    own = Moments(size).add(features)
+    kernel_distance, deviation = statistics.kernel_distance(train, features, num_classes or 1)
+    precision, recall = statistics.precision_recall(train, features, NEIGHBOURS)
+    return {
+        "frechet_distance": statistics.frechet_distance(Moments(size).add(train), own),
+        "frechet_distance_all_train": statistics.frechet_distance(all_train, own),
+        "kernel_distance": kernel_distance,
+        "kernel_distance_std": deviation,
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def measure(who: Judge, train_set: Images, test_set: Images, rows: Tensor, num_classes: int | None) -> dict[str, Any]:
+    """The numbers of samples, given as `rows` of features and logits, and of as many held-out images.
+
+    Accuracy is that of all samples. A set is compared with others of its size: that of the smallest balanced split,
+    where there are more samples than real images.
+    """
+    device = who.network.head.weight.device
+    chosen, held_out = balanced(train_set, num_classes), balanced(test_set, num_classes)
+    n = min(len(rows), len(chosen), len(held_out))
+    all_train, train = Moments(rows.shape[1] - len(who.class_names)), []
+    for i, part in enumerate(tqdm(chosen.split(PART), desc="train split", unit_scale=PART, unit="image", leave=False)):
+        features, _ = who.network.judge(train_set.images[part])
+        all_train.add(features)
+        if i * PART < n:
+            train.append(features)
+    test = [who.network.judge(test_set.images[part]) for part in held_out[:n].split(PART)]
+    features, logits = rows.to(device).split([all_train.mean.numel(), len(who.class_names)], dim=1)
+    sets = {"generated": (features, logits), "test": tuple(torch.cat(both) for both in zip(*test, strict=True))}
+    result: dict[str, Any] = {"compared_images": n, "train_images": len(chosen)}
+    for name, (features, logits) in sets.items():
+        result[name] = compare(torch.cat(train)[:n], all_train, features[:n], num_classes)
+        if num_classes is not None:
+            labels = torch.arange(len(logits), device=device) % num_classes
+            share, by_class = statistics.accuracy(logits, labels, num_classes)
+            result[name] |= {"accuracy": share, "accuracy_by_class": dict(zip(who.class_names, by_class, strict=True))}
+    floor = result["test"]["frechet_distance"]
+    return result | {"frechet_ratio": result["generated"]["frechet_distance"] / floor if floor else None}
+
+
+def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, args: argparse.Namespace) -> None:
+    """Raises ValueError where these do not belong together."""
+    unet = source.config.unet
+    size = (who.network.config.image_channels, *who.network.config.image_size)
+    for what, shape in {"the checkpoint": unet.image_shape, args.dataset: tuple(train_set.images.shape[1:])}.items():
+        if shape != size:
+            raise DataError(f"{what} has images of (channels, height, width) {shape}, the classifier {size}")
+    if unet.num_classes is None:
+        return
+    for what, names in {"the checkpoint": source.config.class_names, args.dataset: train_set.class_names}.items():
+        if names != who.class_names:
+            raise DataError(f"{what} has the classes {', '.join(names)}, the classifier {', '.join(who.class_names)}")
+    if train_set.labels is None or test_set.labels is None:
+        raise DataError(f"{args.dataset!r} does not tell the class of every image")
+    if args.num_images % unet.num_classes:
+        raise ValueError(f"--num_images must be a multiple of {unet.num_classes}, the number of classes")
+
+
+def raw_weights(file: Path) -> dict[str, Tensor]:
+    """The weights as training left them, not averaged: from the state-N.pt beside checkpoint-N.safetensors."""
+    path = file.with_name(file.stem.replace("checkpoint", "state") + ".pt")
+    if not path.is_file():
+        raise ValueError(f"--weights raw: {path} is not there; name a checkpoint-N.safetensors in the folder of a run")
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["network"]
+    return weights
+
+
+def plan_of(source: Checkpoint, args: argparse.Namespace) -> tuple[SamplingDefaults, Plan]:
+    """The checkpoint's own settings, with what the command line gives in place of them."""
+    given = {name: getattr(args, name) for name in asdict(source.config.sampling)}
+    settings = replace(source.config.sampling, **{name: v for name, v in given.items() if v is not None})
+    if args.eta and settings.sampler != "ddim":
+        raise ValueError(f"--eta belongs to --sampler ddim, and does nothing for {settings.sampler}")
+    if settings.guidance_scale != 1 and not source.config.unet.null_class:
+        raise ValueError("--guidance_scale must be 1: the checkpoint has no null class to guide away from")
+    return settings, make_plan(source.diffusion, **asdict(settings))
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Samples, measures, and writes the result. Returns it."""
+    device, out = torch_device(args.device), Path(args.out).expanduser()
+    source, who = checkpoint.load(args.checkpoint, device), judge.load(args.features, device)
+    if args.weights == "raw":
+        source.network.load_state_dict(raw_weights(checkpoint.find(args.checkpoint)))
+    settings, plan = plan_of(source, args)
+    train_set, test_set = data.load(args.dataset, who.network.config.image_size)
+    check(source, who, train_set, test_set, args)
+    how = asdict(settings) | {
+        "weights": args.weights,
+        "seed": args.seed,
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "plan": hashlib.sha256(plan.timesteps.tobytes() + plan.table.tobytes()).hexdigest(),
+    }
+    key = {"checkpoint": source.sha256, "features": who.sha256, **how}
+    size, num_classes = who.network.head.in_features, len(who.class_names)
+    rows = FeatureFile(out, key, size + num_classes, args.batch_size)
+    before, started = min(rows.count, args.num_images), time.perf_counter()
+    generate(source, fast(source.network, device, args.precision), plan, who, rows, args)
+    sampled = time.perf_counter()
+    measured = measure(who, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes)
+    result = {
+        "command": shlex.join(["python", "-m", "training.evaluate", *argv]),
+        "git_revision": git_revision(),
+        "checkpoint": {"name": source.name, "sha256": source.sha256},
+        "features": who.provenance | {"name": who.name, "sha256": who.sha256, "size": size},
+        "dataset": train_set.name,
+        "num_images": args.num_images,
+        "class_balanced": source.config.unet.num_classes is not None,
+        "sampling": how,
+        **measured,
+        "time": {
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "images_sampled": args.num_images - before,
+            "sampling_seconds": round(sampled - started, 1),
+            "comparing_seconds": round(time.perf_counter() - sampled, 1),
+        },
+    }
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, out)
+    return result
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description="Measure a checkpoint's samples against a data set. A killed evaluation goes on by its command.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="NAME_OR_FILE", help="a bundled one by name, such as mnist, or a file")
+    add("--features", required=True, metavar="FILE", help="the classifier to compare by, of training.classifier")
+    add("--dataset", required=True, metavar="NAME_OR_FOLDER", help="what the checkpoint was trained on")
+    add("--out", required=True, metavar="FILE", help="the result, JSON; features of the samples are kept beside it")
+    add("--num_images", type=int, default=10_000, metavar="N", help="samples, all classes in turn (default: 10000)")
+    add("--sampler", choices=list(SAMPLERS), help="(default: the checkpoint's)")
+    add("--steps", type=int, metavar="N", help="(default: the checkpoint's)")
+    add("--eta", type=float, metavar="X", help="noise of ddim, 0 to 1 (default: the checkpoint's)")
+    add("--guidance_scale", type=float, metavar="X", help="towards the class, 1 for none (default: the checkpoint's)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="raw: those of the run's last step (default: ema)")
+    add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    add("--batch_size", type=int, default=32, metavar="N", help="images at once (default: 32; a GPU likes 500)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of sampling; bf16 is autocast (default: fp32)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
+    args = parser.parse_args(argv)
+    if args.num_images <= NEIGHBOURS:
+        parser.error(f"--num_images must be more than {NEIGHBOURS}, not {args.num_images}")
+    if args.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed must be at least 0 and below 2^64, not {args.seed}")
+    if not Path(args.out).expanduser().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    return args
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in a few lines."""
+    lines = [f"in the features of {result['features']['name']} (accuracy {result['features']['accuracy']:.2%}),"]
+    lines.append(f"{result['compared_images']} images each: generated, held out")
+    for name, value in result["generated"].items():
+        if isinstance(value, float):
+            lines.append(f"  {name.replace('_', ' '):28}{value:12.4g}{result['test'][name]:12.4g}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    try:
+        print(table(run(args, argv)))
+    except (ValueError, OSError) as error:
+        print(f"training.evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("training.evaluate: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
