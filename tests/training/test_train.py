@@ -72,7 +72,8 @@ def test_a_checkpoint_holds_the_average_and_the_state_the_weights(tiny_options: 
     run = train(TrainConfig(**tiny_options))
     state = torch.load(run / "state-0000008.pt", weights_only=True)
     served = checkpoint.load(run / "checkpoint-0000008.safetensors").network.state_dict()
-    for name, average in state["ema"]["weights"].items():
+    (averages,) = state["ema"]["averages"].values()
+    for name, average in averages.items():
         assert torch.equal(served[name], average), name
     assert not torch.equal(served["out_conv.bias"], state["network"]["out_conv.bias"])
 
