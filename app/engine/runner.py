@@ -20,8 +20,9 @@ class Runner:
     rows, so an image would otherwise depend, in its last bits, on who shares its batch.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, chunk: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, chunk: int, threads: int = 0) -> None:
         self.config = checkpoint.config.unet
+        self._threads = threads
         self.device, self.chunk = device, chunk
         self._network = checkpoint.network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._null_class = self.config.num_classes if self.config.null_class else None
@@ -85,7 +86,9 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, rows: int) -> None:
-        """Runs the network once on `rows` rows, as the engine will."""
+        """Runs the network once on `rows` rows, as the engine will, on `threads` threads from now on (0: as is)."""
+        if self._threads:
+            torch.set_num_threads(self._threads)  # of the calling thread's team
         x = torch.zeros(rows, *self.config.image_shape, device=self.device)
         t = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.forward(x, t, None if self.config.num_classes is None else t)

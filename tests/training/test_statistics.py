@@ -148,6 +148,7 @@ def test_subsets_are_drawn_anew_and_by_the_seed() -> None:
     assert first[1] > 0
     assert first == kernel_distance(x, y, subsets=10, subset_size=50)
     assert first != kernel_distance(x, y, subsets=10, subset_size=50, seed=1)
+    assert kernel_distance(x, y, 3, subsets=10, subset_size=150)[1] > 1e-4  # of 150 in all
 
 
 @pytest.mark.parametrize("rows", [7, 1000])

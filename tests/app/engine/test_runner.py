@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -104,3 +105,17 @@ def test_read_gives_the_state_or_the_prediction_as_pictures(checkpoint: Checkpoi
     assert np.array_equal(runner.read(samples, "xt"), to_uint8(states).numpy())
     assert np.array_equal(runner.read(samples, "x0"), to_uint8(predictions).numpy())
     assert not np.array_equal(runner.read(samples, "xt"), runner.read(samples, "x0"))
+
+
+def test_the_thread_that_warms_up_gets_the_threads_of_the_network(checkpoint: Checkpoint) -> None:
+    seen: list[int] = []
+
+    def warm_up() -> None:
+        Runner(checkpoint, CPU, chunk=4, threads=3).warm_up(4)
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=warm_up)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(1)  # it is torch's default for threads to come, too
+    assert seen == [3]
