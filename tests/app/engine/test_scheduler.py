@@ -21,6 +21,7 @@ def run_step(scheduler: Scheduler) -> Counter[int]:
     """One step of everything that was scheduled: images per seed."""
     batch = scheduler.schedule()
     for sample in batch:
+        sample.request.work_left -= sample.rows
         sample.step += 1
         if sample.finished:
             sample.request.samples.remove(sample)
@@ -41,16 +42,39 @@ def test_a_single_image_joins_the_next_step_beside_a_request_of_many(
     assert run_step(scheduler) == {1: 8}, "and its place is taken again"
 
 
-def test_requests_take_turns_when_there_are_more_than_fit(
-    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
-) -> None:
+def test_requests_take_turns_in_every_other_step(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
     scheduler = Scheduler(max_rows=4)
     for seed in range(6):
         scheduler.add(ask(loop, seed=seed, n=2, steps=10))
     total: Counter[int] = Counter()
     for _ in range(3):
+        run_step(scheduler)
         total += run_step(scheduler)
-    assert set(total.values()) == {2}, "equal requests progress equally"
+    assert set(total.values()) == {2}, "nobody is starved"
+
+
+def test_equal_requests_finish_one_after_another(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
+    scheduler = Scheduler(max_rows=4)
+    requests = [ask(loop, seed=seed, n=4, steps=10) for seed in range(8)]
+    for request in requests:
+        scheduler.add(request)
+    finished: list[int] = []
+    for _ in range(80):
+        run_step(scheduler)
+        finished.append(sum(not request.samples for request in requests))
+    assert finished[79] == 8
+    assert finished[49] >= 3, "round robin alone would have finished none"
+
+
+def test_a_small_request_passes_a_crowd(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
+    scheduler = Scheduler(max_rows=4)
+    for seed in range(40):
+        scheduler.add(ask(loop, seed=seed, n=50, steps=10))
+    small = ask(loop, seed=99, n=1, steps=5)
+    scheduler.add(small)
+    for _ in range(10):
+        run_step(scheduler)
+    assert not small.samples
 
 
 def test_a_batch_never_has_more_rows_than_fit_and_guidance_counts_twice(
