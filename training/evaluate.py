@@ -26,18 +26,15 @@ from tqdm import tqdm
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
-from model.images import to_uint8
+from model.images import from_uint8, to_uint8
+from model.likelihood import bits_per_dim
 from model.samplers import SAMPLERS, Plan, SamplingDefaults, make_plan, sample
-from training import data, judge, statistics
+from training import comparison, data, judge
 from training.config import torch_device
 from training.data import DataError, Images
 from training.features import FeatureFile
 from training.judge import Judge
-from training.statistics import Moments
 from training.train import git_revision
-
-NEIGHBOURS = 3  # the k of precision and recall
-PART = 500  # real images that the judge sees at once
 
 
 def fast(network: torch.nn.Module, device: torch.device, precision: str) -> Network:
@@ -83,63 +80,19 @@ def generate(
             bar.update(len(indices))
 
 
-def balanced(images: Images, num_classes: int | None, num_images: int | None = None) -> Tensor:
-    """Indices of real images, drawn once and for all: 0, 1, …, K - 1, 0, 1, … are their classes, if there are classes.
-
-    As many as there can be, or the first `num_images` of them.
-    """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    if num_classes is not None:
-        assert images.labels is not None
-        labels = images.labels[order]
-        each = int(labels.bincount(minlength=num_classes).min())
-        order = torch.stack([order[labels == k][:each] for k in range(num_classes)], dim=1).flatten()
-    return order[:num_images]
-
-
-def compare(train: Tensor, all_train: Moments, features: Tensor, num_classes: int | None) -> dict[str, float]:
-    """How far `features` [n, F] are from as many `train` images, and from `all_train` of them."""
-    size = features.shape[1]
-    own = Moments(size).add(features)
-    kernel_distance, deviation = statistics.kernel_distance(train, features, num_classes or 1)
-    precision, recall = statistics.precision_recall(train, features, NEIGHBOURS)
-    return {
-        "frechet_distance": statistics.frechet_distance(Moments(size).add(train), own),
-        "frechet_distance_all_train": statistics.frechet_distance(all_train, own),
-        "kernel_distance": kernel_distance,
-        "kernel_distance_std": deviation,
-        "precision": precision,
-        "recall": recall,
-    }
-
-
-def measure(who: Judge, train_set: Images, test_set: Images, rows: Tensor, num_classes: int | None) -> dict[str, Any]:
-    """The numbers of samples, given as `rows` of features and logits, and of as many held-out images.
-
-    Accuracy is that of all samples. A set is compared with others of its size: that of the smallest balanced split,
-    where there are more samples than real images.
-    """
-    device = who.network.head.weight.device
-    chosen, held_out = balanced(train_set, num_classes), balanced(test_set, num_classes)
-    n = min(len(rows), len(chosen), len(held_out))
-    all_train, train = Moments(rows.shape[1] - len(who.class_names)), []
-    for i, part in enumerate(tqdm(chosen.split(PART), desc="train split", unit_scale=PART, unit="image", leave=False)):
-        features, _ = who.network.judge(train_set.images[part])
-        all_train.add(features)
-        if i * PART < n:
-            train.append(features)
-    test = [who.network.judge(test_set.images[part]) for part in held_out[:n].split(PART)]
-    features, logits = rows.to(device).split([all_train.mean.numel(), len(who.class_names)], dim=1)
-    sets = {"generated": (features, logits), "test": tuple(torch.cat(both) for both in zip(*test, strict=True))}
-    result: dict[str, Any] = {"compared_images": n, "train_images": len(chosen)}
-    for name, (features, logits) in sets.items():
-        result[name] = compare(torch.cat(train)[:n], all_train, features[:n], num_classes)
-        if num_classes is not None:
-            labels = torch.arange(len(logits), device=device) % num_classes
-            share, by_class = statistics.accuracy(logits, labels, num_classes)
-            result[name] |= {"accuracy": share, "accuracy_by_class": dict(zip(who.class_names, by_class, strict=True))}
-    floor = result["test"]["frechet_distance"]
-    return result | {"frechet_ratio": result["generated"]["frechet_distance"] / floor if floor else None}
+def bits(source: Checkpoint, network: Network, images: Images, num_images: int, batch_size: int) -> dict[str, Any]:
+    """The variational bound on the first `num_images` of the held-out set's balanced draw, in bits per dimension."""
+    num_classes, device = source.config.unet.num_classes, next(source.network.parameters()).device
+    diffusion, parts = source.diffusion.to(device), []
+    chosen = comparison.balanced(images, num_classes, num_images)
+    for which in tqdm(chosen.split(batch_size), desc="bits per dimension"):
+        some = images.select(which).to(device)
+        y = None if num_classes is None else some.labels
+        parts.append(bits_per_dim(diffusion, network, from_uint8(some.images), y, [0] * len(which), which.tolist()))
+    total, prior, terms = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    error = float(total.std() / len(total) ** 0.5) if len(total) > 1 else None
+    shares = {"prior": float(prior.mean()), "decoder": float(terms[:, 0].mean())}
+    return {"bits_per_dim": float(total.mean()), "standard_error": error, "images": len(total), **shares}
 
 
 def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, args: argparse.Namespace) -> None:
@@ -201,11 +154,16 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     }
     key = {"checkpoint": source.sha256, "features": who.sha256, **how}
     size, num_classes = who.network.head.in_features, len(who.class_names)
+    network = fast(source.network, device, args.precision)
     rows = FeatureFile(out, key, size + num_classes, args.batch_size)
     before, started = min(rows.count, args.num_images), time.perf_counter()
-    generate(source, fast(source.network, device, args.precision), plan, who, rows, args)
+    generate(source, network, plan, who, rows, args)
     sampled = time.perf_counter()
-    measured = measure(who, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes)
+    measured = comparison.measure(
+        who, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes
+    )
+    if args.bits_images:
+        measured["bits_per_dim"] = bits(source, network, test_set, args.bits_images, args.batch_size)
     result = {
         "command": shlex.join(["python", "-m", "training.evaluate", *argv]),
         "git_revision": git_revision(),
@@ -241,6 +199,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", required=True, metavar="NAME_OR_FOLDER", help="what the checkpoint was trained on")
     add("--out", required=True, metavar="FILE", help="the result, JSON; features of the samples are kept beside it")
     add("--num_images", type=int, default=10_000, metavar="N", help="samples, all classes in turn (default: 10000)")
+    add("--bits_images", type=int, default=0, metavar="N", help="held-out images for bits per dimension (default: 0)")
     add("--sampler", choices=list(SAMPLERS), help="(default: the checkpoint's)")
     add("--steps", type=int, metavar="N", help="(default: the checkpoint's)")
     add("--eta", type=float, metavar="X", help="noise of ddim, 0 to 1 (default: the checkpoint's)")
@@ -251,8 +210,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of sampling; bf16 is autocast (default: fp32)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     args = parser.parse_args(argv)
-    if args.num_images <= NEIGHBOURS:
-        parser.error(f"--num_images must be more than {NEIGHBOURS}, not {args.num_images}")
+    if args.num_images <= comparison.NEIGHBOURS:
+        parser.error(f"--num_images must be more than {comparison.NEIGHBOURS}, not {args.num_images}")
+    if args.bits_images < 0:
+        parser.error(f"--bits_images must not be negative, as {args.bits_images} is")
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 0 <= args.seed < 2**64:
@@ -269,6 +230,8 @@ def table(result: dict[str, Any]) -> str:
     for name, value in result["generated"].items():
         if isinstance(value, float):
             lines.append(f"  {name.replace('_', ' '):28}{value:12.4g}{result['test'][name]:12.4g}")
+    if bound := result.get("bits_per_dim"):
+        lines.append(f"bits per dimension of {bound['images']} held-out images: {bound['bits_per_dim']:.4g}")
     return "\n".join(lines)
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
+from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8, to_uint8
+from model.likelihood import bits_per_dim
 from model.samplers import make_plan, sample
 from model.unet import UNet, UNetConfig
-from training import classifier, evaluate, judge
+from training import classifier, comparison, data, evaluate, judge
 from training.data import Images
 from training.judge import Classifier, ClassifierConfig
 from training.statistics import Moments, kernel_distance
@@ -131,10 +133,10 @@ def test_both_rows_are_compared_with_the_same_train_images() -> None:
     torch.manual_seed(0)
     train, features = torch.rand(30, 4), torch.rand(30, 4) + 0.1
     everything = Moments(4).add(torch.rand(90, 4))
-    row = evaluate.compare(train, everything, features, 3)
+    row = comparison.compare(train, everything, features, 3)
     assert 0 < row["frechet_distance"] != row["frechet_distance_all_train"] > 0
     assert row["kernel_distance"] == kernel_distance(train, features, 3)[0] != kernel_distance(train, features)[0]
-    same = evaluate.compare(train, Moments(4).add(train), train, None)
+    same = comparison.compare(train, Moments(4).add(train), train, None)
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-9)
     assert same["frechet_distance_all_train"] == pytest.approx(0, abs=1e-9)
     assert (same["precision"], same["recall"]) == (1, 1)
@@ -143,12 +145,12 @@ def test_both_rows_are_compared_with_the_same_train_images() -> None:
 def test_balanced_sets_have_equally_many_of_each_class_in_turn() -> None:
     labels = torch.tensor([0] * 50 + [1] * 7 + [2] * 20)
     images = Images(torch.zeros(77, 1, 1, 1, dtype=torch.uint8), labels, NAMES, "x")
-    every = evaluate.balanced(images, 3)
+    every = comparison.balanced(images, 3)
     assert labels[every].tolist() == [0, 1, 2] * 7
     assert len(set(every.tolist())) == 21
-    assert evaluate.balanced(images, 3, 9).tolist() == every[:9].tolist()
+    assert comparison.balanced(images, 3, 9).tolist() == every[:9].tolist()
     assert every[0::3].tolist() != sorted(every[0::3].tolist())  # from everywhere, not the first ones
-    assert sorted(evaluate.balanced(images, None).tolist()) == list(range(77))
+    assert sorted(comparison.balanced(images, None).tolist()) == list(range(77))
 
 
 def test_an_unconditional_network_is_compared_with_images_as_they_come(
@@ -169,6 +171,27 @@ def test_the_network_runs_in_the_precision_asked_for(precision: str, tiny: UNet)
     error = float((out - plain).abs().max() / plain.std())
     assert out.dtype == torch.float32
     assert 1e-3 < error < 0.1 if precision == "bf16" else error < 1e-4
+
+
+def test_bits_per_dimension_are_those_of_held_out_images(
+    evaluation: list[str], evaluated: Evaluated, pictures: Path, tiny: UNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "bits_per_dim" not in evaluated(evaluation)
+    assert "bits" not in capsys.readouterr().out
+    loaded = checkpoint.load(evaluation[1])
+    config = replace(loaded.config, diffusion=DiffusionConfig(10, "cosine"))
+    checkpoint.save(evaluation[1], loaded.network.state_dict(), config)
+    found = evaluated([*evaluation, "--bits_images", "6"])["bits_per_dim"]
+    _, test = data.load(str(pictures))
+    which = comparison.balanced(test, 3, 6)
+    x0, y = from_uint8(test.images[which]), test.labels[which] if test.labels is not None else None
+    bound = bits_per_dim(GaussianDiffusion(config.diffusion), tiny, x0, y, [0] * 6, which.tolist())
+    assert found["bits_per_dim"] == pytest.approx(float(bound.total.mean()), rel=1e-4)
+    assert found["standard_error"] == pytest.approx(float(bound.total.std()) / 6**0.5, rel=1e-3)
+    assert found["prior"] == pytest.approx(float(bound.prior.mean()), rel=1e-4)
+    assert found["decoder"] == pytest.approx(float(bound.terms[:, 0].mean()), rel=1e-3)
+    assert found["images"] == 6
+    assert f"6 held-out images: {found['bits_per_dim']:.4g}" in capsys.readouterr().out
 
 
 def test_raw_weights_come_from_the_state_beside_the_checkpoint(
@@ -197,6 +220,7 @@ def test_raw_weights_come_from_the_state_beside_the_checkpoint(
         (["--sampler", "ddpm", "--eta", "0.5"], "--eta belongs to"),
         (["--steps", "0"], "steps must be between"),
         (["--batch_size", "0"], "at least 1"),
+        (["--bits_images", "-1"], "must not be negative"),
         (["--seed", "-1"], "--seed must"),
         (["--checkpoint", "nobody"], "no checkpoint 'nobody'"),
         (["--dataset", "/nowhere"], "no folder"),

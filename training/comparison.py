@@ -1,0 +1,76 @@
+"""Samples against the train split, beside as many held-out images, in the eyes of a judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training import statistics
+from training.data import Images
+from training.judge import Judge
+from training.statistics import Moments
+
+NEIGHBOURS = 3  # the k of precision and recall
+PART = 500  # real images that the judge sees at once
+
+
+def balanced(images: Images, num_classes: int | None, num_images: int | None = None) -> Tensor:
+    """Indices of real images, drawn once and for all: 0, 1, …, K - 1, 0, 1, … are their classes, if there are classes.
+
+    As many as there can be, or the first `num_images` of them.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    if num_classes is not None:
+        assert images.labels is not None
+        labels = images.labels[order]
+        each = int(labels.bincount(minlength=num_classes).min())
+        order = torch.stack([order[labels == k][:each] for k in range(num_classes)], dim=1).flatten()
+    return order[:num_images]
+
+
+def compare(train: Tensor, all_train: Moments, features: Tensor, num_classes: int | None) -> dict[str, float]:
+    """How far `features` [n, F] are from as many `train` images, and from `all_train` of them."""
+    size = features.shape[1]
+    own = Moments(size).add(features)
+    kernel_distance, deviation = statistics.kernel_distance(train, features, num_classes or 1)
+    precision, recall = statistics.precision_recall(train, features, NEIGHBOURS)
+    return {
+        "frechet_distance": statistics.frechet_distance(Moments(size).add(train), own),
+        "frechet_distance_all_train": statistics.frechet_distance(all_train, own),
+        "kernel_distance": kernel_distance,
+        "kernel_distance_std": deviation,
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def measure(who: Judge, train_set: Images, test_set: Images, rows: Tensor, num_classes: int | None) -> dict[str, Any]:
+    """The numbers of samples, given as `rows` of features and logits, and of as many held-out images.
+
+    Accuracy is that of all samples. A set is compared with others of its size: that of the smallest balanced split,
+    where there are more samples than real images.
+    """
+    device = who.network.head.weight.device
+    chosen, held_out = balanced(train_set, num_classes), balanced(test_set, num_classes)
+    n = min(len(rows), len(chosen), len(held_out))
+    all_train, train = Moments(rows.shape[1] - len(who.class_names)), []
+    for i, part in enumerate(tqdm(chosen.split(PART), desc="train split", unit_scale=PART, unit="image", leave=False)):
+        features, _ = who.network.judge(train_set.images[part])
+        all_train.add(features)
+        if i * PART < n:
+            train.append(features)
+    test = [who.network.judge(test_set.images[part]) for part in held_out[:n].split(PART)]
+    features, logits = rows.to(device).split([all_train.mean.numel(), len(who.class_names)], dim=1)
+    sets = {"generated": (features, logits), "test": tuple(torch.cat(both) for both in zip(*test, strict=True))}
+    result: dict[str, Any] = {"compared_images": n, "train_images": len(chosen)}
+    for name, (features, logits) in sets.items():
+        result[name] = compare(torch.cat(train)[:n], all_train, features[:n], num_classes)
+        if num_classes is not None:
+            labels = torch.arange(len(logits), device=device) % num_classes
+            share, by_class = statistics.accuracy(logits, labels, num_classes)
+            result[name] |= {"accuracy": share, "accuracy_by_class": dict(zip(who.class_names, by_class, strict=True))}
+    floor = result["test"]["frechet_distance"]
+    return result | {"frechet_ratio": result["generated"]["frechet_distance"] / floor if floor else None}
