@@ -16,8 +16,8 @@ from app.errors import InvalidClassLabel, InvalidRequest
 from app.schemas import Sampling, SequenceQuery
 from app.settings import Settings
 from model.checkpoint import Checkpoint
+from model.plan import make_plan
 from model.rng import draw_class
-from model.samplers import make_plan
 
 LARGEST_JSON_INTEGER = 2**53
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
-from model.samplers import SamplingDefaults, make_plan
+from model.plan import SamplingDefaults, make_plan
 from model.unet import UNet, UNetConfig
 
 FORMAT = "ddpm-serve/1"

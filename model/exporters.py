@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint
+from model.blocks import ResBlock
 from model.checkpoint import Checkpoint
 from model.conversion import Weights
 from model.diffusion import DiffusionConfig
 from model.import_diffusers import DIFFUSERS, PREDICTIONS, norm_groups
-from model.unet import ResBlock, UNet, UNetConfig
+from model.unet import UNet, UNetConfig
 
 
 class ExportRefused(ValueError):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.blocks import ResBlock
 from model.conversion import (
     Flags,
     Imported,
@@ -23,7 +24,7 @@ from model.conversion import (
     separate_qkv,
 )
 from model.diffusion import DiffusionConfig, cosine_betas
-from model.unet import ResBlock, UNet, UNetConfig
+from model.unet import UNet, UNetConfig
 
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}

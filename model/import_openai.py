@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from model.blocks import ResBlock
 from model.conversion import Flags, Imported, ImportRefused, Layout, Weights, architecture, convert, layers
 from model.diffusion import DiffusionConfig
-from model.unet import ResBlock, UNet, UNetConfig
+from model.unet import UNet, UNetConfig
 
 # openai/improved-diffusion and openai/guided-diffusion
 

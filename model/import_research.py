@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.blocks import ResBlock, time_embedding
 from model.conversion import (
     Flags,
     Imported,
@@ -21,7 +22,7 @@ from model.conversion import (
     separate_qkv,
 )
 from model.diffusion import linear_betas
-from model.unet import ResBlock, UNet, UNetConfig, time_embedding
+from model.unet import UNet, UNetConfig
 
 # abarankab/DDPM, "the original"
 

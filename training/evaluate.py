@@ -28,7 +28,9 @@ from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import from_uint8, to_uint8
 from model.likelihood import bits_per_dim
-from model.samplers import SAMPLERS, Plan, SamplingDefaults, make_plan, sample
+from model.plan import Plan, SamplingDefaults, make_plan
+from model.samplers import SAMPLERS
+from model.sampling import sample
 from training import comparison, data, judge
 from training.config import torch_device
 from training.data import DataError, Images

@@ -20,7 +20,9 @@ from tqdm import tqdm
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.images import to_uint8
-from model.samplers import SAMPLERS, Plan, make_plan, sample
+from model.plan import Plan, make_plan
+from model.samplers import SAMPLERS
+from model.sampling import sample
 from training.config import torch_device
 
 Item = tuple[str, int, int | None]

@@ -21,7 +21,8 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion
 from model.ema import EMA
 from model.images import from_uint8, grid, to_uint8
-from model.samplers import SamplingDefaults, make_plan, sample
+from model.plan import SamplingDefaults, make_plan
+from model.sampling import sample
 from model.unet import UNet
 from training import config as config_module
 from training import data

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from app.errors import ServiceError
 from model.images import Image
-from model.samplers import Plan
+from model.plan import Plan
 
 View = Literal["xt", "x0"]
 

@@ -10,7 +10,7 @@ from app.engine.request import Sample, View
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
 from model.rng import normals
-from model.samplers import apply_step, predict
+from model.sampling import apply_step, predict
 
 
 class Runner:

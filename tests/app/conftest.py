@@ -19,7 +19,7 @@ from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.samplers import SamplingDefaults
+from model.plan import SamplingDefaults
 from model.unet import UNet, UNetConfig
 from tests.app.processes import ServerProcess, wait_for
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from model import checkpoint
 from model.checkpoint import CheckpointConfig, CheckpointError, find, load, save
 from model.diffusion import DiffusionConfig
-from model.samplers import SamplingDefaults
+from model.plan import SamplingDefaults
 from model.unet import UNet, UNetConfig
 
 

@@ -16,8 +16,9 @@ from model.conversion import Flags
 from model.diffusion import DiffusionConfig
 from model.exporters import ExportRefused, export, main
 from model.importers import import_path
+from model.plan import make_plan
 from model.rng import normals
-from model.samplers import make_plan, sample
+from model.sampling import sample
 from model.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(

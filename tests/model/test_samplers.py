@@ -14,8 +14,10 @@ from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultiste
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion, Network
+from model.plan import COLUMNS, Plan, make_plan
 from model.rng import normals
-from model.samplers import COLUMNS, SAMPLERS, Plan, apply_step, make_plan, predict, sample
+from model.samplers import SAMPLERS
+from model.sampling import apply_step, predict, sample
 from model.spacing import SPACINGS, spaced
 from model.unet import UNet
 

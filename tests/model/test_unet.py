@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.unet import Attention, UNet, UNetConfig, time_embedding
+from model.blocks import Attention, time_embedding
+from model.unet import UNet, UNetConfig
 
 
 def inputs(n: int, channels: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

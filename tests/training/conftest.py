@@ -19,7 +19,7 @@ from PIL import Image
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.samplers import SamplingDefaults
+from model.plan import SamplingDefaults
 from model.unet import UNet, UNetConfig
 from training import evaluate, judge
 from training.judge import Classifier, ClassifierConfig

@@ -12,7 +12,8 @@ from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8, to_uint8
 from model.likelihood import bits_per_dim
-from model.samplers import make_plan, sample
+from model.plan import make_plan
+from model.sampling import sample
 from model.unet import UNet, UNetConfig
 from training import classifier, comparison, data, evaluate, judge
 from training.data import Images

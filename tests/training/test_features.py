@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.samplers import sample
+from model.sampling import sample
 from training import evaluate, judge
 from training.features import FeatureFile
 

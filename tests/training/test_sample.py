@@ -9,7 +9,8 @@ from PIL import Image
 
 from model import checkpoint
 from model.images import to_uint8
-from model.samplers import make_plan, sample
+from model.plan import make_plan
+from model.sampling import sample
 from model.unet import UNetConfig
 from training.sample import main
 

@@ -18,7 +18,7 @@ from app.engine.runner import Runner
 from app.metrics import EngineMetrics
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.samplers import make_plan
+from model.plan import make_plan
 from model.unet import UNet
 
 CHUNK = 4

@@ -14,7 +14,7 @@ from app.engine.request import Frame, Request
 from app.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, ServiceError, StepFailed
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
-from model.samplers import sample
+from model.sampling import sample
 from tests.app.engine.conftest import HeldRunner, Metrics, until
 
 Ask = Callable[..., Request]

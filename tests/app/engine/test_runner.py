@@ -12,7 +12,7 @@ from app.engine.request import Request, Sample
 from app.engine.runner import Runner
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
-from model.samplers import sample
+from model.sampling import sample
 
 CPU = torch.device("cpu")
 
