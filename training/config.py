@@ -1,20 +1,23 @@
-"""The settings of a training run: one frozen dataclass, its command line, its JSON."""
+"""The settings of a training run: one frozen dataclass, and its JSON. Its command line is in `command.py`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, DiffusionConfig
+from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig
 from model.samplers import SAMPLERS
-from model.unet import UNetConfig
+from model.timesteps import TIMESTEP_SAMPLERS
+from model.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
+from training.options import check_choice, written
+
+LOSS_AWARE = "loss_second_moment"  # of --timestep_sampler; the others are functions of uniform numbers
 
 
 def _option(default: Any, text: str, choices: Any = None) -> Any:
@@ -37,78 +40,137 @@ class TrainConfig:
     channel_mults: tuple[int, ...] = _option((1, 2, 2, 2), "channels of each level, as multiples of the first's")
     num_res_blocks: int = _option(2, "residual blocks per level")
     attention_resolutions: tuple[int, ...] = _option((1,), "levels with attention, counted from 0, the full size")
+    attention_at: tuple[int, ...] = _option(
+        (), "the same by the shorter side in pixels, such as 16,8; instead of these"
+    )
+    num_heads: int = _option(1, "heads of each attention")
+    head_channels: int = _option(0, "channels of each head, instead of --num_heads; 0: as that says")
     time_emb_dim: int = _option(512, "width of the time embedding")
+    norm: str = _option("gn", "group, batch or instance norm", NORMS)
+    norm_groups: int = _option(32, "groups of gn, or the largest divisor of it that divides the channels")
+    activation: str = _option("silu", "in all blocks", ACTIVATIONS)
+    class_conditioning: str = _option("bias", "the class as a bias per block, with the time, or both", CONDITIONINGS)
+    scale_shift_norm: bool = _option(False, "time and class scale and shift the second norm, instead of a bias before")
+    resblock_updown: bool = _option(False, "residual blocks change the resolution, not convolutions alone")
     dropout: float = _option(0.1, "dropout in the residual blocks")
+    norm_eps: float = _option(1e-5, "of the norms; Ho et al. have 1e-6")
+    downsample_padding: int = _option(1, "1: on every side; 0: below and to the right, as Ho et al.")
+    time_freq_shift: int = _option(0, "1: the lowest frequency of the time embedding is 1/10000, as Ho et al.'s")
+    time_scale: float = _option(1.0, "of t before it is embedded")
 
     num_timesteps: int = _option(1000, "T")
     schedule: str = _option("linear", "beta schedule", SCHEDULES)
     schedule_low: float = _option(1e-4, "first beta of the linear schedule, at T = 1000")
     schedule_high: float = _option(0.02, "last beta of the linear schedule, at T = 1000")
+    zero_terminal_snr: bool = _option(False, "betas that end at pure noise; not with --prediction eps")
     prediction: str = _option("eps", "what the network predicts", PREDICTIONS)
+    variance: str = _option("fixed_small", "of a step of ddpm; learned_range adds the variational bound", VARIANCES)
     loss_type: str = _option("l2", "distance", LOSSES)
+    weighting: str = _option("none", "of each timestep's loss", WEIGHTINGS)
+    timestep_sampler: str = _option("uniform", "how a step draws its timesteps", (*TIMESTEP_SAMPLERS, LOSS_AWARE))
 
     batch_size: int = _option(128, "images per step")
+    accumulate: int = _option(1, "parts of a batch that the device sees one by one; divides --batch_size")
     iterations: int = _option(800_000, "steps in all")
-    learning_rate: float = _option(2e-4, "of Adam")
+    optimizer: str = _option("adam", "fused where the device can", ("adam", "adamw"))
+    learning_rate: float = _option(2e-4, "of the optimizer")
+    weight_decay: float = _option(0.0, "of adamw")
     warmup: int = _option(0, "steps over which the learning rate rises from 0")
     lr_schedule: str = _option("constant", "after the warm-up; cosine ends at 0", ("constant", "cosine"))
     grad_clip: float = _option(0.0, "largest norm of the gradient; 0 for no limit")
-    ema_decay: float = _option(0.9999, "of the weights' moving average")
+    ema_decay: tuple[float, ...] = _option((0.9999,), "of the weights' moving averages; the first is the one served")
+    ema_update_rate: int = _option(1, "steps between updates of the averages; their horizon in steps stays")
     precision: str = _option("fp32", "bf16 is autocast", ("fp32", "bf16"))
+    compile: bool = _option(False, "compile the network")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, …")
     seed: int = _option(0, "every random draw of step i follows from this and i")
+    model_checkpoint: str = _option("", "weights to begin with: a checkpoint of ours, or the original's -model.pth")
+    optim_checkpoint: str = _option("", "the optimizer's state with them: state-*.pt, or the original's -optim.pth")
 
     log_dir: str = _option("~/ddpm_logs", "where runs go")
-    run_name: str = _option("", "the run's folder in log_dir; default: ddpm- and the time")
+    project_name: str = _option("", "a folder in log_dir for the run's; also W&B's project")
+    run_name: str = _option("", "the run's folder; default: ddpm- and the time")
     log_rate: int = _option(1000, "steps between lines of log.jsonl")
     checkpoint_rate: int = _option(1000, "steps between checkpoints, validation losses and sample grids")
     keep: int = _option(3, "how many of the last checkpoints stay (the best stays too)")
+    log_to_wandb: bool = _option(False, "also log to Weights & Biases")
+    tensorboard: bool = _option(False, "also log to TensorBoard, into the run's folder")
 
     sampler: str = _option("dpmpp_2m", "of sample grids, and the checkpoint's default when served", SAMPLERS)
     sample_steps: int = _option(20, "its steps")
     guidance_scale: float = _option(1.0, "its guidance towards the class; 1 is none, others need --label_dropout")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channel_mults", "attention_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.ema_decay, (int, float)):  # a config.json from when there was only one
+            object.__setattr__(self, "ema_decay", (self.ema_decay,))
         for f in fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ValueError(f"--{f.name} must be one of {', '.join(choices)}, not {getattr(self, f.name)!r}")
-        for name in ("batch_size", "iterations", "log_rate", "checkpoint_rate", "keep", "sample_steps"):
+            if isinstance(f.default, tuple):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+            if f.metadata["choices"]:
+                check_choice(f.name, getattr(self, f.name), f.metadata["choices"])
+        self._check_numbers()
+        self._check_combinations()
+        self.diffusion()  # these two raise for what they do not take
+        side = max(self.attention_at, default=32)  # unless it is given, the images tell the size, and check the levels
+        self.unet((3, *(self.image_size or (side, side))), 2)
+        if not self.run_name:
+            object.__setattr__(self, "run_name", datetime.now().strftime("ddpm-%Y-%m-%d-%H-%M"))
+
+    def _check_numbers(self) -> None:
+        counts = ("batch_size", "accumulate", "iterations", "ema_update_rate", "log_rate", "checkpoint_rate", "keep")
+        for name in (*counts, "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup", "grad_clip"):
+        for name in ("warmup", "grad_clip", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, as {getattr(self, name)} is")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"--learning_rate must be between 0 and 1, not {self.learning_rate}")
-        for name in ("label_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"--label_dropout must be at least 0 and below 1, not {self.label_dropout}")
+        decays = self.ema_decay
+        if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
+            raise ValueError(f"--ema_decay must be at least 0 and below 1, or several such, not {written(decays)!r}")
         if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"--image_size is height,width, such as 32,48, not {self.image_size}")
-        if not all(0 <= level < len(self.channel_mults) for level in self.attention_resolutions):
-            raise ValueError(
-                f"--attention_resolutions {self.attention_resolutions} counts levels, 0 for the full size: "
-                f"with these --channel_mults they are 0 to {len(self.channel_mults) - 1}"
-            )
-        if self.label_dropout and not self.use_labels:
-            raise ValueError("--label_dropout needs --use_labels")
-        if self.guidance_scale != 1 and not self.label_dropout:
-            raise ValueError("--guidance_scale needs --label_dropout, which teaches the network the null class")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"--accumulate {self.accumulate} must divide --batch_size {self.batch_size}")
         if self.sample_steps > self.num_timesteps:
             raise ValueError(f"--sample_steps must not be more than --num_timesteps ({self.num_timesteps})")
-        self.diffusion()  # these two raise for what they do not take
-        self.unet((3, *(self.image_size or (32, 32))), 2)
-        if not self.run_name:
-            object.__setattr__(self, "run_name", datetime.now().strftime("ddpm-%Y-%m-%d-%H-%M"))
+
+    def _check_combinations(self) -> None:
+        """No option is accepted and ignored."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, needed, has in (
+            ("label_dropout", "--use_labels", self.use_labels),
+            ("class_conditioning", "--use_labels", self.use_labels),
+            ("guidance_scale", "--label_dropout, which teaches the network the null class", self.label_dropout),
+            ("schedule_low", "--schedule linear", self.schedule == "linear"),
+            ("schedule_high", "--schedule linear", self.schedule == "linear"),
+            ("norm_groups", "--norm gn", self.norm == "gn"),
+            ("norm_eps", "a --norm", self.norm != "none"),
+            ("num_heads", "--head_channels 0", not self.head_channels),
+            ("downsample_padding", "--resblock_updown false", not self.resblock_updown),
+            ("weight_decay", "--optimizer adamw", self.optimizer == "adamw"),
+            ("optim_checkpoint", "--model_checkpoint", self.model_checkpoint),
+        ):
+            if getattr(self, name) != defaults[name] and not has:
+                raise ValueError(f"--{name} needs {needed}")
+        if self.attention_at and self.attention_resolutions not in ((), defaults["attention_resolutions"]):
+            raise ValueError("--attention_at and --attention_resolutions say the same in two ways: give one of them")
+        if not self.attention_at and not all(0 <= i < len(self.channel_mults) for i in self.attention_resolutions):
+            raise ValueError(
+                f"--attention_resolutions {written(self.attention_resolutions)} counts levels, 0 for the full size: "
+                f"with these --channel_mults they are 0 to {len(self.channel_mults) - 1} (--attention_at takes pixels)"
+            )
+        if Path(self.project_name).name != self.project_name or self.project_name == "..":
+            raise ValueError(f"--project_name is the name of a folder, not a path, as {self.project_name!r} is")
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.log_dir).expanduser() / self.run_name
+        return Path(self.log_dir).expanduser() / self.project_name / self.run_name
 
     def torch_device(self) -> torch.device:
         return torch_device(self.device)
@@ -121,23 +183,42 @@ class TrainConfig:
             base_channels=self.base_channels,
             channel_mults=self.channel_mults,
             num_res_blocks=self.num_res_blocks,
-            attention_levels=self.attention_resolutions,
+            attention_levels=self._attention_levels(min(image_shape[1:])),
             time_emb_dim=self.time_emb_dim,
             num_classes=num_classes if self.use_labels else None,
             null_class=self.label_dropout > 0,
+            class_conditioning=self.class_conditioning,
             dropout=self.dropout,
+            norm=self.norm,
+            activation=self.activation,
+            num_heads=self.num_heads,
+            head_channels=self.head_channels,
+            learned_variance=self.variance == "learned_range",
+            scale_shift_norm=self.scale_shift_norm,
+            resblock_updown=self.resblock_updown,
+            norm_groups=self.norm_groups,
+            norm_eps=self.norm_eps,
+            downsample_padding=self.downsample_padding,
+            time_freq_shift=self.time_freq_shift,
+            time_scale=self.time_scale,
         )
+
+    def _attention_levels(self, side: int) -> tuple[int, ...]:
+        """The levels with attention, where the images' shorter side is `side`; the network pads it to whole halves."""
+        if not self.attention_at:
+            return self.attention_resolutions
+        levels = range(len(self.channel_mults))
+        sides = [-(-side // 2 ** levels[-1]) * 2 ** (levels[-1] - i) for i in levels]
+        if missing := [str(at) for at in self.attention_at if at not in sides]:
+            raise ValueError(
+                f"--attention_at {','.join(missing)}: with these images and --channel_mults "
+                f"the levels' shorter sides are {written(tuple(sides))}"
+            )
+        return tuple(i for i in levels if sides[i] in self.attention_at)
 
     def diffusion(self) -> DiffusionConfig:
         """The forward process."""
-        return DiffusionConfig(
-            num_timesteps=self.num_timesteps,
-            schedule=self.schedule,
-            schedule_low=self.schedule_low,
-            schedule_high=self.schedule_high,
-            prediction=self.prediction,
-            loss_type=self.loss_type,
-        )
+        return DiffusionConfig(**{f.name: getattr(self, f.name) for f in fields(DiffusionConfig)})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -147,10 +228,10 @@ class TrainConfig:
         words = ["python", "-m", "training.train"]
         for f in fields(self):
             value = getattr(self, f.name)
-            if value != f.default and f.name not in ("log_dir", "run_name", "device"):
+            if value != f.default and f.name not in ("log_dir", "project_name", "run_name", "device"):
                 words.append(f"--{f.name}")
                 if value is not True:
-                    words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+                    words.append(written(value))
         return shlex.join(words)
 
 
@@ -163,22 +244,23 @@ GROUPS = {  # headline of --help → the first option below it
     "sampling": "sampler",
 }
 
-# What the saved weights, losses and best checkpoint mean: a resumed run keeps these.
+# What the saved weights, losses, averages and best checkpoint mean, and what the optimizer's state brings with it: a
+# resumed run keeps these.
 FIXED = (
     "image_size",
     "use_labels",
     "label_dropout",
-    "base_channels",
-    "channel_mults",
-    "num_res_blocks",
+    *(f.name for f in fields(TrainConfig) if f.name in {g.name for g in fields(UNetConfig)} - {"dropout"}),
     "attention_resolutions",
-    "time_emb_dim",
-    "num_timesteps",
-    "schedule",
-    "schedule_low",
-    "schedule_high",
-    "prediction",
-    "loss_type",
+    "attention_at",
+    *(f.name for f in fields(DiffusionConfig)),
+    "timestep_sampler",
+    "optimizer",
+    "weight_decay",
+    "ema_decay",
+    "ema_update_rate",
+    "model_checkpoint",
+    "optim_checkpoint",
 )
 
 
@@ -192,78 +274,3 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
-
-
-def boolean(text: str) -> bool:
-    """yes/true/t/y/1 and no/false/f/n/0, as in the original's command line."""
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """ "1,2,2", "(1, 2, 2)", "(1,)"; "()" is none at all."""
-    inner = text.strip("()[], ")
-    try:
-        return tuple(int(word) for word in inner.split(",")) if inner else ()
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,2, not {text!r}") from error
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option per field. What is not given stays out of the namespace, so that a resumed run keeps its own."""
-    types = {bool: boolean, tuple: integers, int: int, float: float, str: str}
-    metavars = {bool: "yes|no", tuple: "N,N,..", int: "N", float: "X", str: "TEXT"}
-    headlines = {first: headline for headline, first in GROUPS.items()}
-    group = parser.add_argument_group("options")
-    for f in fields(TrainConfig):
-        if f.name in headlines:
-            group = parser.add_argument_group(headlines[f.name])
-        kind: dict[str, Any] = {"type": types[type(f.default)], "choices": f.metadata["choices"]}
-        if not f.metadata["choices"]:
-            kind["metavar"] = metavars[type(f.default)]
-        if isinstance(f.default, bool):
-            kind |= {"nargs": "?", "const": True}
-        text = f.metadata["help"].replace("%", "%%")
-        if f.default not in ("", ()):
-            text += f" (default: {','.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-
-
-def parse(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
-    """The configuration of this run, and whether it goes on from a run that exists."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train",
-        usage="%(prog)s --dataset NAME_OR_FOLDER [options]\n       %(prog)s --resume DIR [options]",
-        description="Train a diffusion model on images.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-        allow_abbrev=False,
-    )
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; options replace its own")
-    add_options(parser)
-    given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    try:
-        return (_resumed(resume, given), True) if resume else (TrainConfig(**given), False)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _resumed(resume: str, given: dict[str, Any]) -> TrainConfig:
-    """The configuration of the run in folder `resume`, with the options `given` in place of its own."""
-    folder = Path(resume).expanduser().resolve()
-    if "log_dir" in given or "run_name" in given:
-        raise ValueError("--resume names the run's folder, so --log_dir and --run_name cannot be given with it")
-    try:
-        saved = TrainConfig(**json.loads((folder / "config.json").read_text()))
-    except OSError as error:
-        raise ValueError(f"--resume {resume}: no run there ({error.strerror}: config.json)") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--resume {resume}: its config.json cannot be used: {error}") from error
-    config = replace(saved, **given, log_dir=str(folder.parent), run_name=folder.name)
-    for name in FIXED:
-        if getattr(config, name) != getattr(saved, name):
-            raise ValueError(f"--{name} cannot change on --resume: the run has {getattr(saved, name)}")
-    return config

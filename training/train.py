@@ -24,8 +24,7 @@ from model.images import from_uint8, grid, to_uint8
 from model.plan import SamplingDefaults, make_plan
 from model.sampling import sample
 from model.unet import UNet
-from training import config as config_module
-from training import data
+from training import command, data
 from training.config import TrainConfig
 from training.data import DataError, Images
 from training.rundir import RunDir
@@ -50,7 +49,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     torch.manual_seed(config.seed)
     network = UNet(config.unet(tuple(training_set.images.shape[1:]), len(training_set.class_names))).to(device)
     diffusion = GaussianDiffusion(config.diffusion()).to(device)
-    ema = EMA(network, config.ema_decay)
+    ema = EMA(network, *config.ema_decay)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     iteration, best = 0, math.inf
     if resume and (state := run.load_state()):
@@ -264,7 +263,7 @@ class StopSignals:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, resume = config_module.parse(argv)
+    config, resume = command.parse(argv)
     try:
         train(config, resume)
     except (ValueError, OSError, FloatingPointError) as error:

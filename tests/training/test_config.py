@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import GROUPS, TrainConfig, parse
+from training.command import parse
+from training.config import GROUPS, TrainConfig
 
 
 def parsed(*words: str) -> TrainConfig:
@@ -53,8 +54,8 @@ def test_a_tuple_of_one_and_of_none() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--schedule cosin", "'linear', 'cosine'"),
-        ("--sampler foo", "'ddpm', 'ddim', 'dpmpp_2m'"),
+        ("--schedule cosin", "one of linear, cosine, not 'cosin'; did you mean cosine?"),
+        ("--sampler foo", "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, not 'foo'"),
         ("--channel_mults 1,x", "whole numbers such as 1,2,2"),
         ("--attention_resolutions 16", "they are 0 to 3"),
         ("--batch_size 0", "--batch_size must be at least 1"),
@@ -68,7 +69,7 @@ def test_a_tuple_of_one_and_of_none() -> None:
         ("--label_dropout 0.1", "needs --use_labels"),
         ("--use_labels --guidance_scale 2", "needs --label_dropout"),
         ("--seed -1", "--seed must be at least 0"),
-        ("--iteration 5", "unrecognized arguments"),
+        ("--iteration 5", "there is no option --iteration; did you mean --iterations?"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_a_sentence(
@@ -122,3 +123,14 @@ def test_resume_refuses_a_place_that_is_none(tmp_path: Path, capsys: pytest.Capt
     assert "--log_dir" in refused(capsys, "--resume", saved(tmp_path), "--log_dir", "x")
     (tmp_path / "run" / "config.json").write_text('{"no_such_option": 1}')
     assert "config.json cannot be used" in refused(capsys, "--resume", str(tmp_path / "run"))
+
+
+def test_a_run_from_when_there_were_fewer_options_goes_on(tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path, norm_groups=8, use_labels=True, class_conditioning="both"))
+    old = json.loads((folder / "config.json").read_text()) | {"ema_decay": 0.999}
+    kept = ("dataset", "use_labels", "base_channels", "norm_groups", "class_conditioning", "ema_decay", "run_name")
+    (folder / "config.json").write_text(json.dumps({name: old[name] for name in kept}))
+    config, _ = parse(["--resume", str(folder), "--ema_decay", "0.999"])
+    assert config.ema_decay == (0.999,)
+    assert (config.norm_groups, config.class_conditioning) == (8, "both")
+    assert parse(["--resume", str(folder)])[0] == config

@@ -1,0 +1,137 @@
+"""The command line of `training.train`: one option per field of TrainConfig."""
+
+from __future__ import annotations
+
+import json
+from argparse import SUPPRESS
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from training.config import FIXED, GROUPS, TrainConfig
+from training.options import Parser, boolean, integers, numbers, written
+
+
+def add_options(parser: Parser) -> None:
+    """One option per field. What is not given stays out of the namespace, so that a resumed run keeps its own."""
+    types = {"bool": boolean, "tuple[int, ...]": integers, "tuple[float, ...]": numbers}
+    types |= {"int": int, "float": float, "str": str}
+    metavars = {"bool": "yes|no", "tuple[int, ...]": "N,N,..", "tuple[float, ...]": "X,X,.."}
+    metavars |= {"int": "N", "float": "X", "str": "TEXT"}
+    headlines = {first: headline for headline, first in GROUPS.items()}
+    group = parser.add_argument_group("options")
+    for f in fields(TrainConfig):
+        if f.name in headlines:
+            group = parser.add_argument_group(headlines[f.name])
+        choices = f.metadata["choices"]  # TrainConfig refuses others
+        kind: dict[str, Any] = {"type": types[str(f.type)], "metavar": metavars[str(f.type)]}
+        if choices:
+            kind["metavar"] = f"{{{','.join(choices)}}}"
+        if isinstance(f.default, bool):
+            kind |= {"nargs": "?", "const": True}
+        text = f.metadata["help"].replace("%", "%%")
+        if f.default not in ("", ()):
+            text += f" (default: {written(f.default)})"
+        group.add_argument(f"--{f.name}", default=SUPPRESS, help=text, **kind)
+
+
+def parse(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
+    """The configuration of this run, and whether it goes on from a run that exists."""
+    parser = Parser(
+        prog="python -m training.train",
+        usage="%(prog)s --dataset NAME_OR_FOLDER [options]\n       %(prog)s --resume DIR [options]",
+        description="Train a diffusion model on images.",
+        elsewhere=ELSEWHERE,
+    )
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; options replace its own")
+    add_options(parser)
+    given = vars(parser.read(argv))
+    resume = given.pop("resume")
+    try:
+        if "attention_at" in given and "attention_resolutions" in given:
+            raise ValueError("--attention_at and --attention_resolutions say the same in two ways: give one of them")
+        return (_resumed(resume, given), True) if resume else (TrainConfig(**given), False)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _resumed(resume: str, given: dict[str, Any]) -> TrainConfig:
+    """The configuration of the run in folder `resume`, with the options `given` in place of its own."""
+    folder = Path(resume).expanduser().resolve()
+    if given.keys() & {"log_dir", "project_name", "run_name"}:
+        raise ValueError(
+            "--resume names the run's folder, so --log_dir, --project_name and --run_name cannot be given with it"
+        )
+    try:
+        saved = TrainConfig(**json.loads((folder / "config.json").read_text()))
+    except OSError as error:
+        raise ValueError(f"--resume {resume}: no run there ({error.strerror}: config.json)") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--resume {resume}: its config.json cannot be used: {error}") from error
+    above = folder.parent
+    place = {"log_dir": above.parent, "project_name": above.name} if saved.project_name else {"log_dir": above}
+    config = replace(saved, **given, **{k: str(v) for k, v in place.items()}, run_name=folder.name)
+    for name in FIXED:
+        if getattr(config, name) != getattr(saved, name):
+            raise ValueError(f"--{name} cannot change on --resume: the run has {getattr(saved, name)}")
+    return config
+
+
+ELSEWHERE = {  # what diffusers', OpenAI's and other scripts call it → the option here
+    "lr": "learning_rate",
+    "lr_warmup_steps": "warmup",
+    "lr_scheduler": "lr_schedule",
+    "adam_weight_decay": "weight_decay",
+    "max_grad_norm": "grad_clip",
+    "mixed_precision": "precision",
+    "use_fp16": "precision",
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_accumulate_every": "accumulate",
+    "microbatch": "accumulate",
+    "train_batch_size": "batch_size",
+    "epochs": "iterations",
+    "num_epochs": "iterations",
+    "max_train_steps": "iterations",
+    "train_num_steps": "iterations",
+    "total_steps": "iterations",
+    "steps": "iterations",
+    "ema_rate": "ema_decay",
+    "dataset_name": "dataset",
+    "train_data_dir": "dataset",
+    "data_dir": "dataset",
+    "data": "dataset",
+    "folder": "dataset",
+    "resolution": "image_size",
+    "random_flip": "flip",
+    "class_cond": "use_labels",
+    "num_channels": "base_channels",
+    "dim": "base_channels",
+    "dim_mults": "channel_mults",
+    "channel_mult": "channel_mults",
+    "use_scale_shift_norm": "scale_shift_norm",
+    "num_head_channels": "head_channels",
+    "attention_levels": "attention_resolutions",
+    "diffusion_steps": "num_timesteps",
+    "ddpm_num_steps": "num_timesteps",
+    "timesteps": "num_timesteps",
+    "noise_schedule": "schedule",
+    "ddpm_beta_schedule": "schedule",
+    "beta_schedule": "schedule",
+    "prediction_type": "prediction",
+    "objective": "prediction",
+    "learn_sigma": "variance",
+    "loss_weighting": "weighting",
+    "min_snr_loss_weight": "weighting",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
+    "schedule_sampler": "timestep_sampler",
+    "output_dir": "log_dir",
+    "results_folder": "log_dir",
+    "log_interval": "log_rate",
+    "save_interval": "checkpoint_rate",
+    "checkpointing_steps": "checkpoint_rate",
+    "save_and_sample_every": "checkpoint_rate",
+    "resume_checkpoint": "resume",
+    "resume_from_checkpoint": "resume",
+    "wandb": "log_to_wandb",
+    "cfg_scale": "guidance_scale",
+}

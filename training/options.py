@@ -1,0 +1,95 @@
+"""Words of a command line: switches, tuples, and errors that say what would have been right."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+
+def boolean(text: str) -> bool:
+    """yes/true/t/y/1 and no/false/f/n/0, as in the original's command line."""
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """ "1,2,2", "(1, 2, 2)", "(1,)"; "()" is none at all."""
+    try:
+        return tuple(int(word) for word in _parts(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,2, not {text!r}") from error
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0.999,0.9999", written as `integers` are."""
+    try:
+        return tuple(float(word) for word in _parts(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0.999,0.9999, not {text!r}") from error
+
+
+def _parts(text: str) -> list[str]:
+    inner = text.strip("()[], ")
+    return inner.split(",") if inner else []
+
+
+def written(value: Any) -> str:
+    """A value as these functions read it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def nearest(word: str, valid: Collection[str]) -> str | None:
+    """What was probably meant: the same but for spelling, or its initials ("lr"), or the only one that begins so."""
+    plain = word.lower().replace("-", "_")
+    if close := difflib.get_close_matches(plain, valid, n=1, cutoff=0.7):
+        return close[0]
+    initials = [name for name in valid if "".join(part[0] for part in name.split("_") if part) == plain]
+    begun = [name for name in valid if name.startswith(plain)]
+    close = difflib.get_close_matches(plain, valid, n=1)
+    return (initials or (begun if len(begun) == 1 else []) or close or [None])[0]
+
+
+def check_choice(option: str, value: str, valid: Collection[str]) -> None:
+    """Raises ValueError that lists the valid values, and the nearest, where `value` is none of them."""
+    if value not in valid:
+        guess = nearest(str(value), valid)
+        hint = f"; did you mean {guess}?" if guess else ""
+        raise ValueError(f"--{option} must be one of {', '.join(valid)}, not {value!r}{hint}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An unknown option is refused with the nearest known one. `elsewhere`: other projects' names for options here."""
+
+    def __init__(
+        self, prog: str, description: str, usage: str | None = None, elsewhere: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+            allow_abbrev=False,
+        )
+        self._elsewhere = elsewhere or {}
+
+    def read(self, argv: list[str] | None) -> argparse.Namespace:
+        """As `parse_args`."""
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            self._refuse(unknown)
+        return namespace
+
+    def _refuse(self, unknown: list[str]) -> NoReturn:
+        word = next((word for word in unknown if word.startswith("--")), None)
+        if word is None:
+            self.error(f'unexpected {" ".join(unknown)!r}; a list is one word, such as 1,2,2 or "(1, 2, 2)"')
+        name = word[2:].partition("=")[0].replace("-", "_")
+        valid = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        guess = name if name in valid else self._elsewhere.get(name) or nearest(name, valid)
+        hint = f"; did you mean --{guess}?" if guess else ""
+        self.error(f"there is no option {word.partition('=')[0]}{hint} (--help lists all: {', '.join(valid)})")
