@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import sys
@@ -15,7 +16,9 @@ from app import logs
 from app.engine.runner import Runner
 from app.main import create_app
 from app.routes.common import Service
-from app.settings import PREFIX, Settings, unknown_variables
+from app.settings import PREFIX, Settings, service_links, unknown_variables
+
+log = logging.getLogger("ddpm.start")
 
 GRACE_S = 5  # beyond the drain, for answers to reach their clients
 
@@ -59,6 +62,8 @@ def read_settings(argv: list[str]) -> Settings:
 def serve(settings: Settings, runner: Runner | None = None) -> None:
     """Serves until a signal comes and the admitted work is done. `runner` is for tests."""
     logs.configure(settings.log_level)
+    if links := service_links():
+        log.warning("these variables are an orchestrator's service links, and ignored: %s", ", ".join(links))
     try:
         app = create_app(settings, runner)
     except ValueError as error:

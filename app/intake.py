@@ -35,16 +35,18 @@ class Job:
     def provenance(self) -> dict[str, str]:
         """For response headers and PNG text: what to send again for the same images."""
         names = self.checkpoint.config.class_names
+        # A mix is what a request without a class label gives: there is no word for it to send back.
+        label = {} if self.class_label is None else {"class_label": names[self.class_label]}
         return {
             "model": self.checkpoint.name,
             "checkpoint": self.checkpoint.sha256,
             "seed": str(self.request.seed),
             "index": str(self.request.index),
-            "class_label": "random" if self.class_label is None else names[self.class_label],
             "sampler": self.request.plan.sampler,
             "steps": str(len(self.request.plan)),
             "eta": str(self.eta),
             "guidance_scale": str(self.guidance_scale),
+            **label,
         }
 
     def provenance_of(self, i: int) -> dict[str, str]:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Literal
+import re
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 PREFIX = "DDPM_"
+
+# What Kubernetes (and Docker's old --link) puts into every container for a service whose name begins with "ddpm":
+# DDPM_SERVICE_HOST, DDPM_PORT=tcp://10.0.0.1:8000, DDPM_WEB_PORT_8000_TCP_ADDR and the like.
+_LINK_NAME = re.compile(r"DDPM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+
+
+class _Environment(EnvSettingsSource):
+    """The environment without service links, or DDPM_PORT=tcp://… would be taken for a wrong --port."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.env_vars = {name: value for name, value in self.env_vars.items() if not _is_link(name, value or "")}
 
 
 class Settings(BaseSettings):
@@ -49,11 +63,26 @@ class Settings(BaseSettings):
     drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: type[BaseSettings], *sources: Any, **named: Any) -> Any:
+        return named["init_settings"], _Environment(settings_cls)
+
     def torch_device(self) -> torch.device:
         """Raises ValueError where cuda is asked for and not there."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no CUDA device")
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _is_link(name: str, value: str) -> bool:
+    name = name.upper()
+    is_port = name.startswith(PREFIX) and name.endswith("PORT") and _LINK_VALUE.fullmatch(value)
+    return bool(is_port or _LINK_NAME.fullmatch(name))
+
+
+def service_links() -> list[str]:
+    """Names of the DDPM_* variables that an orchestrator made up, which are ignored."""
+    return sorted(name for name, value in os.environ.items() if _is_link(name, value))
 
 
 def unknown_variables() -> list[str]:
@@ -62,7 +91,7 @@ def unknown_variables() -> list[str]:
     sentences = []
     for name in sorted(os.environ):
         key = name.upper().removeprefix(PREFIX)
-        if name.upper().startswith(PREFIX) and key not in known:
+        if name.upper().startswith(PREFIX) and key not in known and not _is_link(name, os.environ[name]):
             nearest = difflib.get_close_matches(key, known, n=1)
             sentences.append(f"unknown variable {name}" + (f"; did you mean {PREFIX}{nearest[0]}?" if nearest else ""))
     return sentences

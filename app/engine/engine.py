@@ -49,8 +49,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Admits a request. Raises NotReady, Overloaded, or DeadlineExceeded where it could not be done in time."""
         with self._wake:
-            if not self.ready:
-                raise NotReady("draining" if self._draining else "not ready yet", retry_after=5)
+            if trouble := self.trouble:
+                raise NotReady(trouble, retry_after=5)
             work, waiting = request.work_left, sum(other.work_left for other in self._pending)
             if waiting and waiting + work > self._max_work:  # an empty queue takes anything within the request limits
                 surplus = min(waiting, waiting + work - self._max_work)
@@ -90,7 +90,20 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Weights warm, thread alive, no step overdue, not draining."""
-        return self._ready and self._draining is None and self._thread.is_alive() and not self.stalled
+        return self.trouble is None
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps it from taking requests, as a sentence for clients."""
+        if self._draining is not None:
+            return "the server is shutting down"
+        if not self._thread.is_alive():
+            return "the engine is not running"
+        if not self._ready:
+            return "the checkpoint is still being warmed up"
+        if self.stalled:
+            return "a denoising step has been running for much too long"
+        return None
 
     @property
     def stalled(self) -> bool:

@@ -87,6 +87,7 @@ class Stream(StreamingResponse):
 
 async def _sse(service: Service, http: Request, job: Job, columns: int | None) -> AsyncIterator[bytes]:
     start = {
+        "class_label": None,  # a mix, unless there is one
         **job.provenance(),
         "seed": job.request.seed,
         "index": job.request.index,

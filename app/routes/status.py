@@ -48,8 +48,8 @@ async def livez() -> Health:
 @router.get("/health", summary="Alias of /readyz", responses={503: ERRORS[503]})
 async def readyz(service: TheService) -> Health:
     """Weights loaded and warm, no step overdue, not draining."""
-    if not service.engine.ready:
-        raise NotReady("loading, draining, or stalled", retry_after=5)
+    if trouble := service.engine.trouble:
+        raise NotReady(trouble, retry_after=5)
     return Health(status="ok")
 
 

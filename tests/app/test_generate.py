@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import zipfile
 from typing import Any
 from urllib.parse import unquote
@@ -159,6 +160,17 @@ def test_headers_and_text_say_what_to_send_again(client: TestClient) -> None:
         guidance_scale=float(told["guidance-scale"]),
     )
     assert again.content == first.content
+
+
+def test_a_mix_names_no_class_and_comes_again_without_one(client: TestClient, colour_client: TestClient) -> None:
+    for served in (client, colour_client):
+        first = generate(served, n=5, seed=3)
+        told = {name: unquote(v) for name, v in first.headers.items() if name.startswith("x-ddpm")}
+        assert "x-ddpm-class-label" not in told
+        assert "class_label" not in text_of(first.content)
+        # The rule for clients: send what is there.
+        numbers = {name: json.loads(told[f"x-ddpm-{name}"]) for name in ("seed", "index", "steps", "eta")}
+        assert generate(served, n=5, sampler=told["x-ddpm-sampler"], **numbers).content == first.content
 
 
 def test_header_values_are_ascii_and_the_png_has_the_name_as_it_is(client: TestClient) -> None:

@@ -89,6 +89,7 @@ def test_start_says_what_is_coming(client: TestClient) -> None:
     assert str(start["seed"]) == answer.headers["x-ddpm-seed"]
     again = watch(client, n=2, class_label=BEETLE, steps=4, seed=start["seed"])
     assert events(again.text)[-1].data["png"] == events(answer.text)[-1].data["png"]
+    assert events(watch(client, steps=2).text)[0].data["class_label"] is None  # a mix
 
 
 def test_the_frames_of_a_stream_are_those_of_the_file(held: HeldRunner, grey_checkpoint: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from app.__main__ import read_settings
-from app.settings import PREFIX, Settings, unknown_variables
+from app.settings import PREFIX, Settings, service_links, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,54 @@ def test_a_misspelt_variable_stops_the_start(monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setenv(name, "3")
     assert unknown_variables() == [said]
     assert said in complaint()
+
+
+LINKS = {
+    "DDPM_SERVICE_HOST": "10.0.0.1",
+    "DDPM_SERVICE_PORT": "8000",
+    "DDPM_SERVICE_PORT_HTTP": "8000",
+    "DDPM_PORT": "tcp://10.0.0.1:8000",
+    "DDPM_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "DDPM_PORT_8000_TCP_PROTO": "tcp",
+    "DDPM_PORT_8000_TCP_PORT": "8000",
+    "DDPM_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "DDPM_SERVE_SERVICE_HOST": "fd00::1",
+    "DDPM_SERVE_PORT": "tcp://[fd00::1]:8000",
+    "DDPM_SERVE_PORT_53_UDP_ADDR": "fd00::1",
+}
+
+
+def test_an_orchestrators_service_links_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert unknown_variables() == []
+    assert service_links() == sorted(LINKS)
+    assert read_settings([]).port == Settings().port == 8000
+    assert read_settings(["--port", "1234"]).port == 1234
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DDPM_PORT", "tcp"),
+        ("DDPM_PORT", "tcp://"),
+        ("DDPM_PORT", "http://10.0.0.1:8000"),
+        ("DDPM_HOST", "tcp://10.0.0.1:8000"),
+        ("DDPM_SERVICE", "x"),
+        ("DDPM_PORTS", "8000"),
+        ("DDPM_PORT_TCP", "8000"),
+        ("DDPM_SERVICE_HOSTS", "x"),
+    ],
+)
+def test_what_only_looks_like_a_service_link_is_not_ignored(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert service_links() == []
+    if name == "DDPM_HOST":
+        assert read_settings([]).host == value  # which no address resolves to
+    else:
+        assert name in complaint()
 
 
 def test_the_device_is_found_or_refused() -> None:

@@ -48,6 +48,7 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
         for path in ("/readyz", "/health"):
             answer = client.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert "warmed up" in answer.json()["error"]["message"]
             assert int(answer.headers["retry-after"]) >= 1
         assert metric(client.get("/metrics").text, "ddpm_ready") == 0
         for answer in (client.post("/generate", json={}), client.get("/diffusion-sequence")):
@@ -70,6 +71,7 @@ def test_a_draining_server_takes_no_work_and_finishes_what_it_has(held: HeldRunn
         assert client.get("/livez").status_code == 200
         for answer in (client.get("/readyz"), client.post("/generate", json={}), client.get("/diffusion-sequence")):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert "shutting down" in answer.json()["error"]["message"]
             assert int(answer.headers["retry-after"]) >= 1
         held.released.set()
         worker.join()

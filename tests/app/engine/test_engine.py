@@ -298,7 +298,7 @@ def test_readiness_drops_while_a_step_is_overdue_and_returns(engine: Engine, run
         assert engine.ready
         until(lambda: engine.stalled)
         assert not engine.ready
-        with pytest.raises(NotReady):
+        with pytest.raises(NotReady, match="a denoising step has been running for much too long"):
             engine.submit(ask(loop))
         runner.free()
         await request.mailbox.answer()
