@@ -12,7 +12,7 @@ from PIL import Image
 
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
-from training.train import sample_grid
+from training.pictures import sample_grid
 
 CARD = """# {name}
 

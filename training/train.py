@@ -20,13 +20,13 @@ from tqdm import tqdm
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion
 from model.ema import EMA
-from model.images import from_uint8, grid, to_uint8
-from model.plan import SamplingDefaults, make_plan
-from model.sampling import sample
+from model.images import from_uint8
+from model.plan import SamplingDefaults
 from model.unet import UNet
 from training import command, data
 from training.config import TrainConfig
 from training.data import DataError, Images
+from training.pictures import sample_grid
 from training.rundir import RunDir
 
 VALIDATION_IMAGES = 1024  # a multiple of four
@@ -211,25 +211,6 @@ def validation_loss(network: UNet, diffusion: GaussianDiffusion, images: Images,
             losses.append(diffusion.loss(network, x0, y, t[part].to(device), noise).cpu())
     by_t = torch.cat(losses)[t.argsort()]
     return [float(quarter.mean()) for quarter in by_t.chunk(4)]
-
-
-def sample_grid(network: UNet, diffusion: GaussianDiffusion, d: SamplingDefaults, per_class: int = 8) -> np.ndarray:
-    """A picture uint8 [H', W', C]: one row of images per class (at most 16 of them), or 8 × 8 without classes."""
-    config = network.config
-    rows = min(config.num_classes or per_class, 16)
-    indices = list(range(rows * per_class))
-    plan = make_plan(diffusion, d.sampler, d.steps, eta=d.eta, guidance_scale=d.guidance_scale)
-    images = sample(
-        network,
-        plan,
-        config.image_shape,
-        seeds=[0] * len(indices),
-        indices=indices,
-        classes=None if config.num_classes is None else [i // per_class for i in indices],
-        null_class=config.num_classes if config.null_class else None,
-        device=next(network.parameters()).device,
-    )
-    return grid(to_uint8(images).cpu().numpy(), columns=per_class)
 
 
 def git_revision() -> str | None:
