@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config import FIXED, GROUPS, TrainConfig
-from training.options import Parser, boolean, integers, numbers, written
+from training.options import Parser, boolean, check_choice, integers, numbers, written
+from training.presets import PRESETS
 
 
 def add_options(parser: Parser) -> None:
@@ -41,18 +42,38 @@ def parse(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
         prog="python -m training.train",
         usage="%(prog)s --dataset NAME_OR_FOLDER [options]\n       %(prog)s --resume DIR [options]",
         description="Train a diffusion model on images.",
+        epilog="presets:\n" + "\n".join(f"  {name:<15} {text}" for name, (text, _) in PRESETS.items()),
         elsewhere=ELSEWHERE,
     )
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; options replace its own")
+    parser.add_argument("--preset", metavar="NAME", help="options by name (below); options given besides override them")
     add_options(parser)
     given = vars(parser.read(argv))
-    resume = given.pop("resume")
+    resume, preset = given.pop("resume"), given.pop("preset")
     try:
         if "attention_at" in given and "attention_resolutions" in given:
             raise ValueError("--attention_at and --attention_resolutions say the same in two ways: give one of them")
-        return (_resumed(resume, given), True) if resume else (TrainConfig(**given), False)
+        if resume and preset:
+            raise ValueError("--preset is for a new run: with --resume the options are the run's own")
+        if resume:
+            return _resumed(resume, given), True
+        return (_preset(preset, given) if preset else TrainConfig(**given)), False
     except ValueError as error:
         parser.error(str(error))
+
+
+def _preset(name: str, given: dict[str, Any]) -> TrainConfig:
+    """The configuration of a preset, with the options `given` in place of its own."""
+    check_choice("preset", name, PRESETS)
+    options = dict(PRESETS[name][1])
+    if given.keys() & {"attention_at", "attention_resolutions"}:  # two ways to say one thing
+        options.pop("attention_at", None)
+        options.pop("attention_resolutions", None)
+    try:
+        return TrainConfig(**options | given)
+    except ValueError as error:
+        words = " ".join(f"--{key} {written(value)}" for key, value in options.items() if key not in given)
+        raise ValueError(f"{error} (--preset {name} says: {words})") from error
 
 
 def _resumed(resume: str, given: dict[str, Any]) -> TrainConfig:
@@ -95,6 +116,7 @@ ELSEWHERE = {  # what diffusers', OpenAI's and other scripts call it → the opt
     "train_num_steps": "iterations",
     "total_steps": "iterations",
     "steps": "iterations",
+    "ema": "ema_decay",
     "ema_rate": "ema_decay",
     "dataset_name": "dataset",
     "train_data_dir": "dataset",

@@ -111,7 +111,8 @@ class TrainConfig:
         self._check_numbers()
         self._check_combinations()
         self.diffusion()  # these two raise for what they do not take
-        side = max(self.attention_at, default=32)  # unless it is given, the images tell the size, and check the levels
+        # Where only the images will tell the size: one that has all of --attention_at, if there is any
+        side = min(self.attention_at) * 2 ** (len(self.channel_mults) - 1) if self.attention_at else 32
         self.unet((3, *(self.image_size or (side, side))), 2)
         if not self.run_name:
             object.__setattr__(self, "run_name", datetime.now().strftime("ddpm-%Y-%m-%d-%H-%M"))
@@ -135,6 +136,8 @@ class TrainConfig:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, or several such, not {written(decays)!r}")
         if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"--image_size is height,width, such as 32,48, not {self.image_size}")
+        if not self.channel_mults or min((*self.channel_mults, *self.attention_at)) < 1:
+            raise ValueError("--channel_mults is one number or more, and they and --attention_at are at least 1")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} must divide --batch_size {self.batch_size}")
         if self.sample_steps > self.num_timesteps:

@@ -66,13 +66,19 @@ class Parser(argparse.ArgumentParser):
     """An unknown option is refused with the nearest known one. `elsewhere`: other projects' names for options here."""
 
     def __init__(
-        self, prog: str, description: str, usage: str | None = None, elsewhere: Mapping[str, str] | None = None
+        self,
+        prog: str,
+        description: str,
+        usage: str | None = None,
+        epilog: str | None = None,
+        elsewhere: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             prog=prog,
             usage=usage,
             description=description,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+            epilog=epilog,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
             allow_abbrev=False,
         )
         self._elsewhere = elsewhere or {}
