@@ -120,6 +120,7 @@ def make_job(
         classes=classes,
         deadline=time.monotonic() + (asked.timeout_s or settings.max_timeout_s),
         mailbox=Mailbox(asyncio.get_running_loop(), keep, on_drop),
+        model=checkpoint.name,
         patient=asked.timeout_s is None,
         frame_steps=steps_shown,
         view=view,

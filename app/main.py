@@ -22,6 +22,7 @@ from app.routes.common import Service
 from app.settings import Settings
 from model import checkpoint
 
+VERSION = "0.1.0"
 HTTP_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
 
 
@@ -38,14 +39,18 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     metrics = Metrics()
     device = settings.torch_device()
     chunk = settings.chunk_rows or (32 if device.type == "cuda" else 8)
+    max_rows = settings.max_batch_rows or (256 if device.type == "cuda" else 16)
     engine = Engine(
         runner or Runner(loaded, device, chunk, threads),
         metrics.engine,
-        max_rows=settings.max_batch_rows or (256 if device.type == "cuda" else 16),
+        max_rows=max_rows,
         max_work=settings.max_queue_rows,
     )
-    metrics.ready.set_function(lambda: engine.ready)
-    metrics.model_info.labels(loaded.name, loaded.sha256, device.type).set(1)
+    metrics.ask(engine)
+    metrics.pending_rows_limit.set(settings.max_queue_rows)
+    metrics.engine.declare(loaded.name, max_rows)
+    metrics.declare(loaded.name, loaded.sha256, device.type)
+    metrics.declare_build(VERSION)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +62,7 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     app = FastAPI(
         title="ddpm-serve",
         summary="Class-conditional diffusion images, batched at every denoising step.",
-        version="0.1.0",
+        version=VERSION,
         lifespan=lifespan,
     )
     app.state.service = Service(settings, loaded, engine, metrics)

@@ -21,7 +21,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestLog:
     """Gives every request an id (a client's own X-Request-Id, if it is a plain one), logs it, and counts it.
 
-    Handlers leave an error's code in `scope["state"]["outcome"]`; a stream may do so after its status was sent.
+    Handlers leave an error's code in `scope["state"]["outcome"]`; a stream may do so after its status was sent. They
+    leave the checkpoint's name in `scope["state"]["model"]`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -35,7 +36,7 @@ class RequestLog:
         offered = Headers(scope=scope).get("x-request-id", "")
         request_id = offered if _REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
-        state["request_id"], state["outcome"] = request_id, "ok"
+        state["request_id"], state["outcome"], state["model"] = request_id, "ok", ""
         status = 0
         sent = 0
 
@@ -57,8 +58,9 @@ class RequestLog:
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - started
-            self.metrics.requests.labels(endpoint, state["outcome"]).inc()
-            self.metrics.request_seconds.labels(endpoint).observe(seconds)
+            labels = endpoint, state["model"], state["outcome"]
+            self.metrics.requests.labels(*labels).inc()
+            self.metrics.request_seconds.labels(*labels).observe(seconds)
             log.info(
                 "request",
                 extra={

@@ -6,8 +6,9 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 
+from app.engine.memory import device_memory
 from app.engine.request import Answer, Frame, Mailbox, Request, Sample, post
 from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
@@ -17,6 +18,7 @@ from app.metrics import EngineMetrics
 log = logging.getLogger("ddpm.engine")
 
 SMOOTHING = 0.1  # of the newest step in the running estimates
+MEMORY_EVERY_S = 1.0  # at most, while there is work
 
 
 class Engine:
@@ -38,6 +40,8 @@ class Engine:
         self._step_started: float | None = None
         self._expected_step = 1.0  # seconds, of a full batch until steps were seen
         self._rows_per_second = math.inf
+        self._memory_seen = -math.inf
+        self._models: set[str] = set()  # that had a request
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From other threads
@@ -111,6 +115,30 @@ class Engine:
         started = self._step_started
         return started is not None and time.monotonic() - started > max(1.0, 5 * self._expected_step)
 
+    @property
+    def step_age(self) -> float:
+        """Seconds that the present step has been running; 0 between steps."""
+        started = self._step_started
+        return 0.0 if started is None else time.monotonic() - started
+
+    @property
+    def oldest_wait(self) -> float:
+        """Seconds that the oldest request without a step has waited; 0 where there is none."""
+        with self._wake:
+            waiting = [request.submitted for request in self._pending if request.started is None]
+        return time.monotonic() - min(waiting) if waiting else 0.0
+
+    @property
+    def pending_rows(self) -> int:
+        """Work admitted and not done, in U-Net rows."""
+        with self._wake:
+            return sum(request.work_left for request in self._pending)
+
+    @property
+    def rows_per_second(self) -> float:
+        """What admission expects of full batches; 0 until the runner is warm."""
+        return self._rows_per_second if self._ready else 0.0
+
     # The thread
 
     def _run(self) -> None:
@@ -136,6 +164,7 @@ class Engine:
             seconds.append(time.monotonic() - started)
         self._expected_step = max(min(seconds), 1e-6)
         self._rows_per_second = self._scheduler.max_rows / self._expected_step
+        self._watch_memory()
         self._ready = True
         log.info("ready", extra={"rows_per_second": round(self._rows_per_second, 1)})
 
@@ -148,11 +177,26 @@ class Engine:
                 self._publish()  # the noise that a client wants to see is not to wait for the step
                 self._step(batch)
             self._publish()
+            self._watch_memory()
         self._count([])
 
     def _count(self, batch: list[Sample]) -> None:
-        self._metrics.rows_running.set(len(batch))
-        self._metrics.rows_waiting.set(sum(len(request.samples) for request in self._scheduler) - len(batch))
+        running = Counter(sample.request.model for sample in batch)
+        present: Counter[str] = Counter()
+        for request in self._scheduler:
+            present[request.model] += len(request.samples)
+        self._models |= set(present)
+        for model in self._models:
+            self._metrics.rows_running.labels(model).set(running[model])
+            self._metrics.rows_waiting.labels(model).set(present[model] - running[model])
+
+    def _watch_memory(self) -> None:
+        if time.monotonic() - self._memory_seen < MEMORY_EVERY_S:
+            return
+        self._memory_seen = time.monotonic()
+        used, total = device_memory(self._runner.device)
+        self._metrics.memory_bytes.labels(self._runner.device.type, "used").set(used)
+        self._metrics.memory_bytes.labels(self._runner.device.type, "total").set(total)
 
     def _drain_inbox(self) -> bool:
         """Lets new requests in, cancelled and expired ones out; waits while there is nothing to do. False: all done."""
@@ -187,7 +231,7 @@ class Engine:
         for sample in fresh:
             if sample.request.started is None:
                 sample.request.started = now
-                self._metrics.queue_seconds.observe(now - sample.request.submitted)
+                self._metrics.queue_seconds.labels(sample.request.model).observe(now - sample.request.submitted)
         self._show([s for s in fresh if 0 in s.request.frame_steps])
 
     def _step(self, batch: list[Sample]) -> None:
@@ -201,7 +245,7 @@ class Engine:
             self._replay(batch, error)
             return
         self._step_started = None
-        self._measure(time.monotonic() - started, len(batch), rows)
+        self._measure(batch[0].request.model, time.monotonic() - started, len(batch), rows)
         for sample, cost in zip(batch, costs, strict=True):
             sample.request.work_left -= cost
             sample.request.steps_done += 1
@@ -212,7 +256,7 @@ class Engine:
     def _replay(self, batch: list[Sample], error: Exception) -> None:
         """A failed step changed nothing, so each sample is tried again alone: only the culprit's request fails."""
         log.error("a step failed", exc_info=error, extra={"samples": len(batch)})
-        self._metrics.failed_steps.inc()
+        self._metrics.failed_steps.labels(batch[0].request.model).inc()
         if len(batch) == 1:
             self._answer(batch[0].request, StepFailed("a denoising step failed"))
             return
@@ -220,10 +264,11 @@ class Engine:
             if not sample.request.answered:
                 self._step([sample])
 
-    def _measure(self, seconds: float, samples: int, rows: int) -> None:
-        self._metrics.step_seconds.observe(seconds)
-        self._metrics.batch_rows.observe(rows)
-        self._metrics.image_steps.inc(samples)
+    def _measure(self, model: str, seconds: float, samples: int, rows: int) -> None:
+        self._metrics.step_seconds.labels(model).observe(seconds)
+        self._metrics.batch_rows.labels(model).observe(rows)
+        self._metrics.batch_fill.labels(model).observe(rows / self._scheduler.max_rows)
+        self._metrics.image_steps.labels(model).inc(samples)
         rate = rows / seconds
         if 2 * rows > self._scheduler.max_rows or rate > self._rows_per_second:  # a small batch tells of no slowness
             self._expected_step += SMOOTHING * (seconds - self._expected_step)
@@ -260,11 +305,11 @@ class Engine:
             self._scheduler.remove(request)
         self._outbox.append((request.mailbox, answer))
         if isinstance(answer, ServiceError):
-            self._metrics.wasted_steps.inc(request.steps_done)
+            self._metrics.wasted_steps.labels(request.model, answer.code).inc(request.steps_done)
             if request.cancelled_at is not None:
-                self._metrics.cancel_seconds.observe(time.monotonic() - request.cancelled_at)
+                self._metrics.cancel_seconds.labels(request.model).observe(time.monotonic() - request.cancelled_at)
         else:
-            self._metrics.images.inc(request.n)
+            self._metrics.images.labels(request.model).inc(request.n)
 
     def _publish(self) -> None:
         if self._outbox:

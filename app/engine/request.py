@@ -103,7 +103,8 @@ _order = itertools.count()
 class Request:
     """n images of one plan. `classes` has one class per image, or is None for an unconditional checkpoint.
 
-    Image i is drawn from (seed, index + i). `deadline` is in seconds of `time.monotonic`; a `patient` client did not
+    Image i is drawn from (seed, index + i). `model` is the
+    checkpoint's name, for the metrics. `deadline` is in seconds of `time.monotonic`; a `patient` client did not
     ask for it. `frame_steps` are the steps (0 is the noise) after which the client wants to see all n images, as x_t
     or as the prediction of x_0.
     """
@@ -115,6 +116,7 @@ class Request:
     classes: tuple[int, ...] | None
     deadline: float
     mailbox: Mailbox
+    model: str = ""
     patient: bool = False
     frame_steps: frozenset[int] = frozenset()
     view: View = "xt"

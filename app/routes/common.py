@@ -63,6 +63,7 @@ TheService = Annotated[Service, Depends(service)]
 async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[None]:
     """Submits the job, and cancels it as soon as its client leaves or the block ends without an answer."""
     http.state.log = {"n": job.request.n, "steps": len(job.request.plan), "sampler": job.request.plan.sampler}
+    http.state.model = job.checkpoint.name
     service.engine.submit(job.request)
     watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
     try:

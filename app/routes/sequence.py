@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
@@ -50,14 +51,15 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     if query.format is None:
         chosen = negotiate(http.headers.get("accept"), list(MEDIA_TYPES.values()))
         query.format = next(name for name, media_type in MEDIA_TYPES.items() if media_type == chosen)
-    job = make_job(query, service.checkpoint, service.settings, service.metrics.frames_dropped.inc)
+    dropped = service.metrics.frames_dropped.labels(service.checkpoint.name)
+    job = make_job(query, service.checkpoint, service.settings, dropped.inc)
     extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
     if query.format in ("gif", "webp"):
         async with admitted(service, http, job):
             frames = [frame async for frame in job.request.mailbox.frames()]
             await job.request.mailbox.answer()
         grids = [grid(frame.images, query.columns) for frame in frames]
-        service.metrics.frames_sent.inc(len(grids))
+        service.metrics.frames_sent.labels(job.request.model).inc(len(grids))
         return Response(
             await service.encode(images.animation, grids, query.format),
             media_type=MEDIA_TYPES[query.format],
@@ -100,10 +102,9 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
     }
     yield _event("start", start)
     try:
-        async for frame in job.request.mailbox.frames():
-            picture = base64.b64encode(await _png(service, job, frame.images, columns)).decode()
-            service.metrics.frames_sent.inc()
-            yield _event("frame", {"step": frame.step, "steps": len(job.request.plan), "png": picture}, id=frame.step)
+        async for step, png in _frames(service, job, columns):
+            picture = base64.b64encode(png).decode()
+            yield _event("frame", {"step": step, "steps": len(job.request.plan), "png": picture}, id=step)
         final = await _png(service, job, await job.request.mailbox.answer(), columns)
         yield _event("completed", {**start, "png": base64.b64encode(final).decode()}, id=len(job.request.plan))
     except ServiceError as error:
@@ -117,15 +118,25 @@ async def _multipart(service: Service, http: Request, job: Job, columns: int | N
         return head.encode() + data + b"\r\n"
 
     try:
-        async for frame in job.request.mailbox.frames():
-            picture = await _png(service, job, frame.images, columns)
-            service.metrics.frames_sent.inc()
-            yield part("image/png", picture)
+        async for _, png in _frames(service, job, columns):
+            yield part("image/png", png)
         yield part("image/png", await _png(service, job, await job.request.mailbox.answer(), columns))
     except ServiceError as error:
         http.state.outcome = error.code
         yield part("application/json", json.dumps(error.body()).encode())
     yield f"--{BOUNDARY}--\r\n".encode()
+
+
+async def _frames(service: Service, job: Job, columns: int | None) -> AsyncIterator[tuple[int, bytes]]:
+    """Step and PNG of each frame that the client is in time for. The first is counted by how long it took, too."""
+    model, first = job.request.model, True
+    async for frame in job.request.mailbox.frames():
+        png = await _png(service, job, frame.images, columns)
+        if first:
+            service.metrics.first_frame_seconds.labels(model).observe(time.monotonic() - job.request.submitted)
+            first = False
+        service.metrics.frames_sent.labels(model).inc()
+        yield frame.step, png
 
 
 async def _png(service: Service, job: Job, pictures: Image, columns: int | None) -> bytes:

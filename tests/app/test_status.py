@@ -97,11 +97,34 @@ CONTRACT = {
     "ddpm_cancel_seconds": "histogram",
     "ddpm_encode_seconds": "histogram",
     "ddpm_batch_rows": "histogram",
+    "ddpm_batch_fill_ratio": "histogram",
+    "ddpm_batch_rows_limit": "gauge",
+    "ddpm_first_frame_seconds": "histogram",
+    "ddpm_device_memory_bytes": "gauge",
+    "ddpm_engine_stalled": "gauge",
+    "ddpm_heartbeat_age_seconds": "gauge",
+    "ddpm_oldest_wait_seconds": "gauge",
+    "ddpm_pending_work_rows": "gauge",
+    "ddpm_pending_work_rows_limit": "gauge",
+    "ddpm_expected_rows_per_second": "gauge",
+    "ddpm_build_info": "gauge",
 }
-LABELS = {
-    "ddpm_requests": {"endpoint", "outcome"},
-    "ddpm_request_seconds": {"endpoint"},
+LABELS: dict[str, set[str] | frozenset[str]] = {
+    "ddpm_requests": {"endpoint", "model", "outcome"},
+    "ddpm_request_seconds": {"endpoint", "model", "outcome"},
+    "ddpm_wasted_image_steps": {"model", "outcome"},
+    "ddpm_device_memory_bytes": {"device", "kind"},
+    "ddpm_build_info": {"version", "python", "torch"},
     "ddpm_model_info": {"model", "sha256", "device"},
+    **dict.fromkeys(
+        (
+            *("ddpm_rows_running", "ddpm_rows_waiting", "ddpm_images", "ddpm_image_steps", "ddpm_failed_steps"),
+            *("ddpm_frames_sent", "ddpm_frames_dropped", "ddpm_first_frame_seconds", "ddpm_queue_seconds"),
+            *("ddpm_step_seconds", "ddpm_cancel_seconds", "ddpm_batch_rows", "ddpm_batch_rows_limit"),
+            "ddpm_batch_fill_ratio",
+        ),
+        frozenset({"model"}),
+    ),
 }
 
 
@@ -110,8 +133,8 @@ def test_metrics_have_the_names_types_and_labels_of_the_contract(client: TestCli
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}
-    found = {name: family.type for name, family in families.items() if not name.endswith("_created")}
-    assert found == CONTRACT
+    assert {name: family.type for name, family in families.items() if name.startswith("ddpm_")} == CONTRACT
+    assert {name for name in families if not name.startswith("ddpm_")} >= {"process_resident_memory_bytes"}
     for name in CONTRACT:
         assert families[name].documentation.endswith(".")
         for sample in families[name].samples:

@@ -81,7 +81,8 @@ class Metrics(EngineMetrics):
         super().__init__(self.registry)
 
     def __getitem__(self, name: str) -> float:
-        return self.registry.get_sample_value(name) or 0.0
+        families = self.registry.collect()
+        return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
 @pytest.fixture
