@@ -40,7 +40,7 @@ def _parts(text: str) -> list[str]:
 
 def written(value: Any) -> str:
     """A value as these functions read it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value)
 
 
 def nearest(word: str, valid: Collection[str]) -> str | None:

@@ -28,6 +28,7 @@ from training.config import TrainConfig
 from training.data import DataError, Images
 from training.pictures import sample_grid
 from training.rundir import RunDir
+from training.warm_start import warm_start
 
 VALIDATION_IMAGES = 1024  # a multiple of four
 
@@ -60,6 +61,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         iteration, best = state["iteration"], state["best"]
+    else:
+        warm_start(config, network, ema, optimizer)
     run.start(config, iteration)
 
     def checkpoint(train_loss: float | None) -> None:

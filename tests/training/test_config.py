@@ -1,4 +1,5 @@
 import json
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_json_and_command_give_the_configuration_back() -> None:
     text = "--dataset a/b --use_labels --label_dropout 0.1 --image_size 8,12 --attention_resolutions () --grad_clip 1"
     config = parsed(*text.split())
     assert TrainConfig(**json.loads(config.to_json())) == config
-    words = config.command().replace("''", "()").split()
+    words = shlex.split(config.command())
     assert words[:3] == ["python", "-m", "training.train"]
     assert replace(parsed(*words[3:]), run_name=config.run_name) == config
 
