@@ -49,6 +49,18 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ / √width)·v of [N, heads, L, width] each (Vaswani et al. 2017, eq. 1).
+
+    On a CPU it is written out, which is two to three times as fast there as torch's function; that one, where gradients
+    are needed, even computes in float32 under autocast. The price is L × L weights, so long rows are left to it.
+    """
+    if q.device.type != "cpu" or q.shape[2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3)
+    return weights @ v
+
+
 class Attention(nn.Module):
     """Self-attention over the H·W positions, with a residual. qkv has its channels as (q, k, v) × heads × width."""
 
@@ -63,7 +75,7 @@ class Attention(nn.Module):
         n, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(3, 4).unbind(1)  # each [N, heads, HW, width]
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)
         out: Tensor = self.out(y.transpose(2, 3).reshape(n, c, h, w))
         return x + out
 

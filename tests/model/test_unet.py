@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.blocks import Attention, time_embedding
+from model.blocks import Attention, attend, time_embedding
 from model.unet import UNet, UNetConfig
 
 
@@ -186,3 +186,18 @@ def test_lists_as_json_has_them_give_an_equal_configuration() -> None:
     tuples: dict[str, Any] = {"image_size": (28, 20), "channel_mults": (1, 2), "attention_levels": (0,)}
     assert UNetConfig(**lists) == UNetConfig(**tuples)
     assert hash(UNetConfig(**lists)) == hash(UNetConfig(**tuples))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("length", [49, 1025])  # written out, torch's own
+def test_attend_is_attention(length: int, heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 2, heads, length, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
+    results = []
+    for attention in (attend, torch.nn.functional.scaled_dot_product_attention):
+        qkv.grad = None
+        out = attention(*qkv)
+        (out * weights).sum().backward()
+        results.append((out.detach(), qkv.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
