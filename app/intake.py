@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from urllib.parse import quote
 
 import numpy as np
@@ -15,8 +15,8 @@ from app.engine.request import Mailbox, Request, View
 from app.errors import InvalidClassLabel, InvalidRequest
 from app.schemas import Sampling, SequenceQuery
 from app.settings import Settings
-from model.checkpoint import Checkpoint
-from model.plan import make_plan
+from model.checkpoint import Checkpoint, CheckpointConfig
+from model.plan import InvalidPlan, SamplingDefaults, make_plan, usable_variance
 from model.rng import draw_class
 
 LARGEST_JSON_INTEGER = 2**53
@@ -29,23 +29,24 @@ class Job:
     request: Request
     checkpoint: Checkpoint
     class_label: int | None
-    eta: float
-    guidance_scale: float
+    sampling: SamplingDefaults
+    variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
 
     def provenance(self) -> dict[str, str]:
         """For response headers and PNG text: what to send again for the same images."""
         names = self.checkpoint.config.class_names
         # A mix is what a request without a class label gives: there is no word for it to send back.
         label = {} if self.class_label is None else {"class_label": names[self.class_label]}
+        settings = {name: str(value) for name, value in asdict(self.sampling).items()}
+        variance = {"variance": self.variance} if self.variance else {}
         return {
             "model": self.checkpoint.name,
             "checkpoint": self.checkpoint.sha256,
             "seed": str(self.request.seed),
             "index": str(self.request.index),
-            "sampler": self.request.plan.sampler,
-            "steps": str(len(self.request.plan)),
-            "eta": str(self.eta),
-            "guidance_scale": str(self.guidance_scale),
+            **settings,
+            "guidance_interval": ",".join(map(str, self.sampling.guidance_interval)),
+            **variance,
             **label,
         }
 
@@ -76,21 +77,13 @@ def make_job(
 ) -> Job:
     """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
     asked.check(settings)
-    defaults, unet = checkpoint.config.sampling, checkpoint.config.unet
-    diffusion = checkpoint.diffusion
-    sampler = asked.sampler or defaults.sampler
-    steps = min(defaults.steps, settings.max_steps) if asked.steps is None else asked.steps
-    eta = asked.eta if asked.eta is not None else defaults.eta if sampler == "ddim" else 0.0
-    scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-    if steps > diffusion.num_timesteps:
-        raise InvalidRequest(f"steps must not be more than {diffusion.num_timesteps}, not {steps}", param="steps")
-    if eta and sampler != "ddim":
-        raise InvalidRequest(f"eta belongs to the ddim sampler; {sampler} takes none", param="eta")
-    if scale != 1 and not unet.null_class:
-        raise InvalidRequest(
-            "this checkpoint was trained without a null class: guidance_scale must be 1",
-            param="guidance_scale",
-        )
+    unet, diffusion = checkpoint.config.unet, checkpoint.diffusion
+    sampling = sampling_of(asked, checkpoint.config, settings)
+    variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
+    try:
+        plan = make_plan(diffusion, variance=variance, **asdict(sampling))
+    except InvalidPlan as error:
+        raise InvalidRequest(str(error), param=error.field) from error
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
     label = class_index(asked.class_label, checkpoint.config.class_names)
     places = range(asked.index, asked.index + asked.n)
@@ -102,7 +95,7 @@ def make_job(
     steps_shown: frozenset[int] = frozenset()
     keep = 1
     if isinstance(asked, SequenceQuery):
-        view, steps_shown = asked.view, frame_steps(asked.frames, steps, asked.view)
+        view, steps_shown = asked.view, frame_steps(asked.frames, sampling.steps, asked.view)
         size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
         if size > settings.max_sequence_bytes:
             raise InvalidRequest(
@@ -113,7 +106,7 @@ def make_job(
         if asked.format in ("gif", "webp"):
             keep = len(steps_shown)  # a file holds every frame, a stream the newest
     request = Request(
-        plan=make_plan(diffusion, sampler, steps, eta=eta, guidance_scale=scale),
+        plan=plan,
         seed=seed,
         index=asked.index,
         n=asked.n,
@@ -125,7 +118,31 @@ def make_job(
         frame_steps=steps_shown,
         view=view,
     )
-    return Job(request, checkpoint, label, eta, scale)
+    return Job(request, checkpoint, label, sampling, variance)
+
+
+def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingDefaults:
+    """The checkpoint's settings with what a client asked for in their place. Raises InvalidRequest."""
+    interval = asked.guidance_interval
+    try:
+        sampling = config.sampling.instead(
+            config.diffusion.num_timesteps,
+            sampler=asked.sampler,
+            steps=asked.steps,
+            eta=asked.eta,
+            guidance_scale=asked.guidance_scale,
+            guidance_interval=None if interval is None else (interval[0], interval[1]),
+            spacing=asked.spacing,
+            limit=asked.limit,
+        )
+    except InvalidPlan as error:
+        raise InvalidRequest(str(error), param=error.field) from error
+    if sampling.guidance_scale != 1 and not config.unet.null_class:
+        raise InvalidRequest(
+            "this checkpoint was trained without a null class: guidance_scale must be 1",
+            param="guidance_scale",
+        )
+    return replace(sampling, steps=min(sampling.steps, settings.max_steps))  # asked.check has refused more
 
 
 def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:

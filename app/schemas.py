@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.errors import InvalidRequest
 from app.settings import Settings
+from model.plan import LIMITS
 from model.samplers import SAMPLERS
+from model.spacing import SPACINGS
 
+
+def _numbers(value: Any) -> Any:
+    """A query has ?x=0.2,0.8 as ["0.2,0.8"], where a body has [0.2, 0.8]."""
+    is_text = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+    return value[0].split(",") if is_text else value
+
+
+Interval = Annotated[list[float], Field(min_length=2, max_length=2), BeforeValidator(_numbers)]
 Format = Literal["sse", "multipart", "gif", "webp"]
 
 
@@ -26,9 +36,25 @@ class Sampling(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**64, description="left out, one is drawn and returned")
     index: int = Field(0, ge=0, lt=2**31, description="place of the first image in its seed's sequence")
     sampler: str | None = Field(None, json_schema_extra={"enum": list(SAMPLERS)})
-    steps: int | None = Field(None, ge=1, description="denoising steps")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="denoising steps; with a sampler that is not the checkpoint's, GET /models says how many",
+    )
     eta: float | None = Field(None, ge=0, le=1, description="ddim's noise: 0 deterministic, 1 ancestral")
     guidance_scale: float | None = Field(None, ge=0, le=20, description="classifier-free guidance; 1 for none")
+    guidance_interval: Interval | None = Field(
+        None, description="where guidance acts, from one level of noise to another: 0 is the finished image, 1 is noise"
+    )
+    spacing: str | None = Field(
+        None, description="which timesteps the steps visit", json_schema_extra={"enum": list(SPACINGS)}
+    )
+    limit: str | None = Field(
+        None,
+        description="what keeps the predicted image within black and white at every step: "
+        "nothing, clamping, or scaling by its own 99.5 % quantile",
+        json_schema_extra={"enum": list(LIMITS)},
+    )
     timeout_s: float | None = Field(None, gt=0, description="seconds in which an answer is wanted")
 
     def check(self, settings: Settings) -> None:
@@ -38,8 +64,10 @@ class Sampling(BaseModel):
             value = getattr(self, name)
             if value is not None and value > limit:
                 raise InvalidRequest(f"{name} must not be more than {limit:g}", param=name)
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise InvalidRequest(f"sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}", param="sampler")
+        for name, valid in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("limit", LIMITS)):
+            value = getattr(self, name)
+            if value is not None and value not in valid:
+                raise InvalidRequest(f"{name} must be one of {', '.join(valid)}, not {value!r:.80}", param=name)
 
 
 class GenerateBody(Sampling):
@@ -92,6 +120,9 @@ class GenerateResponse(BaseModel):
     steps: int
     eta: float
     guidance_scale: float
+    guidance_interval: tuple[float, float]
+    spacing: str
+    limit: str
     images: list[GeneratedImage]
 
 
@@ -104,7 +135,8 @@ class ModelCard(BaseModel):
     class_names: list[str]
     num_timesteps: int
     samplers: list[str]
-    defaults: dict[str, Any] = Field(description="sampler, steps, eta and guidance_scale when a request does not say")
+    defaults: dict[str, Any] = Field(description="sampler, steps, eta, … when a request does not say")
+    default_steps: dict[str, int] = Field(description="by sampler, when a request names it without steps")
     limits: dict[str, int | float]
     provenance: dict[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -62,10 +63,7 @@ def _encode(media_type: str, job: Job, pictures: Image, columns: int | None) -> 
     response = GenerateResponse(
         model=job.checkpoint.name,
         checkpoint=job.checkpoint.sha256,
-        sampler=job.request.plan.sampler,
-        steps=len(job.request.plan),
-        eta=job.eta,
-        guidance_scale=job.guidance_scale,
+        **asdict(job.sampling),
         images=listed,
     )
     return response.model_dump_json().encode()

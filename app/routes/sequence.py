@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -94,9 +95,7 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
         "seed": job.request.seed,
         "index": job.request.index,
         "n": job.request.n,
-        "steps": len(job.request.plan),
-        "eta": job.eta,
-        "guidance_scale": job.guidance_scale,
+        **asdict(job.sampling),
         "frames": len(job.request.frame_steps),
         "view": job.request.view,
     }

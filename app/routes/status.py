@@ -32,6 +32,12 @@ async def models(service: TheService) -> ModelList:
         num_timesteps=config.diffusion.num_timesteps,
         samplers=list(SAMPLERS),
         defaults=vars(config.sampling),
+        default_steps={
+            sampler: min(
+                config.sampling.instead(config.diffusion.num_timesteps, sampler=sampler).steps, settings.max_steps
+            )
+            for sampler in SAMPLERS
+        },
         limits=limits,
         provenance=config.provenance,
     )

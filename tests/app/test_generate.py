@@ -173,6 +173,35 @@ def test_a_mix_names_no_class_and_comes_again_without_one(client: TestClient, co
         assert generate(served, n=5, sampler=told["x-ddpm-sampler"], **numbers).content == first.content
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_how_guidance_and_timesteps_were_chosen_is_told_and_can_be_sent_again(client: TestClient, sampler: str) -> None:
+    how = {"guidance_scale": 3, "guidance_interval": [0.2, 0.8], "spacing": "logsnr", "limit": "dynamic"}
+    first = generate(client, seed=5, sampler=sampler, steps=5, **how)
+    assert first.content != generate(client, seed=5, sampler=sampler, steps=5, guidance_scale=3).content
+    told = text_of(first.content)
+    assert (told["guidance_interval"], told["spacing"], told["limit"]) == ("0.2,0.8", "logsnr", "dynamic")
+    listed = generate(client, JSON, seed=5, sampler=sampler, steps=5, **how).json()
+    assert listed.items() >= how.items()
+    names = ("seed", "sampler", "steps", "guidance_scale", "guidance_interval", "spacing", "limit")
+    query = {name: told[name] for name in names} | {"format": "gif", "frames": 1}
+    assert client.get("/diffusion-sequence", params=query).headers["x-ddpm-guidance-interval"] == "0.2,0.8"
+    twice = {**query, "guidance_interval": ["0.2", "0.8"]}
+    assert client.get("/diffusion-sequence", params=twice).headers["x-ddpm-guidance-interval"] == "0.2,0.8"
+
+
+@pytest.mark.parametrize(
+    "interval", [[0.5], [0.1, 0.2, 0.3], "0.2,0.8", ["a", "b"], [0.9, 0.1], [None, 1], ["0.2,0.8"]]
+)
+def test_an_interval_that_is_none_is_refused(client: TestClient, interval: Any) -> None:
+    answer = client.post("/generate", json={"guidance_scale": 2, "guidance_interval": interval})
+    assert answer.status_code == 422
+    assert "guidance_interval" in answer.json()["error"]["param"]
+    query = {"guidance_scale": 2, "guidance_interval": interval if interval != "0.2,0.8" else "0.2;0.8"}
+    if interval != ["0.2,0.8"]:
+        answer = client.get("/diffusion-sequence", params=query)
+        assert answer.status_code == 422
+
+
 def test_header_values_are_ascii_and_the_png_has_the_name_as_it_is(client: TestClient) -> None:
     answer = generate(client, class_label=1)
     assert answer.headers["x-ddpm-class-label"] == "K%C3%A4fer %E2%86%92 %E8%99%AB"

@@ -13,6 +13,8 @@ from app.schemas import Format, GenerateBody, SequenceQuery
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint
+from model.diffusion import DiffusionConfig
+from model.plan import DEFAULT_STEPS, SamplingDefaults, make_plan
 from tests.app.conftest import BEETLE, CLASSES
 
 GREY_BYTES = 8 * 12
@@ -106,14 +108,62 @@ def test_a_seed_that_nobody_gave_is_drawn_and_fits_into_a_json_number(grey: Chec
 
 def test_what_is_left_out_is_the_checkpoints_own_default(grey: Checkpoint) -> None:
     made = job(grey, GenerateBody())
-    assert (made.request.plan.sampler, len(made.request.plan), made.eta, made.guidance_scale) == ("ddim", 6, 0, 1)
+    assert made.sampling == grey.config.sampling
+    assert (made.request.plan.sampler, len(made.request.plan)) == ("ddim", 6)
     assert job(grey, GenerateBody(), max_steps=4).request.plan.timesteps.size == 4  # but within this server's limits
 
 
 def test_a_default_eta_is_for_ddim_alone(grey: Checkpoint) -> None:
     noisy = replace(grey, config=replace(grey.config, sampling=replace(grey.config.sampling, eta=0.5)))
-    assert job(noisy, GenerateBody()).eta == 0.5
-    assert job(noisy, GenerateBody(sampler="dpmpp_2m")).eta == 0
+    assert job(noisy, GenerateBody()).sampling.eta == 0.5
+    assert job(noisy, GenerateBody(sampler="dpmpp_2m")).sampling.eta == 0
+
+
+def with_sampling(checkpoint: Checkpoint, **values: object) -> Checkpoint:
+    return replace(checkpoint, config=replace(checkpoint.config, sampling=SamplingDefaults(**values)))
+
+
+def test_another_sampler_takes_its_own_number_of_steps(grey: Checkpoint) -> None:
+    for sampler, steps in DEFAULT_STEPS.items():
+        expected = 6 if sampler == "ddim" else steps  # ddim is the checkpoint's
+        assert len(job(grey, GenerateBody(sampler=sampler)).request.plan) == expected
+        assert len(job(grey, GenerateBody(sampler=sampler), max_steps=9).request.plan) == min(expected, 9)
+        assert len(job(grey, GenerateBody(sampler=sampler, steps=3)).request.plan) == 3
+
+
+def test_spacing_limit_and_interval_are_the_requests_or_the_checkpoints(grey: Checkpoint) -> None:
+    own = {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.7), "spacing": "quadratic", "limit": "dynamic"}
+    noted = with_sampling(grey, steps=10, **own)
+    plan = job(noted, GenerateBody()).request.plan
+    assert np.array_equal(plan.table, make_plan(grey.diffusion, "ddim", 10, **own).table)
+    asked = {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.9], "spacing": "linspace", "limit": "none"}
+    plan = job(noted, GenerateBody(**asked)).request.plan
+    assert np.array_equal(plan.table, make_plan(grey.diffusion, "ddim", 10, **asked).table)
+    other = job(noted, GenerateBody(sampler="dpmpp_2m")).sampling  # the spacing was for another sampler
+    assert (other.spacing, other.limit, other.guidance_interval) == ("trailing", "dynamic", (0.1, 0.7))
+    assert job(noted, GenerateBody(guidance_scale=1)).sampling.guidance_interval == (0, 1)
+
+
+def test_what_the_plan_refuses_is_said_with_its_name(grey: Checkpoint) -> None:
+    eps = replace(grey, config=replace(grey.config, diffusion=DiffusionConfig(schedule="cosine")))
+    with pytest.raises(InvalidRequest, match=r"between 1 and 9\d\d \(of an eps network with limit none\)") as caught:
+        job(eps, GenerateBody(steps=1000, limit="none"), max_steps=1000)
+    assert caught.value.param == "steps"
+    zero = replace(
+        grey, config=replace(grey.config, diffusion=replace(DiffusionConfig(), prediction="v", zero_terminal_snr=True))
+    )
+    with pytest.raises(InvalidRequest, match="spacing leading starts at timestep 830: zero terminal SNR") as caught:
+        job(zero, GenerateBody(spacing="leading"))
+    assert caught.value.param == "spacing"
+
+
+def test_a_large_fixed_variance_is_replaced_where_it_would_leave_noise_and_the_answer_says_so(grey: Checkpoint) -> None:
+    large = replace(grey, config=replace(grey.config, diffusion=DiffusionConfig(variance="fixed_large")))
+    few = job(large, GenerateBody(sampler="ddpm", steps=50))
+    assert few.provenance()["variance"] == "fixed_small"
+    assert np.array_equal(few.request.plan.table, make_plan(large.diffusion, "ddpm", 50, variance="fixed_small").table)
+    assert job(large, GenerateBody(sampler="ddpm", steps=1000)).provenance()["variance"] == "fixed_large"
+    assert "variance" not in job(large, GenerateBody(steps=50)).provenance()
 
 
 def test_provenance_is_exact(grey: Checkpoint) -> None:
@@ -169,6 +219,11 @@ def test_more_frames_than_steps_cost_only_the_steps(grey: Checkpoint) -> None:
         (GenerateBody(eta=0.5, sampler="ddpm"), "eta"),
         (GenerateBody(steps=1001), "steps"),
         (GenerateBody(sampler="euler"), "sampler"),
+        (GenerateBody(spacing="even"), "spacing"),
+        (GenerateBody(limit="soft"), "limit"),
+        (GenerateBody(guidance_interval=[0.2, 0.8]), "guidance_interval"),  # of no guidance
+        (GenerateBody(guidance_interval=[0.8, 0.2], guidance_scale=2), "guidance_interval"),
+        (GenerateBody(guidance_interval=[0.0, 1.1], guidance_scale=2), "guidance_interval"),
         (GenerateBody(n=65), "n"),
         (GenerateBody(n=10**400), "n"),
         (GenerateBody(timeout_s=301), "timeout_s"),
@@ -184,6 +239,6 @@ def test_what_is_out_of_limits_is_refused_by_name(grey: Checkpoint, asked: Gener
 
 def test_guidance_needs_a_null_class(colour_checkpoint: Path) -> None:
     colour = checkpoint.load(colour_checkpoint)
-    assert job(colour, GenerateBody(guidance_scale=1)).guidance_scale == 1
+    assert job(colour, GenerateBody(guidance_scale=1)).sampling.guidance_scale == 1
     with pytest.raises(InvalidRequest, match="null class"):
         job(colour, GenerateBody(guidance_scale=2))
