@@ -149,6 +149,8 @@ def make_plan(
     num_timesteps, log_snr = diffusion.num_timesteps, diffusion.log_snr()
     if diffusion.config.prediction == "eps" and limit == "none":
         num_timesteps = int(np.sum(log_snr >= MIN_LOG_SNR))
+    if not isinstance(steps, int):
+        raise InvalidPlan("steps", f"must be a whole number, not {steps}")
     if not 1 <= steps <= num_timesteps:
         why = "" if num_timesteps == diffusion.num_timesteps else " (of an eps network with limit none)"
         raise InvalidPlan("steps", f"must be between 1 and {num_timesteps}{why}, not {steps}")

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig
+from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig, GaussianDiffusion
+from model.plan import LIMITS, SamplingDefaults, make_plan
 from model.samplers import SAMPLERS
+from model.spacing import SPACINGS
 from model.timesteps import TIMESTEP_SAMPLERS
 from model.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
 from training.options import check_choice, written
@@ -99,6 +101,9 @@ class TrainConfig:
     sampler: str = _option("dpmpp_2m", "of sample grids, and the checkpoint's default when served", SAMPLERS)
     sample_steps: int = _option(20, "its steps")
     guidance_scale: float = _option(1.0, "its guidance towards the class; 1 is none, others need --label_dropout")
+    guidance_interval: tuple[float, ...] = _option((0.0, 1.0), "where guidance acts: 0 is the image, 1 is noise")
+    spacing: str = _option("trailing", "which timesteps its steps visit", SPACINGS)
+    limit: str = _option("clamp", "of the predicted image at each of its steps", LIMITS)
 
     def __post_init__(self) -> None:
         if isinstance(self.ema_decay, (int, float)):  # a config.json from when there was only one
@@ -110,7 +115,7 @@ class TrainConfig:
                 check_choice(f.name, getattr(self, f.name), f.metadata["choices"])
         self._check_numbers()
         self._check_combinations()
-        self.diffusion()  # these two raise for what they do not take
+        make_plan(GaussianDiffusion(self.diffusion()), **vars(self.sampling()))  # these raise for what they do not take
         # Where only the images will tell the size: one that has all of --attention_at, if there is any
         side = min(self.attention_at) * 2 ** (len(self.channel_mults) - 1) if self.attention_at else 32
         self.unet((3, *(self.image_size or (side, side))), 2)
@@ -142,6 +147,8 @@ class TrainConfig:
             raise ValueError(f"--accumulate {self.accumulate} must divide --batch_size {self.batch_size}")
         if self.sample_steps > self.num_timesteps:
             raise ValueError(f"--sample_steps must not be more than --num_timesteps ({self.num_timesteps})")
+        if len(self.guidance_interval) != 2:
+            raise ValueError("--guidance_interval is two numbers, from 0 to 1, lower end first")
 
     def _check_combinations(self) -> None:
         """No option is accepted and ignored."""
@@ -150,6 +157,7 @@ class TrainConfig:
             ("label_dropout", "--use_labels", self.use_labels),
             ("class_conditioning", "--use_labels", self.use_labels),
             ("guidance_scale", "--label_dropout, which teaches the network the null class", self.label_dropout),
+            ("guidance_interval", "a --guidance_scale besides 1", self.guidance_scale != 1),
             ("schedule_low", "--schedule linear", self.schedule == "linear"),
             ("schedule_high", "--schedule linear", self.schedule == "linear"),
             ("norm_groups", "--norm gn", self.norm == "gn"),
@@ -222,6 +230,13 @@ class TrainConfig:
     def diffusion(self) -> DiffusionConfig:
         """The forward process."""
         return DiffusionConfig(**{f.name: getattr(self, f.name) for f in fields(DiffusionConfig)})
+
+    def sampling(self) -> SamplingDefaults:
+        """How sample grids are made, and the checkpoint's default when served."""
+        low, high = self.guidance_interval
+        return SamplingDefaults(
+            self.sampler, self.sample_steps, 0.0, self.guidance_scale, (low, high), self.spacing, self.limit
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)

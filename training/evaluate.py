@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import from_uint8, to_uint8
 from model.likelihood import bits_per_dim
-from model.plan import Plan, SamplingDefaults, make_plan
-from model.samplers import SAMPLERS
+from model.plan import Plan
 from model.sampling import sample
 from training import comparison, data, judge
 from training.config import torch_device
 from training.data import DataError, Images
 from training.features import FeatureFile
 from training.judge import Judge
+from training.sampling import add_sampling_options, settings_of
 from training.train import git_revision
 
 
@@ -124,24 +124,13 @@ def raw_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def plan_of(source: Checkpoint, args: argparse.Namespace) -> tuple[SamplingDefaults, Plan]:
-    """The checkpoint's own settings, with what the command line gives in place of them."""
-    given = {name: getattr(args, name) for name in asdict(source.config.sampling)}
-    settings = replace(source.config.sampling, **{name: v for name, v in given.items() if v is not None})
-    if args.eta and settings.sampler != "ddim":
-        raise ValueError(f"--eta belongs to --sampler ddim, and does nothing for {settings.sampler}")
-    if settings.guidance_scale != 1 and not source.config.unet.null_class:
-        raise ValueError("--guidance_scale must be 1: the checkpoint has no null class to guide away from")
-    return settings, make_plan(source.diffusion, **asdict(settings))
-
-
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Samples, measures, and writes the result. Returns it."""
     device, out = torch_device(args.device), Path(args.out).expanduser()
     source, who = checkpoint.load(args.checkpoint, device), judge.load(args.features, device)
     if args.weights == "raw":
         source.network.load_state_dict(raw_weights(checkpoint.find(args.checkpoint)))
-    settings, plan = plan_of(source, args)
+    settings, plan = settings_of(source, args)
     train_set, test_set = data.load(args.dataset, who.network.config.image_size)
     check(source, who, train_set, test_set, args)
     how = asdict(settings) | {
@@ -202,10 +191,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="FILE", help="the result, JSON; features of the samples are kept beside it")
     add("--num_images", type=int, default=10_000, metavar="N", help="samples, all classes in turn (default: 10000)")
     add("--bits_images", type=int, default=0, metavar="N", help="held-out images for bits per dimension (default: 0)")
-    add("--sampler", choices=list(SAMPLERS), help="(default: the checkpoint's)")
-    add("--steps", type=int, metavar="N", help="(default: the checkpoint's)")
-    add("--eta", type=float, metavar="X", help="noise of ddim, 0 to 1 (default: the checkpoint's)")
-    add("--guidance_scale", type=float, metavar="X", help="towards the class, 1 for none (default: the checkpoint's)")
+    add_sampling_options(parser)
     add("--weights", choices=("ema", "raw"), default="ema", help="raw: those of the run's last step (default: ema)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add("--batch_size", type=int, default=32, metavar="N", help="images at once (default: 32; a GPU likes 500)")

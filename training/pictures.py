@@ -120,7 +120,7 @@ def _sample(
     config = network.config
     return sample(
         network,
-        make_plan(diffusion, d.sampler, d.steps, eta=d.eta, guidance_scale=d.guidance_scale),
+        make_plan(diffusion, **vars(d)),
         config.image_shape,
         seeds=[seed] * len(indices),
         indices=indices,

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from tqdm import tqdm
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.images import to_uint8
-from model.plan import Plan, make_plan
-from model.samplers import SAMPLERS
+from model.plan import Plan
 from model.sampling import sample
 from training.config import torch_device
+from training.sampling import add_sampling_options, settings_of
 
 Item = tuple[str, int, int | None]
 """File name, Philox index, class."""
@@ -54,13 +55,13 @@ def class_index(config: CheckpointConfig, label: str) -> int:
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Makes `folder` that of images with these settings. Raises FileExistsError where it has other images."""
-    record = folder / "sampling.json"
-    if record.exists() and json.loads(record.read_text()) != settings:
+    record, text = folder / "sampling.json", json.dumps(settings, indent=2)
+    if record.exists() and json.loads(record.read_text()) != json.loads(text):
         raise FileExistsError(f"{folder} has images with other settings (sampling.json): choose another --save_dir")
     if not record.exists() and any(folder.glob("*.png")):
         raise FileExistsError(f"{folder} has other images in it: choose another --save_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=2))
+    record.write_text(text)
 
 
 def write(source: Checkpoint, plan: Plan, todo: list[Item], folder: Path, seed: int, batch_size: int) -> None:
@@ -100,10 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--class_label", metavar="CLASS", help="name or index of the only class (default: all of them in turn)")
     add("--batch_size", type=int, default=64, metavar="N", help="images at once (default: 64)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    add("--sampler", choices=list(SAMPLERS), help="(default: the checkpoint's)")
-    add("--steps", type=int, metavar="N", help="(default: the checkpoint's)")
-    add("--eta", type=float, metavar="X", help="noise of ddim, 0 to 1 (default: the checkpoint's)")
-    add("--guidance_scale", type=float, metavar="X", help="towards the class, 1 for none (default: the checkpoint's)")
+    add_sampling_options(parser)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     args = parser.parse_args(argv)
     for name in ("num_images", "batch_size"):
@@ -116,20 +114,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     source = checkpoint.load(args.checkpoint, torch_device(args.device))
-    defaults = source.config.sampling
-    sampler = args.sampler or defaults.sampler
-    steps = defaults.steps if args.steps is None else args.steps
-    eta = defaults.eta if args.eta is None else args.eta
-    guidance_scale = defaults.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    if args.eta and sampler != "ddim":
-        raise ValueError(f"--eta belongs to --sampler ddim, and does nothing for {sampler}")
-    if guidance_scale != 1 and not source.config.unet.null_class:
-        raise ValueError("--guidance_scale must be 1: the checkpoint has no null class to guide away from")
+    sampling, plan = settings_of(source, args)
     label = None if args.class_label is None else class_index(source.config, args.class_label)
-    plan = make_plan(source.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
     folder = Path(args.save_dir).expanduser()
-    settings = {"checkpoint": source.sha256, "seed": args.seed, "sampler": sampler, "steps": steps}
-    claim(folder, settings | {"eta": eta, "guidance_scale": guidance_scale})
+    claim(folder, {"checkpoint": source.sha256, "seed": args.seed, **asdict(sampling)})
     write(source, plan, items(source.config, args.num_images, label), folder, args.seed, args.batch_size)
     print(f"{args.num_images} images in {folder}")
 

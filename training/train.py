@@ -21,7 +21,6 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion
 from model.ema import EMA
 from model.images import from_uint8
-from model.plan import SamplingDefaults
 from model.unet import UNet
 from training import command, data
 from training.config import TrainConfig
@@ -87,7 +86,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             unet=network.config,
             diffusion=diffusion.config,
             class_names=training_set.class_names if config.use_labels else (),
-            sampling=SamplingDefaults(config.sampler, config.sample_steps, 0.0, config.guidance_scale),
+            sampling=config.sampling(),
             provenance=provenance,
         )
         state = {

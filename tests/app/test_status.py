@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.schemas import GenerateBody
 from app.settings import Settings
 from model import checkpoint
+from model.plan import DEFAULT_STEPS
 from tests.app.conftest import BEETLE, CLASSES, HeldRunner, serving
 from tests.app.processes import metric, wait_for
 
@@ -22,7 +23,9 @@ def test_models_tells_what_a_client_needs(client: TestClient, grey_checkpoint: P
     assert card["class_names"] == list(CLASSES)
     assert card["image_shape"] == [1, 8, 12]
     assert card["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"]
-    assert card["defaults"] == {"sampler": "ddim", "steps": 6, "eta": 0, "guidance_scale": 1}
+    own = {"sampler": "ddim", "steps": 6, "eta": 0, "guidance_scale": 1}
+    assert card["defaults"] == own | {"guidance_interval": [0, 1], "spacing": "trailing", "limit": "clamp"}
+    assert card["default_steps"] == DEFAULT_STEPS | {"ddim": 6}
     assert card["limits"] == {"n": 64, "steps": 1000, "frames": 100, "timeout_s": 300}
     assert card["provenance"] == {"data": "none"}
     assert str(grey_checkpoint.parent) not in client.get("/models").text

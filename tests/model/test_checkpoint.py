@@ -29,7 +29,7 @@ def config(tiny_config: UNetConfig) -> CheckpointConfig:
         unet=tiny_config,
         diffusion=DiffusionConfig(num_timesteps=400, schedule="cosine", prediction="v", loss_type="l1"),
         class_names=("T-shirt/top", "Ärmel", "靴"),
-        sampling=SamplingDefaults("dpmpp_2m", 15, 0.0, 2.5),
+        sampling=SamplingDefaults("dpmpp_2m", 15, 0.0, 2.5, (0.1, 0.9), "logsnr", "dynamic"),
         provenance={"dataset": "none", "metrics": {"loss": 0.03}, "git_revision": None, "list": [1, 2]},
     )
 
@@ -51,6 +51,16 @@ def test_a_checkpoint_comes_back_exactly_and_needs_no_flags(tiny: UNet, config: 
     assert loaded.diffusion.config == config.diffusion
     x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([7]), torch.tensor([1])
     assert torch.equal(loaded.network(x, t, y), tiny(x, t, y))
+
+
+def test_a_checkpoint_from_before_spacing_limit_and_interval_loads(
+    tiny: UNet, config: CheckpointConfig, path: Path
+) -> None:
+    data = json.loads(config.to_json())
+    for name in ("guidance_interval", "spacing", "limit"):
+        del data["sampling"][name]
+    save_file(tiny.state_dict(), path, metadata={"ddpm": json.dumps(data)})
+    assert load(path).config == replace(config, sampling=SamplingDefaults("dpmpp_2m", 15, 0.0, 2.5))
 
 
 def test_a_loaded_network_is_ready_for_sampling(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
@@ -237,9 +247,13 @@ HUGE = {
         ("sampling", {"sampler": "euler"}, "sampler must be"),
         ("sampling", {"steps": 0}, "steps must be"),
         ("sampling", {"steps": 401}, "steps must be"),
-        ("sampling", {"steps": 10.5}, "integers"),
+        ("sampling", {"steps": 10.5}, "steps must be a whole number"),
         ("sampling", {"eta": 2}, "eta must be"),
         ("sampling", {"guidance_scale": float("nan")}, "guidance_scale must be"),
+        ("sampling", {"guidance_interval": [0.5]}, "not enough values"),
+        ("sampling", {"guidance_interval": [0.5, 0.1]}, "guidance_interval must be"),
+        ("sampling", {"spacing": "even"}, "spacing must be"),
+        ("sampling", {"limit": "soft"}, "limit must be"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultiste
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion, Network
-from model.plan import COLUMNS, Plan, make_plan
+from model.plan import COLUMNS, DEFAULT_STEPS, InvalidPlan, Plan, SamplingDefaults, make_plan
 from model.rng import normals
 from model.samplers import SAMPLERS
 from model.sampling import apply_step, predict, sample
@@ -544,3 +544,44 @@ def test_zero_terminal_snr_starts_at_pure_noise(sampler: str, prediction: str) -
         assert np.isfinite(plan.table).all()
         images = sample(lambda x, t, y: 0.3 * x, plan, SHAPE, SEEDS, INDICES, dtype=torch.float64)
         assert torch.isfinite(images).all()
+
+
+def test_settings_give_way_to_what_is_asked_for_and_belong_to_their_sampler() -> None:
+    own = SamplingDefaults("ddim", 30, 0.4, 2.0, (0.1, 0.7), "quadratic", "dynamic")
+    assert own.instead(1000) == own.instead(1000, sampler="ddim") == own
+    asked: dict[str, Any] = {
+        "sampler": "ddim",
+        "steps": 7,
+        "eta": 0.2,
+        "guidance_scale": 3.0,
+        "guidance_interval": (0.2, 0.3),
+        "spacing": "logsnr",
+        "limit": "none",
+    }
+    assert own.instead(1000, **asked) == SamplingDefaults(**asked)
+    for sampler, steps in DEFAULT_STEPS.items():
+        other = own.instead(40, sampler=sampler)
+        if sampler != "ddim":
+            assert other == replace(own, sampler=sampler, steps=min(steps, 40), eta=0.0, spacing="trailing")
+    assert own.instead(1000, guidance_scale=1.0).guidance_interval == (0, 1)
+    assert own.instead(1000, guidance_scale=1.0, guidance_interval=(0.0, 1.0)).guidance_scale == 1
+    for contradiction in (
+        {"sampler": "ddpm", "eta": 0.5},
+        {"guidance_scale": 1.0, "guidance_interval": (0.0, 0.5)},
+    ):
+        with pytest.raises(InvalidPlan) as caught:
+            own.instead(1000, **contradiction)  # type: ignore[arg-type]
+        assert str(caught.value).startswith(caught.value.field)
+        assert caught.value.field in contradiction
+    assert DEFAULT_STEPS.keys() == SAMPLERS.keys()
+
+
+def test_zero_terminal_snr_needs_a_spacing_that_starts_at_pure_noise() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    for spacing in SPACINGS:
+        if spacing == "leading":
+            with pytest.raises(InvalidPlan, match="spacing leading starts at timestep 980: zero terminal SNR"):
+                make_plan(diffusion, "ddim", 50, spacing=spacing)
+        else:
+            assert make_plan(diffusion, "ddim", 50, spacing=spacing).timesteps[0] == 999
+    make_plan(diffusion, "ddim", 1000, spacing="leading")

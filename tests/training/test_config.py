@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.diffusion import DiffusionConfig
+from model.plan import SamplingDefaults
 from model.unet import UNetConfig
 from training.command import parse
 from training.config import GROUPS, TrainConfig
@@ -223,8 +224,18 @@ def test_every_switch_is_bare_or_valued(option: str) -> None:
 @pytest.mark.parametrize("option", [f.name for f in fields(TrainConfig) if "tuple" in str(f.type)])
 @pytest.mark.parametrize("form", ["{},{}", "({}, {})", "[{},{}]"])
 def test_every_tuple_is_written_in_several_ways(option: str, form: str) -> None:
-    pair = (0.5, 0.75) if option == "ema_decay" else (16, 8) if option == "attention_at" else (1, 2)
-    assert getattr(parsed(f"--{option}", form.format(*pair)), option) == pair
+    pair = {"ema_decay": (0.5, 0.75), "attention_at": (16, 8), "guidance_interval": (0.25, 0.5)}.get(option, (1, 2))
+    guided = ["--use_labels", "--label_dropout", "0.1", "--guidance_scale", "2"]  # without it there is no interval
+    assert getattr(parsed(f"--{option}", form.format(*pair), *guided), option) == pair
+
+
+def test_how_grids_are_sampled_is_the_checkpoints_default() -> None:
+    words = (
+        "--use_labels --label_dropout 0.1 --guidance_scale 2 --guidance_interval 0.2,0.8 --sampler ddim "
+        "--sample_steps 30 --spacing quadratic --limit dynamic"
+    )
+    expected = SamplingDefaults("ddim", 30, 0.0, 2.0, (0.2, 0.8), "quadratic", "dynamic")
+    assert parsed(*words.split()).sampling() == expected
 
 
 def test_every_option_of_the_network_and_the_diffusion_reaches_it() -> None:
