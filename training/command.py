@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import SUPPRESS
-from dataclasses import fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,45 @@ from training.presets import PRESETS
 
 
 def add_options(parser: Parser) -> None:
-    """One option per field. What is not given stays out of the namespace, so that a resumed run keeps its own."""
-    types = {"bool": boolean, "tuple[int, ...]": integers, "tuple[float, ...]": numbers}
-    types |= {"int": int, "float": float, "str": str}
-    metavars = {"bool": "yes|no", "tuple[int, ...]": "N,N,..", "tuple[float, ...]": "X,X,.."}
-    metavars |= {"int": "N", "float": "X", "str": "TEXT"}
+    """One option per field, under headlines."""
     headlines = {first: headline for headline, first in GROUPS.items()}
     group = parser.add_argument_group("options")
     for f in fields(TrainConfig):
         if f.name in headlines:
             group = parser.add_argument_group(headlines[f.name])
-        choices = f.metadata["choices"]  # TrainConfig refuses others
-        kind: dict[str, Any] = {"type": types[str(f.type)], "metavar": metavars[str(f.type)]}
-        if choices:
-            kind["metavar"] = f"{{{','.join(choices)}}}"
-        if isinstance(f.default, bool):
-            kind |= {"nargs": "?", "const": True}
         text = f.metadata["help"].replace("%", "%%")
         if f.default not in ("", ()):
             text += f" (default: {written(f.default)})"
-        group.add_argument(f"--{f.name}", default=SUPPRESS, help=text, **kind)
+        group.add_argument(f"--{f.name}", **_settings(f), help=text)
+
+
+def add_known_options(parser: Parser, names: Collection[str]) -> None:
+    """Those of these names, to be compared with what a checkpoint knows."""
+    group = parser.add_argument_group("as it was trained", "compared with the checkpoint, which knows them by itself")
+    for f in fields(TrainConfig):
+        if f.name in names:
+            group.add_argument(f"--{f.name}", **_settings(f))
+
+
+def check_choices(given: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option has a value that is not among its choices."""
+    for f in fields(TrainConfig):
+        if f.name in given and f.metadata["choices"]:
+            check_choice(f.name, given[f.name], f.metadata["choices"])
+
+
+def _settings(f: Field[Any]) -> dict[str, Any]:
+    """Keywords of argparse. What is not given stays out of the namespace, so that a resumed run keeps its own."""
+    types = {"bool": boolean, "tuple[int, ...]": integers, "tuple[float, ...]": numbers}
+    types |= {"int": int, "float": float, "str": str}
+    metavars = {"bool": "yes|no", "tuple[int, ...]": "N,N,..", "tuple[float, ...]": "X,X,.."}
+    metavars |= {"int": "N", "float": "X", "str": "TEXT"}
+    settings: dict[str, Any] = {"type": types[str(f.type)], "metavar": metavars[str(f.type)], "default": SUPPRESS}
+    if f.metadata["choices"]:  # checked later, so that the error can name the nearest
+        settings["metavar"] = f"{{{','.join(f.metadata['choices'])}}}"
+    if isinstance(f.default, bool):
+        settings |= {"nargs": "?", "const": True}
+    return settings
 
 
 def parse(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:

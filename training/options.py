@@ -54,12 +54,27 @@ def nearest(word: str, valid: Collection[str]) -> str | None:
     return (initials or (begun if len(begun) == 1 else []) or close or [None])[0]
 
 
+def one_of(valid: Collection[str]) -> dict[str, Any]:
+    """Keywords of an option of argparse with these values; as its `choices`, but the error names the nearest."""
+
+    def chosen(text: str) -> str:
+        if text in valid:
+            return text
+        raise argparse.ArgumentTypeError(_not_one_of(text, valid))
+
+    return {"type": chosen, "metavar": f"{{{','.join(valid)}}}"}
+
+
 def check_choice(option: str, value: str, valid: Collection[str]) -> None:
     """Raises ValueError that lists the valid values, and the nearest, where `value` is none of them."""
     if value not in valid:
-        guess = nearest(str(value), valid)
-        hint = f"; did you mean {guess}?" if guess else ""
-        raise ValueError(f"--{option} must be one of {', '.join(valid)}, not {value!r}{hint}")
+        raise ValueError(f"--{option} {_not_one_of(value, valid)}")
+
+
+def _not_one_of(value: str, valid: Collection[str]) -> str:
+    guess = nearest(str(value), valid)
+    hint = f"; did you mean {guess}?" if guess else ""
+    return f"must be one of {', '.join(valid)}, not {value!r}{hint}"
 
 
 class Parser(argparse.ArgumentParser):

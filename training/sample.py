@@ -1,4 +1,4 @@
-"""python -m training.sample: checkpoint → a folder of PNGs, {label}-{i}.png, balanced over the classes.
+"""python -m training.sample: weights → a folder of PNGs, {label}-{i}.png, balanced over the classes.
 
 Image i of class k has the Philox index i·(number of classes) + k, so a name and a seed stand for one image: the same
 in any batch, beside any others, as many as are asked for. The noise is equal to the bit; the network's sums are equal
@@ -18,13 +18,51 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.images import to_uint8
-from model.plan import Plan
+from model.plan import Plan, SamplingDefaults
 from model.sampling import sample
+from training import sources
+from training.command import add_known_options, check_choices
 from training.config import torch_device
+from training.options import Parser, one_of
+from training.pictures import save_gif, save_strip, sequence
 from training.sampling import add_sampling_options, settings_of
+
+# The original's options of the network, which its sampling had to be told again
+KNOWN = (
+    "image_size",
+    "num_timesteps",
+    "schedule",
+    "schedule_low",
+    "schedule_high",
+    "loss_type",
+    "use_labels",
+    "base_channels",
+    "channel_mults",
+    "num_res_blocks",
+    "time_emb_dim",
+    "norm",
+    "dropout",
+    "activation",
+    "attention_resolutions",
+    "ema_decay",
+    "ema_update_rate",
+)
+ELSEWHERE = {  # what other scripts call it → the option here
+    "num_samples": "num_images",
+    "n": "num_images",
+    "output": "save_dir",
+    "output_dir": "save_dir",
+    "out": "save_dir",
+    "model": "checkpoint",
+    "num_inference_steps": "steps",
+    "timestep_respacing": "steps",
+    "use_ddim": "sampler",
+    "clip_denoised": "limit",
+    "cfg_scale": "guidance_scale",
+    "class": "class_label",
+}
 
 Item = tuple[str, int, int | None]
 """File name, Philox index, class."""
@@ -88,38 +126,91 @@ def write(source: Checkpoint, plan: Plan, todo: list[Item], folder: Path, seed: 
             bar.update(len(names))
 
 
+def batch_size(config: CheckpointConfig) -> int:
+    """How many images at once: 64 of 64 × 64, and the fewer the larger they are, so that memory stays bounded."""
+    _, height, width = config.unet.image_shape
+    return max(1, min(64, 64 * 64 * 64 // (height * width)))
+
+
+def write_sequence(source: Checkpoint, sampling: SamplingDefaults, some: list[Item], folder: Path, seed: int) -> None:
+    """How these images come to be: strip.png and animation.gif."""
+    _, indices, classes = zip(*some, strict=True)
+    labels = None if source.config.unet.num_classes is None else [k for k in classes if k is not None]
+    frames = sequence(source.network, source.diffusion, sampling, indices, labels, seed)
+    folder.mkdir(exist_ok=True)
+    save_strip(folder / "strip.png", frames)
+    save_gif(folder / "animation.gif", frames)
+    print(f"how {len(some)} of them come to be: strip.png and animation.gif in {folder}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.sample",
         description="Write images of a checkpoint, and their settings as sampling.json. What is there already is kept.",
-        allow_abbrev=False,
+        elsewhere=ELSEWHERE,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="NAME_OR_FILE", help="a bundled one by name, such as mnist, or a file")
+    add(
+        "--checkpoint",
+        "--model_path",
+        required=True,
+        metavar="WHAT",
+        help="a bundled one by name, such as mnist, a file, the folder of a run, or the original's -model.pth",
+    )
+    add("--weights", default="ema", **one_of(("ema", "raw")), help="raw is in the folder of a run or a .pth (default: ema)")
     add("--save_dir", required=True, metavar="DIR", help="is made if need be")
     add("--num_images", type=int, default=10_000, metavar="N", help="in all (default: 10000)")
     add("--class_label", metavar="CLASS", help="name or index of the only class (default: all of them in turn)")
-    add("--batch_size", type=int, default=64, metavar="N", help="images at once (default: 64)")
+    add("--batch_size", type=int, metavar="N", help="images at once (default: 64 of up to 64 x 64, fewer if larger)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add_sampling_options(parser)
+    add(
+        "--sequence",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="N",
+        help="also write how the first N images come to be (bare: 8): DIR/sequence/strip.png and animation.gif",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
-    args = parser.parse_args(argv)
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if not 0 <= args.seed < 2**64:
-        parser.error(f"--seed must be at least 0 and below 2^64, not {args.seed}")
+    add_known_options(parser, KNOWN)
+    args = parser.read(argv)
+    try:
+        _check(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
+def _check(args: argparse.Namespace) -> None:
+    check_choices(told(args))
+    for name in ("num_images", "batch_size", "sequence"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2**64:
+        raise ValueError(f"--seed must be at least 0 and below 2^64, not {args.seed}")
+    if len(told(args).get("ema_decay", (0.0,))) != 1:
+        raise ValueError("--ema_decay chooses one of the averages: give one number")
+
+
+def told(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of training that were given."""
+    return {name: value for name, value in vars(args).items() if name in KNOWN}
+
+
 def run(args: argparse.Namespace) -> None:
-    source = checkpoint.load(args.checkpoint, torch_device(args.device))
+    source, which = sources.load(args.checkpoint, args.weights, told(args), torch_device(args.device))
     sampling, plan = settings_of(source, args)
     label = None if args.class_label is None else class_index(source.config, args.class_label)
     folder = Path(args.save_dir).expanduser()
-    claim(folder, {"checkpoint": source.sha256, "seed": args.seed, **asdict(sampling)})
-    write(source, plan, items(source.config, args.num_images, label), folder, args.seed, args.batch_size)
+    settings = {"checkpoint": source.sha256, "weights": which, "seed": args.seed, **asdict(sampling)}
+    claim(folder, settings | {"as_told": source.config.provenance.get("as_told", {})})
+    todo = items(source.config, args.num_images, label)
+    print(f"{source.name}, weights: {which}; {sampling.sampler} with {sampling.steps} steps", file=sys.stderr)
+    write(source, plan, todo, folder, args.seed, args.batch_size or batch_size(source.config))
     print(f"{args.num_images} images in {folder}")
+    if args.sequence:
+        write_sequence(source, sampling, todo[: args.sequence], folder / "sequence", args.seed)
 
 
 def main(argv: list[str] | None = None) -> int:

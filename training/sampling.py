@@ -8,19 +8,19 @@ from model.checkpoint import Checkpoint
 from model.plan import LIMITS, InvalidPlan, Plan, SamplingDefaults, make_plan
 from model.samplers import SAMPLERS
 from model.spacing import SPACINGS
-from training.options import numbers
+from training.options import numbers, one_of
 
 
 def add_sampling_options(parser: ArgumentParser) -> None:
     """--sampler, --steps, --eta, --guidance_scale, --guidance_interval, --spacing and --limit; None where not given."""
     add, own = parser.add_argument, "(default: the checkpoint's)"
-    add("--sampler", choices=list(SAMPLERS), help=own)
+    add("--sampler", **one_of(SAMPLERS), help=own)
     add("--steps", type=int, metavar="N", help="(default: the checkpoint's, or what suits another sampler)")
     add("--eta", type=float, metavar="X", help=f"noise of ddim, 0 to 1 {own}")
     add("--guidance_scale", type=float, metavar="X", help=f"towards the class, 1 for none {own}")
     add("--guidance_interval", type=numbers, metavar="X,X", help=f"where it acts: 0 is the image, 1 is noise {own}")
-    add("--spacing", choices=SPACINGS, help=f"which timesteps the steps visit {own}")
-    add("--limit", choices=LIMITS, help=f"of the predicted image at every step {own}")
+    add("--spacing", **one_of(SPACINGS), help=f"which timesteps the steps visit {own}")
+    add("--limit", **one_of(LIMITS), help=f"of the predicted image at every step {own}")
 
 
 def settings_of(source: Checkpoint, args: Namespace) -> tuple[SamplingDefaults, Plan]:

@@ -18,6 +18,7 @@ from model.conversion import Flags, ImportRefused, Weights
 from model.diffusion import DiffusionConfig
 from model.import_research import import_original
 from model.importers import import_path, load_weights, recognise
+from model.plan import SamplingDefaults
 from model.unet import UNet, UNetConfig
 from training.config import TrainConfig
 from training.options import numbers, written
@@ -66,7 +67,7 @@ def load_original(path: Path, told: Told) -> Original:
 
 
 def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
-    """A network to sample from, and in words which weights it has. `weights` is "ema" or "raw".
+    """A network to sample from, and which weights it has, in words. `weights` is "ema" or "raw".
 
     A run's folder gives its best checkpoint. Raw weights, or the average of another --ema_decay than the first, are in
     the state that belongs to a checkpoint, or, for a folder, in the newest. Raises ValueError with a sentence where
@@ -86,10 +87,12 @@ def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Che
     check(served.config, told, decays)
     index = decays.index(told["ema_decay"][0]) if "ema_decay" in told else 0
     if weights == "ema" and index == 0:
-        return served, "the average of the checkpoint"
+        return served, "ema"
     if state is None or not state.is_file():
         raise CheckpointError(f"{name}: only the first average is in it; the rest is in a run's folder (state-*.pt)")
-    return _of_state(state, served.config, None if weights == "raw" else index, device)
+    if weights == "raw":
+        return _of_state(state, served.config, None, device), "raw"
+    return _of_state(state, served.config, index, device), f"ema of decay {decays[index]}"
 
 
 def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
@@ -97,24 +100,20 @@ def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> 
     names = tuple(str(i) for i in range(found.unet.num_classes or 0))
     noted = {key: value for key, value in told.items() if key in ("ema_decay", "ema_update_rate")}
     used = {"norm"} if told.get("norm") == "in" and found.unet.norm in ("gn", "in") else set()
-    config = CheckpointConfig(
-        found.unet, found.diffusion, names, provenance={"imported_from": path.name, "as_told": noted}
-    )
+    steps = min(SamplingDefaults.steps, found.diffusion.num_timesteps)
+    provenance = {"imported_from": path.name, "as_told": noted}
+    config = CheckpointConfig(found.unet, found.diffusion, names, SamplingDefaults(steps=steps), provenance)
     check(config, {key: value for key, value in told.items() if key not in {*noted, *used}}, ())
     tensors = found.averaged if weights == "ema" else found.raw
-    kind = "the average" if weights == "ema" else "the raw weights"
-    return _checkpoint(path, config, tensors, device), f"{kind} in {path}"
+    return _checkpoint(path, config, tensors, device), weights
 
 
-def _of_state(path: Path, config: CheckpointConfig, index: int | None, device: torch.device) -> tuple[Checkpoint, str]:
+def _of_state(path: Path, config: CheckpointConfig, index: int | None, device: torch.device) -> Checkpoint:
     """The raw weights in a state (`index` None), or its average number `index`."""
     state = load_weights(path)
     try:
-        averaged = [] if index is None else list(state["ema"]["averages"].values())
-        return (
-            _checkpoint(path, config, state["network"] if index is None else averaged[index], device),
-            f"{'the raw weights' if index is None else f'average {index + 1}'} in {path}",
-        )
+        tensors = state["network"] if index is None else list(state["ema"]["averages"].values())[index]
+        return _checkpoint(path, config, tensors, device)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a state of this run: {error!r}") from error
 

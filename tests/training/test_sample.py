@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.diffusion import DiffusionConfig
 from model.images import to_uint8
 from model.plan import make_plan
 from model.sampling import sample
 from model.unet import UNetConfig
-from training.sample import main
+from training.sample import batch_size, main
 
 SaveCheckpoint = Callable[..., str]
 
@@ -125,6 +127,11 @@ def test_an_unconditional_checkpoint_gives_numbered_images_in_colour(
         ("--guidance_interval 0.2,0.8 --guidance_scale 1", "--guidance_interval says where guidance acts"),
         ("--eta 2", "eta must be between 0 and 1"),
         ("--device cuda:99", "--device cuda:99"),
+        ("--guidance_scale 2 --guidance_interval 0.8,0.2", "lower end first"),
+        ("--weights raw", "only the first average is in it"),
+        ("--base_channels 128", "--base_channels 128, where it has 12"),
+        ("--use_labels false", "--use_labels False, where it has True"),
+        ("--ema_decay 0.9", "does not tell its --ema_decay: leave it out"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_a_sentence(
@@ -146,11 +153,30 @@ def test_an_unconditional_checkpoint_takes_neither_a_class_nor_guidance(
     assert "no null class" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["--num_images 0", "--batch_size 0", "--seed -1", "--sampler euler"])
-def test_numbers_out_of_range_end_the_command_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num_images 0", "--num_images must be at least 1"),
+        ("--batch_size 0", "--batch_size must be at least 1"),
+        ("--sequence 0", "--sequence must be at least 1"),
+        ("--seed -1", "--seed must be at least 0"),
+        ("--sampler euler", "--sampler: must be one of ddpm, ddim, dpmpp_2m"),
+        ("--sampler dpmpp2m", "did you mean dpmpp_2m?"),
+        ("--spacing uniform", "--spacing: must be one of leading, trailing"),
+        ("--limit clip", "--limit: must be one of none, clamp, dynamic"),
+        ("--weights emma", "did you mean ema?"),
+        ("--schedule cosin", "did you mean cosine?"),
+        ("--ema_decay 0.9,0.99", "give one number"),
+        ("--num_samples 3", "there is no option --num_samples; did you mean --num_images?"),
+        ("--image-size 3", "did you mean --image_size?"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_ends_it(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(["--checkpoint", "x", "--save_dir", "y", *words.split()])
-    assert words.split()[0] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_with_other_images_is_left_alone(
@@ -183,3 +209,37 @@ def test_the_command_shows_rate_and_time_left(
     assert process.returncode == 0, err
     assert re.search(r"7/7 \[\d\d:\d\d<00:00, .*(image/s|s/image)\]", err)  # time gone, time left, rate
     assert out == f"7 images in {tmp_path}/out\n"
+
+
+def test_large_images_are_made_few_at_a_time() -> None:
+    sides = {8: 64, 64: 64, 128: 16, 256: 4, 1024: 1}
+    for side, expected in sides.items():
+        config = CheckpointConfig(UNetConfig(3, (side, side), 12, (1,), 1, (), 16), DiffusionConfig())
+        assert batch_size(config) == expected
+
+
+def test_spacing_limit_and_interval_are_the_plans(
+    sampled: Callable[..., dict[str, np.ndarray]], save_checkpoint: SaveCheckpoint
+) -> None:
+    words = "--sampler ddim --eta 0 --steps 4 --guidance_scale 3 --guidance_interval 0.3,0.7 --spacing leading"
+    found = sampled(f"--num_images 3 {words} --limit dynamic")["2-0.png"]
+    loaded = checkpoint.load(save_checkpoint())
+    settings = {"guidance_interval": (0.3, 0.7), "spacing": "leading", "limit": "dynamic"}
+    plan = make_plan(loaded.diffusion, "ddim", 4, guidance_scale=3.0, **settings)
+    x = sample(loaded.network, plan, (1, 8, 8), seeds=[0], indices=[2], classes=[2], null_class=3)
+    assert np.abs(found - to_uint8(x)[0, 0].numpy().astype(int)).max() <= 1
+
+
+def test_a_sequence_ends_with_the_images(
+    sampled: Callable[..., dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = sampled("--num_images 4 --steps 3 --sequence 2 --spacing leading")
+    assert len(found) == 4
+    strip = np.asarray(Image.open(tmp_path / "out" / "sequence" / "strip.png")).astype(int)
+    step = strip.shape[1] // 4  # noise, two steps between, the image
+    assert np.unique(strip[:, -step:]).size > 2
+    with Image.open(tmp_path / "out" / "sequence" / "animation.gif") as animation:
+        assert animation.n_frames == 4
+    assert "how 2 of them come to be" in capsys.readouterr().out
+    again = sampled("--num_images 4 --steps 3 --sequence --spacing leading")
+    assert largest_difference(found, again) == 0
