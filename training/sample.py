@@ -157,7 +157,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="WHAT",
         help="a bundled one by name, such as mnist, a file, the folder of a run, or the original's -model.pth",
     )
-    add("--weights", default="ema", **one_of(("ema", "raw")), help="raw is in the folder of a run or a .pth (default: ema)")
+    add(
+        "--weights",
+        default="ema",
+        **one_of(("ema", "raw")),
+        help="raw is in the folder of a run or a .pth (default: ema)",
+    )
     add("--save_dir", required=True, metavar="DIR", help="is made if need be")
     add("--num_images", type=int, default=10_000, metavar="N", help="in all (default: 10000)")
     add("--class_label", metavar="CLASS", help="name or index of the only class (default: all of them in turn)")
