@@ -41,7 +41,7 @@ PRESETS: dict[str, tuple[str, Options]] = {  # name → one line of explanation,
         {**_MNIST, "base_channels": 32, "channel_mults": (1, 2, 3), "iterations": 20_000},
     ),
     "mnist-small": (
-        "the same with a small network: legible digits in minutes on a CPU",
+        "the same with 0.3M parameters, for a CPU",
         {
             **_MNIST,
             "base_channels": 16,
