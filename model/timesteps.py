@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -43,7 +44,9 @@ class SecondMomentState(TypedDict):
 class LossSecondMoment:
     """Importance sampling: p_t ∝ √E[L_t²] over the last `history` losses of each t (Nichol & Dhariwal 2021, eq. 18).
 
-    Uniform until every t has its history; a share `uniform_share` stays uniform. Nothing waits for the device.
+    Uniform until every t has its history; a share `uniform_share` stays uniform. Nothing waits for the device. Where
+    `torch.distributed` runs, `update` gathers what all ranks saw, so all hold the same state: that of one process
+    with the whole batch.
     """
 
     def __init__(
@@ -73,18 +76,34 @@ class LossSecondMoment:
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remembers the unweighted losses [N] of timesteps t [N]."""
+        """Remembers the unweighted losses [N] of timesteps t [N]; every rank calls it, with equally many.
+
+        A loss that is not finite is left out: it would stay in the average for `history` draws of its t.
+        """
+        losses = losses.detach().double()
+        if dist.is_available() and dist.is_initialized():
+            t, losses = _of_all_ranks(t), _of_all_ranks(losses)
+        t = torch.where(losses.isfinite(), t, self.num_timesteps)
         t, order = torch.sort(t, stable=True)
         first, end = torch.searchsorted(t, t), torch.searchsorted(t, t, right=True)
         rank = torch.arange(len(t), device=t.device) - first
         slot = (self._counts[t] + rank) % self.history
         row = torch.where(rank >= end - first - self.history, t, self.num_timesteps)
-        self._losses[row, slot] = losses.detach().double()[order]
+        self._losses[row, slot] = losses[order]
         self._counts.index_add_(0, t, torch.ones_like(t))
 
     def state_dict(self) -> SecondMomentState:
+        """The losses, float64 [T + 1, history], and how many came, int64 [T + 1]; the last row means nothing."""
         return {"losses": self._losses, "counts": self._counts}
 
     def load_state_dict(self, state: SecondMomentState) -> None:
+        """Goes on from a `state_dict`. Raises RuntimeError where T or `history` differ."""
         self._losses.copy_(state["losses"])
         self._counts.copy_(state["counts"])
+
+
+def _of_all_ranks(part: Tensor) -> Tensor:
+    """[ranks·N], rank after rank."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)

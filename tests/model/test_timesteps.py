@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from model.timesteps import TIMESTEP_SAMPLERS, LossSecondMoment
 
@@ -61,3 +64,38 @@ def test_importance_resumes_exactly() -> None:
     for one in (sampler, resumed):
         one.update(torch.tensor([1, 7]), torch.tensor([0.5, 9.0]))
     assert torch.equal(sampler.probabilities(), resumed.probabilities())
+
+
+def test_a_loss_that_is_not_finite_is_left_out() -> None:
+    sampler, other = filled(), filled()
+    sampler.update(torch.tensor([3, 4, 3]), torch.tensor([torch.nan, 2.0, torch.inf]))
+    other.update(torch.tensor([4]), torch.tensor([2.0]))
+    assert torch.equal(sampler.probabilities(), other.probabilities())
+    assert torch.equal(sampler.state_dict()["counts"][:T], other.state_dict()["counts"][:T])
+
+
+def rank(number: int, store: str, out: str) -> None:
+    """One of two processes: its half of every batch."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    sampler = LossSecondMoment(T, history=3)
+    for t, losses in batches():
+        half = slice(number * len(t) // 2, (number + 1) * len(t) // 2)
+        sampler.update(t[half], losses[half])
+    torch.save(sampler.state_dict(), f"{out}/{number}.pt")
+    dist.destroy_process_group()
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(TIMESTEP_SAMPLERS["uniform"](u(40, i), T), u(40, 100 + i)) for i in range(6)]
+
+
+def test_two_ranks_remember_what_one_process_would(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    alone = LossSecondMoment(T, history=3)
+    for t, losses in batches():
+        alone.update(t, losses)
+    assert (alone.probabilities() != 1 / T).any()
+    for number in range(2):
+        resumed = LossSecondMoment(T, history=3)
+        resumed.load_state_dict(torch.load(tmp_path / f"{number}.pt", weights_only=True))
+        assert torch.equal(resumed.probabilities(), alone.probabilities())
