@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.
 NORMS: dict[str, Callable[[int, UNetConfig], nn.Module]] = {
     "gn": lambda channels, c: nn.GroupNorm(math.gcd(c.norm_groups, channels), channels, c.norm_eps),
     "bn": lambda channels, c: BatchNorm(channels, c.norm_eps),
-    "in": lambda channels, c: nn.InstanceNorm2d(channels, c.norm_eps),
+    "in": lambda channels, c: nn.InstanceNorm2d(channels, c.norm_eps, affine=True),
     "none": lambda channels, c: nn.Identity(),
 }
 

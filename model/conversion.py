@@ -38,6 +38,8 @@ class Flags:
     new_attention_order: bool = False
     rescale_timesteps: bool = False
     null_class: bool = False  # the last class means none
+    norm: str = "gn"  # of the original's files: with in they have tensors of the same names
+    activation: str = "silu"  # of the original's files
     class_names: tuple[str, ...] = ()
 
 

@@ -60,7 +60,7 @@ ORIGINAL = Layout(
 
 
 def import_original(state: Weights, flags: Flags) -> Imported:
-    """`GaussianDiffusion.state_dict()`: everything but dropout and activation (silu) is in the file."""
+    """`GaussianDiffusion.state_dict()`: everything but dropout, activation and in for gn is in the file."""
     betas = state["betas"].double().numpy()
     prefix = "ema_model." if flags.weights == "ema" else "model."
     source = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
@@ -77,7 +77,7 @@ def import_original(state: Weights, flags: Flags) -> Imported:
         norm = "bn"
         source = {name: t for name, t in source.items() if not name.endswith("num_batches_tracked")}
     else:
-        norm = "gn" if "downs.0.norm_1.weight" in source else "none"
+        norm = flags.norm if "downs.0.norm_1.weight" in source else "none"
     classes = source.get("downs.0.class_bias.weight")
     config = UNetConfig(
         image_channels=source["init_conv.weight"].shape[1],
@@ -85,6 +85,7 @@ def import_original(state: Weights, flags: Flags) -> Imported:
         time_emb_dim=len(source["time_mlp.1.weight"]),
         num_classes=None if classes is None else len(classes),
         norm=norm,
+        activation=flags.activation,
         **architecture(levels, len(source["init_conv.weight"])),
     )
     return convert(source, config, ORIGINAL), config, diffusion_of(betas, variance="fixed_large")

@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import checkpoint
+from model.blocks import ACTIVATIONS
 from model.checkpoint import CheckpointConfig
 from model.conversion import Flags, Imported, ImportRefused
 from model.diffusion import SCHEDULES
 from model.import_diffusers import import_diffusers
 from model.import_openai import import_openai
 from model.import_research import import_original, import_w86763777
+from model.plan import SamplingDefaults
 
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -101,7 +103,12 @@ def main(argv: list[str] | None = None) -> int:
         "(UNet2DModel or DDPMPipeline)",
     )
     parser.add_argument("destination", help="the checkpoint to write (.safetensors)")
-    choices = {"weights": ("ema", "raw"), "schedule": tuple(SCHEDULES)}
+    choices = {
+        "weights": ("ema", "raw"),
+        "schedule": tuple(SCHEDULES),
+        "norm": ("gn", "in"),
+        "activation": tuple(ACTIVATIONS),
+    }
     for f in fields(Flags):
         if isinstance(f.default, bool):
             parser.add_argument(f"--{f.name}", action="store_true")
@@ -116,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         weights, unet, diffusion = import_path(source, Flags(**given))
         names = given["class_names"] or tuple(str(i) for i in range(unet.num_classes or 0))
         provenance = {"imported_from": source.name, "flags": {k: v for k, v in given.items() if v}}
-        checkpoint.save(destination, weights, CheckpointConfig(unet, diffusion, names, provenance=provenance))
+        sampling = SamplingDefaults(steps=min(SamplingDefaults.steps, diffusion.num_timesteps))
+        checkpoint.save(destination, weights, CheckpointConfig(unet, diffusion, names, sampling, provenance))
     except (ValueError, OSError) as error:
         print(f"model.importers: {source.name}: {error}", file=sys.stderr)
         return 2

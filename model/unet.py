@@ -47,7 +47,7 @@ class UNetConfig:
     learned_variance: bool = False  # twice the channels out: the prediction, then v of Nichol & Dhariwal 2021, eq. 15
     scale_shift_norm: bool = False
     resblock_updown: bool = False  # residual blocks change the resolution, instead of a convolution alone
-    norm_groups: int = 32  # of a GroupNorm, or the largest divisor of it that divides the channels
+    norm_groups: int = 32  # of gn, or its largest divisor that divides the channels; single channels lose time's bias
     norm_eps: float = 1e-5
     downsample_padding: int = 1  # 1 on every side; 0: one row below and one column to the right, as Ho's TensorFlow
     time_freq_shift: int = 0  # frequencies end at 10000^-((half - 1) / (half - shift))
@@ -180,16 +180,8 @@ class UNet(nn.Module):
         multiple = 2 ** (len(config.channel_mults) - 1)
         x = F.pad(x, (0, -w % multiple, 0, -h % multiple))
 
-        weight = self.init_conv.weight
-        if self.time_table is None:
-            embedding = time_embedding(t * config.time_scale, config.base_channels, config.time_freq_shift)
-        else:
-            embedding = self.time_table(t.long())
-        emb = self.time_mlp(embedding.to(weight.dtype))
-        if self.class_emb is not None:
-            emb = emb + self.class_emb(y)
-        emb = self.activation(emb)
         x = self.init_conv(x)
+        emb = self.embedded(t, y).to(x.dtype)
         skips = [x]
         for layer in self.downs:
             x = layer(x, emb, y) if isinstance(layer, ResBlock) else layer(x)
@@ -205,3 +197,16 @@ class UNet(nn.Module):
                 x = layer(x, emb, y)
         out: Tensor = self.out_conv(self.activation(self.out_norm(x)))
         return out[:, :, :h, :w]
+
+    def embedded(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """Timestep and class for the blocks, [N, time_emb_dim]. In the weights' precision, under autocast too."""
+        with torch.autocast(t.device.type, enabled=False):
+            if self.time_table is None:
+                config = self.config
+                embedding = time_embedding(t * config.time_scale, config.base_channels, config.time_freq_shift)
+            else:
+                embedding = self.time_table(t.long())
+            emb = self.time_mlp(embedding.to(self.init_conv.weight.dtype))
+            if self.class_emb is not None:
+                emb = emb + self.class_emb(y)
+            return self.activation(emb)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from model import checkpoint
 from model.conversion import Flags, ImportRefused
+from model.diffusion import GaussianDiffusion
 from model.import_diffusers import OLD_NAMES
-from model.importers import import_path, main
+from model.importers import import_path, load_weights, main
 from model.unet import UNet
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
@@ -25,16 +26,18 @@ IMPROVED = {"num_heads": 4, "num_timesteps": 4000}
 GUIDED = {"head_channels": 16, "new_attention_order": True}
 
 
-# Their own rounding is up to 4.4e-6 away from what float64 gives for `labels` (its groups are single channels), and
-# depends on the memory format that their attention leaves behind.
+# The bar is 2e-6. The groups of `labels` are single channels, and its attention leaves its images in channels_last,
+# where a GroupNorm sums least exactly: its outputs are 3.1e-6 (EMA) and 4.4e-6 (raw) from what float64 gives, and the
+# order of operations that made them differs from itself by 3.3e-6 between two and five threads. Ours are 1.2e-6 from
+# float64.
 @needs_fixtures
 @pytest.mark.parametrize(
     ("file", "output", "flags", "tolerance"),
     [
         ("original/labels-linear-model.pth", "ema_out", {}, 5e-6),
         ("original/labels-linear-model.pth", "raw_out", {"weights": "raw"}, 5e-6),
-        ("original/plain-cosine-model.pth", "ema_out", {}, 3e-6),
-        ("original/plain-cosine-model.pth", "raw_out", {"weights": "raw"}, 3e-6),
+        ("original/plain-cosine-model.pth", "ema_out", {}, 2e-6),
+        ("original/plain-cosine-model.pth", "raw_out", {"weights": "raw"}, 2e-6),
         ("w86763777/small.pt", "ema_out", {}, 2e-6),
         ("w86763777/small.pt", "raw_out", {"weights": "raw"}, 2e-6),
         ("improved-diffusion/cifar-like.pt", "out", IMPROVED, 2e-6),
@@ -51,10 +54,36 @@ def test_their_outputs_are_reproduced(file: str, output: str, flags: dict[str, A
     y = torch.from_numpy(expected["y"]) if unet.num_classes else None
     with torch.no_grad():
         found = network(x, t, y)
+        exact = network.double()(x.double(), t, y)
+    assert (found - exact).abs().max() <= 2e-6
     assert (found - torch.from_numpy(expected[output])).abs().max() <= tolerance
     if "betas" in expected:
         np.testing.assert_allclose(diffusion.betas(), expected["betas"], rtol=1e-5)
     assert (diffusion.variance == "learned_range") == unet.learned_variance
+
+
+@needs_fixtures
+@pytest.mark.parametrize("file", ["labels-linear", "plain-cosine"])
+def test_the_originals_mean_is_reproduced(file: str) -> None:
+    weights, unet, config = import_path(FIXTURES / "original" / f"{file}-model.pth", Flags())
+    network = UNet(unet).eval()
+    network.load_state_dict(weights)
+    expected = np.load(FIXTURES / "original" / f"{file}-expected.npz")
+    x, t = torch.from_numpy(expected["x"]), torch.from_numpy(expected["t"])
+    y = torch.from_numpy(expected["y"]) if unet.num_classes else None
+    with torch.no_grad():
+        mean, _ = GaussianDiffusion(config).p_mean_log_variance(network(x, t, y), x, t)
+    assert (mean - torch.from_numpy(expected["mean"])).abs().max() <= 2e-6
+
+
+@needs_fixtures
+def test_what_the_originals_file_cannot_tell_comes_by_flags(tmp_path: Path) -> None:
+    source, out = FIXTURES / "original" / "plain-cosine-model.pth", tmp_path / "ours.safetensors"
+    assert main([str(source), str(out), "--norm", "in", "--activation", "relu"]) == 0
+    loaded = checkpoint.load(out)
+    assert (loaded.config.unet.norm, loaded.config.unet.activation) == ("in", "relu")
+    assert isinstance(loaded.network.out_norm, torch.nn.InstanceNorm2d)
+    assert torch.equal(loaded.network.out_norm.weight, load_weights(source)["ema_model.out_norm.weight"])
 
 
 BASE = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.blocks import Attention, attend, time_embedding
+from model.blocks import NORMS, Attention, attend, time_embedding
 from model.unet import UNet, UNetConfig
 
 
@@ -29,7 +29,7 @@ def test_the_default_network_has_the_known_number_of_parameters(
     assert sum(p.numel() for p in network.parameters()) == parameters
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 16), (28, 28), (7, 10), (1, 1)])
 def test_every_image_shape_comes_back(tiny_config: UNetConfig, channels: int, height: int, width: int) -> None:
     config = replace(tiny_config, image_channels=channels, channel_mults=(1, 2, 2))
@@ -67,10 +67,11 @@ def test_the_output_depends_on_class_timestep_and_image(tiny: UNet) -> None:
     assert all((out - other).abs().max() > 1e-4 for other in others)
 
 
-@pytest.mark.xfail(strict=True, reason="GroupNorm of single channels (base_channels 2 … 32) undoes the biases")
-@pytest.mark.parametrize("base_channels", [8, 16, 32])
-def test_time_and_class_reach_every_block(tiny_config: UNetConfig, base_channels: int) -> None:
-    block = UNet(replace(tiny_config, base_channels=base_channels)).eval().downs[0]
+@pytest.mark.parametrize(("base_channels", "norm_groups"), [(8, 4), (16, 8), (32, 8), (48, 32)])
+def test_time_and_class_reach_every_block(tiny_config: UNetConfig, base_channels: int, norm_groups: int) -> None:
+    # A norm of single channels (`in`, or as many groups as channels) would undo their biases
+    config = replace(tiny_config, base_channels=base_channels, norm_groups=norm_groups)
+    block = UNet(config).eval().downs[0]
     torch.nn.init.normal_(block.conv_2.weight)
     x, emb = torch.randn(1, base_channels, 8, 8), torch.randn(1, 16)
     out = block(x, emb, torch.tensor([0]))
@@ -110,6 +111,86 @@ def test_a_bfloat16_network_is_near_the_float32_one(tiny: UNet) -> None:
     out = tiny.bfloat16()(x.bfloat16(), t, y)
     assert out.dtype == torch.bfloat16
     assert (out.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", "in", "none"])
+@pytest.mark.parametrize("base_channels", [2, 10, 14, 48])
+def test_every_norm_takes_any_number_of_channels(tiny_config: UNetConfig, norm: str, base_channels: int) -> None:
+    network = UNet(replace(tiny_config, norm=norm, base_channels=base_channels, channel_mults=(1, 3)))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t = inputs(2, 1, 8, 8)
+    out = network(x, t, torch.tensor([0, 1]))
+    assert out.isfinite().all()
+    out.square().mean().backward()
+    assert network.init_conv.weight.grad is not None
+    assert network.init_conv.weight.grad.any()
+
+
+def test_instance_norm_is_a_group_norm_of_single_channels() -> None:
+    norm, other = NORMS["in"](6, UNetConfig()), torch.nn.GroupNorm(6, 6)
+    other.load_state_dict(norm.state_dict())
+    x = 3 + torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(norm(x), other(x), rtol=0, atol=1e-6)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unconditional": {"num_classes": None, "null_class": False},
+    "embedding": {"class_conditioning": "both", "image_size": (7, 10)},
+    "adm": {"scale_shift_norm": True, "resblock_updown": True, "head_channels": 4, "learned_variance": True},
+    "batch norm, table": {"norm": "bn", "time_table": 1000, "downsample_padding": 0},
+}
+
+
+def random_network(config: UNetConfig) -> UNet:
+    network = UNet(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_(std=0.2, generator=generator)
+    return network
+
+
+@pytest.fixture(params=KINDS)
+def network(tiny_config: UNetConfig, request: pytest.FixtureRequest) -> UNet:
+    return random_network(replace(tiny_config, **KINDS[request.param]))
+
+
+def arguments(network: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x, t = inputs(3, 1, *network.config.image_size)
+    return x, t, None if network.config.num_classes is None else torch.tensor([0, 2, 1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("kind", ["embedding", "adm"])
+@torch.no_grad()
+def test_it_compiles_as_one_graph(tiny_config: UNetConfig, kind: str) -> None:
+    torch.compiler.reset()
+    network = random_network(replace(tiny_config, **KINDS[kind]))
+    x, t, y = arguments(network)
+    with torch.autocast("cpu", torch.bfloat16, enabled=network.config.scale_shift_norm):
+        compiled = torch.compile(network, fullgraph=True, backend="eager")(x, t, y)
+        torch.testing.assert_close(compiled, network(x, t, y))
+
+
+@torch.no_grad()
+def test_channels_last_says_the_same(network: UNet) -> None:
+    x, t, y = arguments(network)
+    plain = network(x, t, y)
+    last = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, y)
+    torch.testing.assert_close(last, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+
+
+@torch.no_grad()
+def test_under_autocast_it_is_near_float32_and_time_is_not_rounded(network: UNet) -> None:
+    x, t, y = arguments(network)
+    exact, emb = network(x, t, y), network.embedded(t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(x, t, y)
+        assert torch.equal(network.embedded(t, y), emb)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().max() < 0.06 * exact.abs().max()
+    assert (out - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
 def test_gradients_reach_every_parameter(tiny: UNet) -> None:
