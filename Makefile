@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # With an NVIDIA GPU: PyPI's CUDA build. Without: a CPU wheel at hand (pip's find-links), else PyTorch's CPU index.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types clean
+.PHONY: serve test lint types clean up down lock check-images compose-test
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m app
@@ -36,6 +36,37 @@ $(VENV)/.serve: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install -q -e ".[train,test]"
 	@touch $@ $(VENV)/.serve
+
+# Docker; see docs/operations.md. Without an NVIDIA GPU the CPU's image. FILES names more compose files.
+COMPOSE = docker compose -f docker-compose.yml \
+  $(shell nvidia-smi -L >/dev/null 2>&1 || echo -f docker-compose.cpu.yml) $(FILES:%=-f %)
+
+up:
+	$(COMPOSE) up -d --build --wait
+
+down:
+	$(COMPOSE) down
+
+compose-test: $(VENV)/.test
+	$(BIN)/python -m tests.docker.compose $(ARGS)
+
+TOOLS := $(VENV)/tools
+$(TOOLS)/.done: docker/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install -q -r docker/tools.txt
+	@touch $@
+
+# WHEELS: a folder with torch's CPU wheel, where PyTorch's index cannot be reached.
+lock: $(TOOLS)/.done
+	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" $(TOOLS)/bin/python docker/lock.py $(WHEELS)
+
+check-images: $(TOOLS)/.done
+	$(TOOLS)/bin/hadolint docker/Dockerfile
+	$(TOOLS)/bin/python docker/grafana/dashboard.py && git diff --exit-code --stat docker/grafana
+	mkdir -p build
+	cat docker/requirements.txt docker/torch-cpu.txt | $(TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o build/sbom-cpu.json -
+	cat docker/requirements.txt docker/torch-cuda.txt | $(TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o build/sbom-cuda.json -
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip -r docker/requirements.txt -r docker/torch-cuda.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
