@@ -55,6 +55,7 @@ class CheckpointConfig:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
 
     def to_json(self) -> str:
+        """What the file's metadata holds; `from_json` reads it."""
         return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
 
     @classmethod
@@ -83,6 +84,7 @@ class Checkpoint:
 
     @property
     def diffusion(self) -> GaussianDiffusion:
+        """The forward process, with tables of its own."""
         return GaussianDiffusion(self.config.diffusion)
 
 

@@ -106,6 +106,7 @@ def architecture(levels: list[list[tuple[int, bool]]], base: int) -> dict[str, A
 
 
 def layers(network: UNet) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The network's blocks in the order of the forward pass, with their names (downs.0, …)."""
     for group in ("downs", "mid", "ups"):
         for i, layer in enumerate(getattr(network, group)):
             yield f"{group}.{i}", layer

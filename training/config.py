@@ -181,9 +181,11 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
+        """Where the run's files are."""
         return Path(self.log_dir).expanduser() / self.project_name / self.run_name
 
     def torch_device(self) -> torch.device:
+        """See `torch_device`."""
         return torch_device(self.device)
 
     def unet(self, image_shape: tuple[int, int, int], num_classes: int) -> UNetConfig:
@@ -239,6 +241,7 @@ class TrainConfig:
         )
 
     def to_json(self) -> str:
+        """Every option; `TrainConfig(**json.loads(…))` is the inverse."""
         return json.dumps(asdict(self), indent=2)
 
     def command(self) -> str:

@@ -44,6 +44,7 @@ class Images:
         return len(self.images)
 
     def to(self, device: torch.device) -> Images:
+        """The same images on another device."""
         labels = None if self.labels is None else self.labels.to(device)
         return Images(self.images.to(device), labels, self.class_names, self.name)
 

@@ -204,6 +204,7 @@ def told(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Writes the images that the command line asks for. Raises ValueError or OSError."""
     source, which = sources.load(args.checkpoint, args.weights, told(args), torch_device(args.device))
     sampling, plan = settings_of(source, args)
     label = None if args.class_label is None else class_index(source.config, args.class_label)
