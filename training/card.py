@@ -65,6 +65,8 @@ def evaluation_table(result: dict[str, Any], sha256: str) -> str:
     """What `training.evaluate` found, Markdown. Raises ValueError where it looked at another checkpoint."""
     if result["checkpoint"]["sha256"] != sha256:
         raise ValueError("the evaluation is of another checkpoint")
+    if "accuracy" not in result["generated"]:
+        raise ValueError("the evaluation is not by a classifier, whose numbers the card shows")
     sampling = result["sampling"]
     shown = ("sampler", "steps", "guidance_scale", "seed", "precision")
     extractor = {"extractor": result["features"]["sha256"], "extractor_accuracy": result["features"]["accuracy"]}

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from training import statistics
 from training.data import Images
+from training.inception import Inception
 from training.judge import Judge
 from training.statistics import Moments
 
@@ -53,24 +54,34 @@ def measure(who: Judge, train_set: Images, test_set: Images, rows: Tensor, num_c
     Accuracy is that of all samples. A set is compared with others of its size: that of the smallest balanced split,
     where there are more samples than real images.
     """
-    device = who.network.head.weight.device
     chosen, held_out = balanced(train_set, num_classes), balanced(test_set, num_classes)
     n = min(len(rows), len(chosen), len(held_out))
-    all_train, train = Moments(rows.shape[1] - len(who.class_names)), []
+    all_train, train = Moments(who.size), []
     for i, part in enumerate(tqdm(chosen.split(PART), desc="train split", unit_scale=PART, unit="image", leave=False)):
         features, _ = who.network.judge(train_set.images[part])
         all_train.add(features)
         if i * PART < n:
             train.append(features)
     test = [who.network.judge(test_set.images[part]) for part in held_out[:n].split(PART)]
-    features, logits = rows.to(device).split([all_train.mean.numel(), len(who.class_names)], dim=1)
+    features, logits = rows.to(who.device).split([who.size, len(who.class_names)], dim=1)
     sets = {"generated": (features, logits), "test": tuple(torch.cat(both) for both in zip(*test, strict=True))}
     result: dict[str, Any] = {"compared_images": n, "train_images": len(chosen)}
     for name, (features, logits) in sets.items():
         result[name] = compare(torch.cat(train)[:n], all_train, features[:n], num_classes)
-        if num_classes is not None:
-            labels = torch.arange(len(logits), device=device) % num_classes
+        if num_classes is not None and who.class_names:
+            labels = torch.arange(len(logits), device=who.device) % num_classes
             share, by_class = statistics.accuracy(logits, labels, num_classes)
             result[name] |= {"accuracy": share, "accuracy_by_class": dict(zip(who.class_names, by_class, strict=True))}
     floor = result["test"]["frechet_distance"]
-    return result | {"frechet_ratio": result["generated"]["frechet_distance"] / floor if floor else None}
+    result["frechet_ratio"] = result["generated"]["frechet_distance"] / floor if floor else None
+    return inception_names(result) if isinstance(who.network, Inception) else result
+
+
+def inception_names(result: dict[str, Any]) -> dict[str, Any]:
+    """With Inception's features, and only with them, the distances are called what everyone calls them."""
+    names = {"frechet_distance": "fid", "frechet_ratio": "fid_ratio", "kernel_distance": "kid"}
+    names |= {"frechet_distance_all_train": "fid_all_train", "kernel_distance_std": "kid_std"}
+    return {
+        names.get(key, key): inception_names(value) if isinstance(value, dict) else value
+        for key, value in result.items()
+    }

@@ -2,8 +2,8 @@
 
 Images are sampled with the plans of the service, the classes in turn, and compared with the train split in the
 features of a classifier that knows the data set (`training.classifier`). The held-out images are compared in the same
-way, as many of them: theirs are the numbers that a perfect network would have. Nothing here is an FID, which is a
-distance in Inception's features.
+way, as many of them: theirs are the numbers that a perfect network would have. None of them is an FID, which is a
+distance in Inception's features: that name is kept for those (`training.inception`), where its weights are given.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def generate(
                 indices=indices,
                 classes=None if unet.num_classes is None else [i % unet.num_classes for i in indices],
                 null_class=unet.num_classes if unet.null_class else None,
-                device=who.network.head.weight.device,
+                device=who.device,
             )
             rows.append(torch.cat(who.network.judge(to_uint8(x)), dim=1))
             bar.update(len(indices))
@@ -100,15 +100,16 @@ def bits(source: Checkpoint, network: Network, images: Images, num_images: int, 
 def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, args: argparse.Namespace) -> None:
     """Raises ValueError where these do not belong together."""
     unet = source.config.unet
-    size = (who.network.config.image_channels, *who.network.config.image_size)
+    size, whose = who.image_shape or unet.image_shape, "the classifier" if who.image_shape else "the checkpoint"
     for what, shape in {"the checkpoint": unet.image_shape, args.dataset: tuple(train_set.images.shape[1:])}.items():
         if shape != size:
-            raise DataError(f"{what} has images of (channels, height, width) {shape}, the classifier {size}")
+            raise DataError(f"{what} has images of (channels, height, width) {shape}, {whose} {size}")
     if unet.num_classes is None:
         return
+    valid = who.class_names or source.config.class_names
     for what, names in {"the checkpoint": source.config.class_names, args.dataset: train_set.class_names}.items():
-        if names != who.class_names:
-            raise DataError(f"{what} has the classes {', '.join(names)}, the classifier {', '.join(who.class_names)}")
+        if names != valid:
+            raise DataError(f"{what} has the classes {', '.join(names)}, {whose} {', '.join(valid)}")
     if train_set.labels is None or test_set.labels is None:
         raise DataError(f"{args.dataset!r} does not tell the class of every image")
     if args.num_images % unet.num_classes:
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     if args.weights == "raw":
         source.network.load_state_dict(raw_weights(checkpoint.find(args.checkpoint)))
     settings, plan = settings_of(source, args)
-    train_set, test_set = data.load(args.dataset, who.network.config.image_size)
+    train_set, test_set = data.load(args.dataset, (who.image_shape or source.config.unet.image_shape)[1:])
     check(source, who, train_set, test_set, args)
     how = asdict(settings) | {
         "weights": args.weights,
@@ -144,9 +145,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "plan": hashlib.sha256(plan.timesteps.tobytes() + plan.table.tobytes()).hexdigest(),
     }
     key = {"checkpoint": source.sha256, "features": who.sha256, **how}
-    size, num_classes = who.network.head.in_features, len(who.class_names)
     network = fast(source.network, device, args.precision)
-    rows = FeatureFile(out, key, size + num_classes, args.batch_size)
+    rows = FeatureFile(out, key, who.size + len(who.class_names), args.batch_size)
     before, started = min(rows.count, args.num_images), time.perf_counter()
     generate(source, network, plan, who, rows, args)
     sampled = time.perf_counter()
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "training.evaluate", *argv]),
         "git_revision": git_revision(),
         "checkpoint": {"name": source.name, "sha256": source.sha256},
-        "features": who.provenance | {"name": who.name, "sha256": who.sha256, "size": size},
+        "features": who.provenance | {"name": who.name, "sha256": who.sha256, "size": who.size},
         "dataset": train_set.name,
         "num_images": args.num_images,
         "class_balanced": source.config.unet.num_classes is not None,
@@ -186,7 +186,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="NAME_OR_FILE", help="a bundled one by name, such as mnist, or a file")
-    add("--features", required=True, metavar="FILE", help="the classifier to compare by, of training.classifier")
+    add(
+        "--features",
+        required=True,
+        metavar="FILE",
+        help="what to compare by: a classifier of training.classifier, or Inception's .pth",
+    )
     add("--dataset", required=True, metavar="NAME_OR_FOLDER", help="what the checkpoint was trained on")
     add("--out", required=True, metavar="FILE", help="the result, JSON; features of the samples are kept beside it")
     add("--num_images", type=int, default=10_000, metavar="N", help="samples, all classes in turn (default: 10000)")
@@ -213,7 +218,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def table(result: dict[str, Any]) -> str:
     """The result in a few lines."""
-    lines = [f"in the features of {result['features']['name']} (accuracy {result['features']['accuracy']:.2%}),"]
+    accuracy = result["features"].get("accuracy")
+    lines = [
+        f"in the features of {result['features']['name']}{'' if accuracy is None else f' (accuracy {accuracy:.2%})'},"
+    ]
     lines.append(f"{result['compared_images']} images each: generated, held out")
     for name, value in result["generated"].items():
         if isinstance(value, float):

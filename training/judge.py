@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.images import from_uint8
+from training import inception
+from training.inception import Inception
 
 FORMAT = "ddpm-serve-classifier/1"
 
@@ -111,14 +114,35 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Judge:
-    """A classifier read from its file: in eval mode; `sha256` of the file; `accuracy` in [0, 1] on held-out images."""
+    """A network read from its file: in eval mode; `sha256` of the file; `accuracy` in [0, 1] on held-out images.
+
+    Inception knows neither the classes nor the size of the images: it has no `class_names`, no `accuracy`, and any
+    `image_shape` (C, H, W). `size` is the number of its features.
+    """
 
     name: str
     sha256: str
-    network: Classifier
+    network: Classifier | Inception
     class_names: tuple[str, ...]
-    accuracy: float
+    accuracy: float | None
     provenance: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """How many features an image has."""
+        return self.network.head.in_features if isinstance(self.network, Classifier) else inception.FEATURES
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images it takes, None for any."""
+        if not isinstance(self.network, Classifier):
+            return None
+        return self.network.config.image_channels, *self.network.config.image_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.network.parameters()).device
 
 
 def save(path: Path, network: Classifier, class_names: tuple[str, ...], provenance: dict[str, Any]) -> None:
@@ -136,8 +160,13 @@ def save(path: Path, network: Classifier, class_names: tuple[str, ...], provenan
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
-    """Reads what `save` wrote. Raises JudgeError with a sentence for anything else; executes nothing."""
+    """Reads what `save` wrote, or Inception's .pth. Raises JudgeError with a sentence for anything else.
+
+    Executes nothing.
+    """
     path = Path(path).expanduser()
+    if path.suffix == ".pth":
+        return _inception(path, device)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {}).get("classifier", "{}"))
@@ -165,3 +194,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
     network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return Judge(path.stem, sha256, network, class_names, metadata["accuracy"], metadata)
+
+
+def _inception(path: Path, device: torch.device | str) -> Judge:
+    try:
+        network, sha256 = inception.load(path)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise JudgeError(str(error) if str(path) in str(error) else f"{path} cannot be read: {error}") from error
+    return Judge("inception", sha256, network.to(device, memory_format=torch.channels_last), (), None, {})
