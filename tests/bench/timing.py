@@ -34,31 +34,33 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
+def seconds(
+    run: Callable[[], object], device: torch.device, repeat: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """What one call takes, the mean of `repeat` calls in a row; the device's work is waited for."""
     finish(device)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeat):
         run()
     finish(device)
-    return (time.perf_counter() - started) / repeat
+    return (clock() - started) / repeat
 
 
-def interleave(contenders: list[Contender], device: torch.device, rounds: int, limit: float, warmup: int) -> int:
-    """Fills in `times`, one number a round, until `rounds` are done or `limit` seconds over. Returns their number.
+def interleave(contenders: list[Contender], args: argparse.Namespace, warmup: int, clock: Callable[[], float]) -> int:
+    """Fills in `times`, one number a round, until all are done or `--seconds` over. Returns their number.
 
     Each round begins with another contender.
     """
-    started = time.perf_counter()
+    device, started = torch.device(args.device), time.perf_counter()
     for contender in contenders:
         seconds(contender.run, device, warmup)
-    for i in range(rounds):
+    for i in range(args.rounds):
         first = i % len(contenders)
         for contender in contenders[first:] + contenders[:first]:
-            contender.times.append(seconds(contender.run, device))
-        if time.perf_counter() - started > limit:
+            contender.times.append(seconds(contender.run, device, clock=clock))
+        if time.perf_counter() - started > args.seconds:
             return i + 1
-    return rounds
+    return args.rounds
 
 
 def ratio(slow: Contender, fast: Contender) -> tuple[float, float, float]:
@@ -67,22 +69,23 @@ def ratio(slow: Contender, fast: Contender) -> tuple[float, float, float]:
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def matrix_peak(device: torch.device) -> float:
+def matrix_peak(device: torch.device, clock: Callable[[], float]) -> float:
     """FLOP/s of a large bfloat16 matrix product, the best of several: what the machine could do at most."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(torch.bfloat16)
     seconds(lambda: a @ b, device, 3)
-    return 2 * n**3 / min(seconds(lambda: a @ b, device, 5) for _ in range(5))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device, 5, clock) for _ in range(5))
 
 
 def report(command: str, contenders: list[Contender], args: argparse.Namespace, warmup: int, flops: float) -> None:
     """Times the contenders, the first of which is the baseline, and prints a table. One call is `flops`."""
     device = torch.device(args.device)
-    peak = matrix_peak(device)
-    rounds = interleave(contenders, device, args.rounds, args.seconds, warmup)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    peak = matrix_peak(device, clock)
+    rounds = interleave(contenders, args, warmup, clock)
     print(f"`{command}`\n{circumstances(device)}")
     print(f"{flops / 1e9:.4g} GFLOP a call; bf16 matrix peak {peak / 1e12:.3g} TFLOP/s; median of {rounds} rounds\n")
-    print(table(contenders, contenders[0], flops, peak, args.batch_size))
+    print(table(contenders, contenders[0], flops, peak, args.batch_size, args.cpu_time))
 
 
 def add_options(parser: argparse.ArgumentParser, batch_size: int, contenders: str) -> None:
@@ -91,13 +94,21 @@ def add_options(parser: argparse.ArgumentParser, batch_size: int, contenders: st
     add("--batch_size", type=int, default=batch_size)
     add("--rounds", type=int, default=7, help="each runs every contender once (default: 7)")
     add("--seconds", type=float, default=1e9, help="begin no round after so long")
+    add(
+        "--cpu_time",
+        action="store_true",
+        help="count seconds of CPU, not of the clock: for one thread on a busy machine",
+    )
     add("--contenders", default=contenders, help=f"the first is the baseline (default: {contenders})")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def table(contenders: list[Contender], baseline: Contender, flops: float, peak: float, images: int) -> str:
+def table(contenders: list[Contender], baseline: Contender, flops: float, peak: float, images: int, cpu: bool) -> str:
     """Markdown: median time, images a second, how many times as fast as the baseline, share of the matrix peak."""
-    lines = [f"| | ms | images/s | times {baseline.name} (range) | of the peak |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        f"| | ms{' of CPU' if cpu else ''} | images/s | times {baseline.name} (range) | of the peak |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for c in contenders:
         middle, low, high = ratio(baseline, c)
         times = "1" if c is baseline else f"{middle:.2f} ({low:.2f}–{high:.2f})"
