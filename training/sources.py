@@ -50,17 +50,13 @@ def load_original(path: Path, told: Told) -> Original:
     try:
         if recognise(load_weights(path)) is not import_original:
             raise ImportRefused("it is not the original's; python -m model.importers makes a checkpoint of it")
-        flags = Flags(image_size=told.get("image_size") or Flags.image_size)
+        norm = "in" if told.get("norm") == "in" else Flags.norm  # of any other the file knows
+        flags = Flags(image_size=told.get("image_size") or Flags.image_size, norm=norm)
         raw, unet, diffusion = import_path(path, replace(flags, weights="raw"))
         averaged, _, _ = import_path(path, flags)
     except ImportRefused as error:
         raise ImportRefused(f"{path}: {error}") from error
     unet = replace(unet, **{name: told[name] for name in ("activation", "dropout") if name in told})
-    if told.get("norm") == "in" and unet.norm == "gn":  # theirs has weights: a group norm of single channels
-        channels = {len(tensor) for name, tensor in raw.items() if "norm" in name}
-        unet = replace(unet, norm_groups=math.lcm(*channels))
-    elif told.get("norm") == "in" and unet.norm == "none":
-        unet = replace(unet, norm="in")
     if "loss_type" in told:
         diffusion = replace(diffusion, loss_type=told["loss_type"])
     return Original(raw, averaged, unet, diffusion)
@@ -99,11 +95,10 @@ def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> 
     found = load_original(path, told)
     names = tuple(str(i) for i in range(found.unet.num_classes or 0))
     noted = {key: value for key, value in told.items() if key in ("ema_decay", "ema_update_rate")}
-    used = {"norm"} if told.get("norm") == "in" and found.unet.norm in ("gn", "in") else set()
     steps = min(SamplingDefaults.steps, found.diffusion.num_timesteps)
     provenance = {"imported_from": path.name, "as_told": noted}
     config = CheckpointConfig(found.unet, found.diffusion, names, SamplingDefaults(steps=steps), provenance)
-    check(config, {key: value for key, value in told.items() if key not in {*noted, *used}}, ())
+    check(config, {key: value for key, value in told.items() if key not in noted}, ())
     tensors = found.averaged if weights == "ema" else found.raw
     return _checkpoint(path, config, tensors, device), weights
 

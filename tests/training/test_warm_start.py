@@ -74,6 +74,15 @@ def test_the_originals_weights_and_their_average_are_both_taken() -> None:
 
 
 @needs_fixtures
+def test_instance_norm_is_taken_at_the_options_word() -> None:
+    config = TrainConfig(**PLAIN | {"norm": "in"})
+    network, ema, optimizer = parts(config)
+    warm_start(config, network, ema, optimizer)
+    expected = original_state()["model.downs.0.norm_1.weight"]
+    assert torch.equal(network.state_dict()["downs.0.norm_1.weight"], expected)
+
+
+@needs_fixtures
 def test_the_average_is_not_destroyed_by_the_first_steps() -> None:
     config = TrainConfig(**PLAIN)
     network, ema, optimizer = parts(config)
