@@ -30,8 +30,9 @@ class EMA:
         for decay in decays:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema_decay must be at least 0 and below 1, not {decay}")
-        self.updates = 0
         self._source = dict(network.state_dict(keep_vars=True))
+        device = next(iter(self._source.values())).device
+        self._updates = torch.zeros((), dtype=torch.float64, device=device)
         self._averaged = [name for name, tensor in self._source.items() if isinstance(tensor, nn.Parameter)]
         self._copied = [name for name in self._source if name not in set(self._averaged)]
         self.averages = {
@@ -43,16 +44,27 @@ class EMA:
         """The average of the first decay."""
         return next(iter(self.averages.values()))
 
+    @property
+    def updates(self) -> int:
+        """How many have counted. Waits for the device."""
+        return int(self._updates)
+
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the averages towards the network's present weights."""
-        self.updates += 1
+    def update(self, counts: Tensor | None = None) -> None:
+        """Moves the averages towards the network's present weights.
+
+        Where `counts`, a bool [] on the weights' device, is false, nothing changes; nobody waits to find out.
+        """
+        moved = torch.ones_like(self._updates) if counts is None else counts.to(self._updates)
+        self._updates += moved
+        warm = (1 + self._updates) / (10 + self._updates)
         sources = [self._source[name].detach().float() for name in self._averaged]
         for decay, average in self.averages.items():
-            decay = min(decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_([average[name] for name in self._averaged], sources, 1 - decay)
+            share = ((1 - warm.clamp(max=decay)) * moved).float()
+            torch._foreach_lerp_([average[name] for name in self._averaged], sources, [share] * len(sources))
             for name in self._copied:
-                average[name].copy_(self._source[name])
+                source = self._source[name]
+                average[name].copy_(source if counts is None else torch.where(counts, source, average[name]))
 
     def state_dict(self) -> EMAState:
         averages = {repr(decay): average for decay, average in self.averages.items()}
@@ -65,4 +77,4 @@ class EMA:
         for decay, average in self.averages.items():
             for name, tensor in average.items():
                 tensor.copy_(state["averages"][repr(decay)][name])
-        self.updates = state["updates"]
+        self._updates.fill_(state["updates"])

@@ -35,8 +35,8 @@ from training.config import torch_device
 from training.data import DataError, Images
 from training.features import FeatureFile
 from training.judge import Judge
+from training.revision import git_revision
 from training.sampling import add_sampling_options, settings_of
-from training.train import git_revision
 
 
 def fast(network: torch.nn.Module, device: torch.device, precision: str) -> Network:

@@ -100,9 +100,9 @@ def command_line(tiny_options: dict[str, Any]) -> list[str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few validation images; one git revision, though someone may commit in the middle of a test."""
-    from training import train
+    from training import train, validation
 
-    monkeypatch.setattr(train, "VALIDATION_IMAGES", 64)
+    monkeypatch.setattr(validation, "VALIDATION_IMAGES", 64)
     monkeypatch.setattr(train, "git_revision", lambda: "0123")
 
 

@@ -27,6 +27,20 @@ ReadLog = Callable[[Path], list[dict[str, Any]]]
 SameRun = Callable[[Path, Path, int], None]
 
 EVERY_DRAW = {"dropout": 0.2, "flip": True, "label_dropout": 0.3, "warmup": 3, "grad_clip": 1.0, "ema_decay": 0.9}
+EVERY_STATE = EVERY_DRAW | {
+    "schedule": "cosine",
+    "num_timesteps": 6,  # so few that the importance of each is known when the run is resumed
+    "sample_steps": 2,
+    "timestep_sampler": "loss_second_moment",
+    "ema_decay": (0.9, 0.5),
+    "ema_update_rate": 2,
+    "accumulate": 2,
+    "optimizer": "adamw",
+    "weight_decay": 0.1,
+    "variance": "learned_range",
+    "norm": "bn",
+    "log_rate": 3,
+}
 
 
 def assert_equal(a: Any, b: Any) -> None:
@@ -51,7 +65,7 @@ def assert_same_run(read_log: ReadLog) -> SameRun:
 
     def compare(a: Path, b: Path, iteration: int) -> None:
         states = [torch.load(run / f"state-{iteration:07d}.pt", weights_only=True) for run in (a, b)]
-        assert states[0].keys() == {"network", "ema", "optimizer", "iteration", "best"}
+        assert states[0].keys() == {"network", "ema", "optimizer", "importance", "tally", "iteration", "best"}
         assert_equal(*states)
         for name in (f"checkpoint-{iteration:07d}.safetensors", "best.safetensors", f"samples-{iteration:07d}.png"):
             assert (a / name).read_bytes() == (b / name).read_bytes(), name
@@ -60,15 +74,41 @@ def assert_same_run(read_log: ReadLog) -> SameRun:
     return compare
 
 
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(assert_same_run: SameRun, tiny_options: Options) -> None:
-    options = tiny_options | EVERY_DRAW
+@pytest.mark.parametrize(("more", "total"), [(EVERY_DRAW, 8), (EVERY_STATE, 24)])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
+    more: Options, total: int, assert_same_run: SameRun, tiny_options: Options
+) -> None:
+    options = tiny_options | more | {"iterations": total, "checkpoint_rate": total // 2}
     unbroken = train(TrainConfig(**options))
-    half = TrainConfig(**options | {"run_name": "halves", "iterations": 4})
-    train(half)
-    resumed = train(replace(half, iterations=8), resume=True)
+    half = TrainConfig(**options | {"run_name": "halves"})
+    shutil.copytree(unbroken, half.run_dir)  # as a kill after the first checkpoint leaves it
+    for path in half.run_dir.glob(f"*-{total:07d}.*"):
+        path.unlink()
+    (half.run_dir / "best.safetensors").unlink()
+    shutil.copyfile(half.run_dir / f"checkpoint-{total // 2:07d}.safetensors", half.run_dir / "best.safetensors")
+    resumed = train(half, resume=True)
     command = checkpoint.load(resumed / "best.safetensors").config.provenance["command"]
     assert command == TrainConfig(**options).command()
-    assert_same_run(unbroken, resumed, 8)
+    assert_same_run(unbroken, resumed, total)
+    if "timestep_sampler" in more:  # or this would not test the state of the importance sampling
+        state = torch.load(unbroken / f"state-{total // 2:07d}.pt", weights_only=True)
+        assert (state["importance"]["counts"][:-1] >= 10).all()
+        assert len(state["ema"]["averages"]) == 2
+
+
+def test_n_steps_and_then_n_more_are_2n(assert_same_run: SameRun, tiny_options: Options) -> None:
+    unbroken = train(TrainConfig(**tiny_options | EVERY_DRAW))
+    half = TrainConfig(**tiny_options | EVERY_DRAW | {"run_name": "halves", "iterations": 4})
+    train(half)
+    assert_same_run(unbroken, train(replace(half, iterations=8), resume=True), 8)
+
+
+def test_a_state_from_before_there_were_tallies_and_importance_goes_on(tiny_options: Options) -> None:
+    config = TrainConfig(**tiny_options | {"iterations": 4})
+    path = train(config) / "state-0000004.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({key: state[key] for key in ("network", "ema", "optimizer", "iteration", "best")}, path)
+    assert (train(replace(config, iterations=6), resume=True) / "state-0000006.pt").exists()
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(assert_same_run: SameRun, tiny_options: Options) -> None:

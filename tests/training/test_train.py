@@ -16,9 +16,13 @@ from torch import Tensor
 from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from training import train as module
+from training.batches import Batches
 from training.config import TrainConfig
 from training.data import Images
-from training.train import batch, git_revision, learning_rate, main, train, validation_loss
+from training.parallel import Ranks
+from training.revision import git_revision
+from training.train import learning_rate, main, train
+from training.validation import chosen, validation_loss
 
 pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).parents[2]
@@ -140,12 +144,12 @@ def many(count: int = 100) -> Images:
 
 
 def test_an_epoch_shows_every_image_once_in_its_own_order() -> None:
-    config = TrainConfig(batch_size=20, use_labels=True)
+    batches = Batches(many(), TrainConfig(batch_size=20, use_labels=True), Ranks(), torch.device("cpu"))
 
     def epoch(number: int) -> list[int]:
         shown = []
         for i in range(5):
-            x0, y = batch(many(), 5 * number + i, config)
+            x0, y = batches[5 * number + i].x0, batches[5 * number + i].y
             shades = ((x0[:, 0, 0, 0] + 1) * 127.5).round().long()
             assert y is not None
             assert torch.equal(y, (shades >= 50).long())
@@ -188,10 +192,10 @@ class Listener(torch.nn.Module):
 @pytest.mark.parametrize("count", [100, 6])
 def test_validation_is_always_the_same_over_all_classes_and_all_t(count: int) -> None:
     network, diffusion = Listener(), GaussianDiffusion(DiffusionConfig())
-    config = TrainConfig(use_labels=True)
-    first = validation_loss(network, diffusion, many(count), config)
+    images = chosen(many(count), torch.device("cpu"))
+    first = validation_loss(network, diffusion, images, "fp32")
     torch.manual_seed(1)
-    assert validation_loss(network, diffusion, many(count), config) == first
+    assert validation_loss(network, diffusion, images, "fp32") == first
     assert first == pytest.approx([1.0] * 4, abs=0.2)  # the mean square of eps
     assert network.classes.count(0) == network.classes.count(1) == 64
     assert [np.histogram(network.t, 4, (0, 1000))[0].tolist()] == [[32] * 4]
@@ -207,7 +211,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
 ) -> None:
     monkeypatch.setattr(module, "learning_rate", lambda _, iteration: math.inf if iteration == 5 else 1e-3)
     assert main([*command_line, "--log_rate", log_rate]) == 2
-    assert "training.train: the loss is nan at iteration " in capsys.readouterr().err
+    assert "training.train: the validation loss is nan at iteration 8" in capsys.readouterr().err
     run = TrainConfig(**tiny_options).run_dir
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-0000004.safetensors"]
     checkpoint.load(run / "best.safetensors")
