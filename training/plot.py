@@ -33,7 +33,8 @@ def save_plot(path: Path, log: Path) -> None:
     if any(value > 0 for _, value in trained):
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if trained or validated:
+        axes.legend()
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
     part = path.with_name(path.name + ".part")
