@@ -21,6 +21,7 @@ from app.routes import generate, page, sequence, status
 from app.routes.common import Service
 from app.settings import Settings
 from model import checkpoint
+from model.inference import best_precision
 
 VERSION = "0.1.0"
 HTTP_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
@@ -40,8 +41,11 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     device = settings.torch_device()
     chunk = settings.chunk_rows or (32 if device.type == "cuda" else 8)
     max_rows = settings.max_batch_rows or (256 if device.type == "cuda" else 16)
+    runtime = "torch" if settings.runtime == "auto" else settings.runtime
+    precision = best_precision(device) if settings.precision == "auto" else settings.precision
+    runner = runner or Runner(loaded, device, chunk, threads, runtime, precision)
     engine = Engine(
-        runner or Runner(loaded, device, chunk, threads),
+        runner,
         metrics.engine,
         max_rows=max_rows,
         max_work=settings.max_queue_rows,
@@ -49,7 +53,8 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     metrics.ask(engine)
     metrics.pending_rows_limit.set(settings.max_queue_rows)
     metrics.engine.declare(loaded.name, max_rows)
-    metrics.declare(loaded.name, loaded.sha256, device.type)
+    runs_on = {"device": device.type, "runtime": runner.runtime, "precision": runner.precision}
+    metrics.declare(loaded.name, loaded.sha256, **runs_on)
     metrics.declare_build(VERSION)
 
     @asynccontextmanager
@@ -65,7 +70,7 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         version=VERSION,
         lifespan=lifespan,
     )
-    app.state.service = Service(settings, loaded, engine, metrics)
+    app.state.service = Service(settings, loaded, engine, metrics, runs_on)
     for routes in (generate, sequence, status, page):
         app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _answer)

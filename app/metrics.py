@@ -150,7 +150,7 @@ class Metrics:
         self.model_info = Gauge(
             "ddpm_model_info",
             "1 for the checkpoint that is served.",
-            ["model", "sha256", "device"],
+            ["model", "sha256", "device", "runtime", "precision"],
             registry=r,
         )
         self.build_info = Gauge(
@@ -166,9 +166,9 @@ class Metrics:
         self.pending_rows.set_function(lambda: engine.pending_rows)
         self.rows_per_second.set_function(lambda: engine.rows_per_second)
 
-    def declare(self, model: str, sha256: str, device: str) -> None:
+    def declare(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
         """Makes the series of a checkpoint that will be served."""
-        self.model_info.labels(model, sha256, device).set(1)
+        self.model_info.labels(model, sha256, device, runtime, precision).set(1)
         for labelled in (self.frames_sent, self.frames_dropped, self.first_frame_seconds):
             labelled.labels(model)
 

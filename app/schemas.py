@@ -131,6 +131,7 @@ class ModelCard(BaseModel):
 
     name: str
     checkpoint: str = Field(description="SHA-256 of the checkpoint's file")
+    runs_on: dict[str, str] = Field(description="device, runtime and precision; with others images differ a little")
     image_shape: tuple[int, int, int] = Field(description="channels, height, width")
     class_names: list[str]
     num_timesteps: int

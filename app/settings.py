@@ -37,6 +37,12 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 lets the system choose")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is the GPU where there is one")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the network; 0 is one per core")
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="what runs the network; auto is torch, openvino needs the extra of that name and a CPU"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the network's products; auto is bf16 where the device has matrix units for it"
+    )
 
     max_n: int = Field(64, ge=1, le=4096, description="most images in a request")
     max_steps: int = Field(1000, ge=1, le=100_000, description="most denoising steps in a request")
@@ -58,7 +64,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=65_536,
-        description="U-Net rows in a network call (it decides an image's last bits); 0 is 8 on a CPU, 32 on a GPU",
+        description="most U-Net rows in a network call (it decides an image's last bits); 0 is 8 on a CPU, 32 on a GPU",
     )
     drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.engine.openvino import compile_openvino
 from app.engine.request import Sample, View
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
+from model.inference import compile_for_inference
 from model.rng import normals
 from model.sampling import apply_step, predict
 
@@ -16,15 +18,34 @@ from model.sampling import apply_step, predict
 class Runner:
     """Steps samples of one checkpoint on one device.
 
-    The U-Net always runs on `chunk` rows, padded with zeros: kernels choose their order of summation by the number of
-    rows, so an image would otherwise depend, in its last bits, on who shares its batch.
+    The U-Net runs on `chunk` rows, or on fewer where that gives the same bits: kernels choose their order of summation
+    by the number of rows, so an image could otherwise depend, in its last bits, on who shares its batch. The first
+    warm-up finds out which numbers of rows agree; the others are filled up with zeros. Runtime and precision are those
+    of all batches.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, chunk: int, threads: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        chunk: int,
+        threads: int = 0,
+        runtime: str = "torch",
+        precision: str = "fp32",
+    ) -> None:
+        """Raises ValueError for a runtime or precision that is not there; `threads` 0 is as many as torch has now."""
         self.config = checkpoint.config.unet
         self._threads = threads
-        self.device, self.chunk = device, chunk
-        self._network = checkpoint.network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device, self.chunk, self.runtime, self.precision = device, chunk, runtime, precision
+        if runtime == "openvino":
+            if device.type != "cpu":
+                raise ValueError(f"runtime openvino runs on the CPU, not on {device.type}")
+            self._network = compile_openvino(checkpoint.network, precision, threads or torch.get_num_threads())
+        else:
+            self._network = compile_for_inference(checkpoint.network, device, precision)
+        self._last_timestep = checkpoint.config.diffusion.num_timesteps - 1
+        self.sizes = [chunk]  # numbers of rows that may run, ascending
+        self._probed = False
         self._null_class = self.config.num_classes if self.config.null_class else None
 
     @torch.inference_mode()
@@ -65,19 +86,39 @@ class Runner:
         return [sample for sample, ok in zip(samples, finite, strict=True) if not ok]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """The network in chunks of one fixed size. x [N, C, H, W], t [N], y [N] or None → [N, C, H, W]."""
+        """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
+        parts = []
+        for start in range(0, len(x), self.chunk):
+            rows = slice(start, start + self.chunk)
+            parts.append(self._padded(x[rows], t[rows], None if y is None else y[rows]))
+        return torch.cat(parts)
+
+    def _padded(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         n = len(x)
-        padding = -n % self.chunk
+        padding = next(size for size in self.sizes if size >= n) - n
         if padding:
             x = torch.cat([x, x.new_zeros(padding, *x.shape[1:])])
             t = torch.cat([t, t.new_zeros(padding)])
             y = None if y is None else torch.cat([y, y.new_zeros(padding)])
-        x = x.to(memory_format=torch.channels_last)
-        parts = []
-        for start in range(0, n, self.chunk):
-            rows = slice(start, start + self.chunk)
-            parts.append(self._network(x[rows], t[rows], None if y is None else y[rows]))
-        return torch.cat(parts)[:n].contiguous()
+        return self._network(x, t, y)[:n]
+
+    def _probe(self) -> None:
+        """Fills `sizes`: a number of rows may run if its rows come out as those of a whole chunk do, to the bit.
+
+        Which instructions run is a matter of shapes and not of numbers, so noise tells.
+        """
+        x = normals([0] * self.chunk, range(self.chunk), [0] * self.chunk, self.config.image_shape, self.device)
+        t = torch.linspace(0, self._last_timestep, self.chunk, device=self.device).long()
+        classes = self.config.num_classes
+        y = None if classes is None else torch.arange(self.chunk, device=self.device) % classes
+        whole = self._network(x, t, y)
+        for size in range(1, self.chunk):
+            rows = slice(self.chunk - size, self.chunk)  # and so at other places than in the whole
+            part = self._network(x[rows], t[rows], None if y is None else y[rows])
+            if torch.equal(part, whole[rows]):
+                self.sizes.append(size)
+        self.sizes.sort()
+        self._probed = True
 
     def read(self, samples: list[Sample], view: View) -> Image:
         """The samples as pictures, uint8 [N, C, H, W] on the host."""
@@ -89,6 +130,8 @@ class Runner:
         """Runs the network once on `rows` rows, as the engine will, on `threads` threads from now on (0: as is)."""
         if self._threads:
             torch.set_num_threads(self._threads)  # of the calling thread's team
+        if not self._probed:
+            self._probe()
         x = torch.zeros(rows, *self.config.image_shape, device=self.device)
         t = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.forward(x, t, None if self.config.num_classes is None else t)

@@ -44,6 +44,7 @@ class Service:
     checkpoint: Checkpoint
     engine: Engine
     metrics: Metrics
+    runs_on: dict[str, str]  # device, runtime, precision
 
     async def encode(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""

@@ -27,6 +27,7 @@ async def models(service: TheService) -> ModelList:
     card = ModelCard(
         name=checkpoint.name,
         checkpoint=checkpoint.sha256,
+        runs_on=service.runs_on,
         image_shape=config.unet.image_shape,
         class_names=list(config.class_names),
         num_timesteps=config.diffusion.num_timesteps,

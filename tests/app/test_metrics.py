@@ -141,7 +141,7 @@ def test_versions_checkpoint_and_memory_are_told(fresh: ServerProcess) -> None:
     card = fresh.client.get("/models").json()["models"][0]
     version = fresh.client.get("/openapi.json").json()["info"]["version"]
     text = fresh.client.get("/metrics").text
-    assert metric(text, "ddpm_model_info", model="grey", sha256=card["checkpoint"], device="cpu") == 1
+    assert metric(text, "ddpm_model_info", model="grey", sha256=card["checkpoint"], **card["runs_on"]) == 1
     assert metric(text, "ddpm_build_info", version=version, torch=torch.__version__) == 1
     used = metric(text, "ddpm_device_memory_bytes", device="cpu", kind="used")
     assert 2**26 < used < metric(text, "ddpm_device_memory_bytes", device="cpu", kind="total")

@@ -118,7 +118,7 @@ LABELS: dict[str, set[str] | frozenset[str]] = {
     "ddpm_wasted_image_steps": {"model", "outcome"},
     "ddpm_device_memory_bytes": {"device", "kind"},
     "ddpm_build_info": {"version", "python", "torch"},
-    "ddpm_model_info": {"model", "sha256", "device"},
+    "ddpm_model_info": {"model", "sha256", "device", "runtime", "precision"},
     **dict.fromkeys(
         (
             *("ddpm_rows_running", "ddpm_rows_waiting", "ddpm_images", "ddpm_image_steps", "ddpm_failed_steps"),

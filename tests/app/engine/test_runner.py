@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import sys
 import threading
 from collections.abc import Callable
 
@@ -20,6 +22,10 @@ CPU = torch.device("cpu")
 def finish(runner: Runner, samples: list[Sample]) -> None:
     """Steps them together, each until it is done."""
     runner.start(samples)
+    finish_started(runner, samples)
+
+
+def finish_started(runner: Runner, samples: list[Sample]) -> None:
     while left := [s for s in samples if not s.finished]:
         assert runner.step(left) == []
 
@@ -119,3 +125,76 @@ def test_the_thread_that_warms_up_gets_the_threads_of_the_network(checkpoint: Ch
     thread.join()
     torch.set_num_threads(1)  # it is torch's default for threads to come, too
     assert seen == [3]
+
+
+def both_runtimes() -> list[object]:
+    missing = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+    names = [(runtime, precision) for runtime in ("torch", "openvino") for precision in ("fp32", "bf16")]
+    return [pytest.param(*name, marks=missing if name[0] == "openvino" else ()) for name in names]
+
+
+@pytest.mark.parametrize(("runtime", "precision"), both_runtimes())
+def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
+    checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
+) -> None:
+    runner = Runner(checkpoint, CPU, 4, 1, runtime, precision)
+    runner.warm_up(4)
+    together = [s for request in mixed for s in request.samples]
+    runner.start(together)
+    early, late = together[:2], together[2:]
+    while left := [s for s in early if not s.finished]:
+        runner.step([*left, *late[:1]] if not late[0].finished else left)
+    finish_started(runner, late)
+    again = Runner(checkpoint, CPU, 4, 1, runtime, precision)  # that of a restarted server
+    again.warm_up(4)
+    for s in together:
+        r = s.request
+        alone = Request(r.plan, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.mailbox)
+        finish(again, alone.samples)
+        assert torch.equal(alone.samples[0].x, s.x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("runtime", "precision"), both_runtimes())
+def test_runtimes_and_precisions_make_the_same_images_but_for_rounding(
+    checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
+) -> None:
+    runner = Runner(checkpoint, CPU, 4, 1, runtime, precision)
+    runner.warm_up(4)
+    samples = mixed[1].samples
+    finish(runner, samples)
+    expected = sample(
+        checkpoint.network,
+        mixed[1].plan,
+        checkpoint.config.unet.image_shape,
+        [mixed[1].seed] * 2,
+        [0, 1],
+        mixed[1].classes,
+        null_class=3,
+    )
+    got = torch.stack([s.x for s in samples if s.x is not None])
+    assert float((got - expected).abs().mean()) < (1e-5 if precision == "fp32" else 0.05)
+
+
+def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint) -> None:
+    """Here an even number of rows does: they are filled up to the next that agrees with the chunk."""
+    runner = Runner(checkpoint, CPU, chunk=5)
+    network, ran = runner._network, []
+
+    def fussy(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        ran.append(len(x))
+        return network(x, t, y) + (1e-7 if len(x) % 2 == 0 else 0)
+
+    runner._network = fussy
+    runner.warm_up(1)
+    assert runner.sizes == [1, 3, 5]
+    ran.clear()
+    x, t = torch.zeros(9, *checkpoint.config.unet.image_shape), torch.zeros(9, dtype=torch.int64)
+    assert runner.forward(x, t, t).shape == x.shape
+    assert runner.forward(x[:2], t[:2], t[:2]).shape == x[:2].shape
+    assert ran == [5, 5, 3]
+
+
+def test_a_runtime_that_is_not_there_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)  # what makes an import fail
+    with pytest.raises(ValueError, match=r"pip install 'ddpm-serve\[openvino\]'"):
+        Runner(checkpoint, CPU, 4, 1, "openvino")
