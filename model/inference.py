@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Attention, ResBlock, Upsample, time_embedding
+from model.blocks import Attention, ResBlock, Upsample
 from model.unet import UNet
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -104,6 +104,8 @@ class Norm:
             self.weight, self.offset = layer.weight.detach(), layer.bias.detach()
         elif isinstance(layer, nn.InstanceNorm2d):
             self.groups, self.eps = layer.num_features, layer.eps
+            if layer.affine:
+                self.weight, self.offset = layer.weight.detach(), layer.bias.detach()
         elif isinstance(layer, nn.BatchNorm2d):
             assert layer.running_mean is not None
             assert layer.running_var is not None
@@ -233,16 +235,8 @@ class PackedUNet:
 
     def _embed(self, t: float, y: int) -> Tensor:
         """The biases of all blocks at a timestep, [width], class embedding (not class bias) included."""
-        network, c = self._network, self.config
-        times = torch.tensor([t])
-        if network.time_table is None:
-            embedding = time_embedding(times * c.time_scale, c.base_channels, c.time_freq_shift)
-        else:
-            embedding = network.time_table(times.long())
-        emb = network.time_mlp(embedding)
-        if network.class_emb is not None:
-            emb = emb + network.class_emb(torch.tensor([y]))
-        return F.linear(network.activation(emb), self._weight, self._bias)[0]
+        emb = self._network.embedded(torch.tensor([t]), torch.tensor([y]))
+        return F.linear(emb, self._weight, self._bias)[0]
 
     def _biases(self, t: Tensor, y: Tensor | None) -> Tensor:
         classes = y.tolist() if y is not None and self._network.class_emb is not None else [0] * len(t)
