@@ -160,6 +160,8 @@ class Norm:
 
 
 class PackedAttention:
+    """An Attention."""
+
     def __init__(self, layer: Attention, dtype: torch.dtype) -> None:
         self.heads, self.dtype = layer.heads, dtype
         self.norm = Norm(layer.norm, None)

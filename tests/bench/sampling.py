@@ -19,11 +19,11 @@ from torch import nn
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
+from model.inference import compile_for_inference
 from model.plan import make_plan
 from model.sampling import sample
 from model.unet import UNet
 from tests.bench import networks, timing
-from training.evaluate import fast
 
 STEPS = 50
 
@@ -31,7 +31,7 @@ STEPS = 50
 def our_run(batch: int, network: UNet, options: set[str]) -> Callable[[], object]:
     device = network.init_conv.weight.device
     plan = make_plan(GaussianDiffusion(DiffusionConfig()), "ddim", STEPS)
-    call = fast(network, device, "bf16" if "bf16" in options else "fp32")
+    call = compile_for_inference(network, device, "bf16" if "bf16" in options else "fp32")
     if "compile" in options:
         network.compile()
 
