@@ -405,7 +405,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-build", action="store_true", help=f"take ddpm-serve:{ENVIRONMENT['TAG']}-cpu as it is")
     parser.add_argument("--stand-ins", action="store_true", help="images of Debian's packages; no Grafana")
-    parser.add_argument("--keep", action="store_true", help="leave everything running after a failure")
+    parser.add_argument("--keep", action="store_true", help="leave everything running at the end")
     parser.add_argument("--only", nargs="*", choices=[step.__name__ for step in STEPS], help="and nothing else")
     asked = parser.parse_args()
     untried = ["the GPU (docker compose config checks its part)"]
@@ -426,7 +426,7 @@ def main() -> None:
     except BaseException:
         print(compose("ps", "-a"), compose("logs", "--tail", "15"), sep="\n", file=sys.stderr)
         if asked.keep:
-            sys.exit("left running")
+            sys.exit("failed; left running")
         raise
     finally:
         if not asked.keep:
