@@ -23,6 +23,7 @@ from training import data, judge
 from training.config import torch_device
 from training.data import DataError, Images
 from training.judge import Classifier, ClassifierConfig
+from training.options import integers, written
 
 
 def augmented(images: Tensor, shift: int, flip: bool) -> Tensor:
@@ -97,6 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", required=True, metavar="NAME_OR_FOLDER", help="as for training.train, with classes")
     add("--out", required=True, metavar="FILE", help="where it goes, a .safetensors file")
+    add("--image_size", type=integers, default=(), metavar="N,N", help="height,width, as for training.train")
     add("--epochs", type=int, default=10, metavar="N", help="passes over the train split (default: 10)")
     add("--batch_size", type=int, default=128, metavar="N", help="(default: 128)")
     add("--learning_rate", type=float, default=0.1, metavar="X", help="at the top of the cycle (default: 0.1)")
@@ -115,6 +117,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--learning_rate must be between 0 and 10, not {args.learning_rate}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be at least 0 and below 2^63, not {args.seed}")
+    if args.image_size and (len(args.image_size) != 2 or min(args.image_size) < 1):
+        parser.error(f"--image_size is height,width, such as 32,48, not {written(args.image_size)}")
     if not Path(args.out).expanduser().parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {Path(args.out).parent}")
     return args
@@ -123,7 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Trains, tests and saves; returns what is known of the result."""
     device, out = torch_device(args.device), Path(args.out).expanduser()
-    training_set, test_set = data.load(args.dataset)
+    training_set, test_set = data.load(args.dataset, args.image_size)
     if training_set.labels is None or test_set.labels is None:
         raise DataError(f"{args.dataset!r} does not tell the class of every image")
     if len(training_set) < args.batch_size:

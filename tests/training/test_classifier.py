@@ -199,6 +199,17 @@ def test_a_command_trains_tests_and_saves(
     assert loaded.provenance["command"].startswith("python -m training.classifier --dataset")
 
 
+def test_photos_of_different_sizes_are_brought_to_one(image_folder: ImageFolder, tmp_path: Path) -> None:
+    image_folder(classes=("cat",), size=(8, 12))
+    folder = image_folder(classes=("dog",), size=(20, 14))
+    words = ["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "1", "--width", "4"]
+    assert classifier.main([*words, "--batch_size", "14", "--device", "cpu"]) == 2
+    assert classifier.main([*words, "--batch_size", "14", "--device", "cpu", "--image_size", "9,7"]) == 0
+    assert judge.load(tmp_path / "judge.safetensors").network.config.image_size == (9, 7)
+    with pytest.raises(SystemExit):
+        classifier.main([*words, "--image_size", "9"])
+
+
 def test_accuracy_is_that_of_the_held_out_images(
     image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
