@@ -1,0 +1,167 @@
+"""The documents against the code: their commands, links and tables hold, or a test fails."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from training import command
+from training.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_OURS = {"pip", "pytest", "venv", "zipfile", "torch.distributed.run", "docs.how_it_works"}  # of `-m`
+
+
+class Parsed(BaseException):
+    """The command line was understood; nothing was run."""
+
+
+def shell_lines(text: str) -> Iterator[list[str]]:
+    """The words of each command in the ```sh blocks, joined over their backslashes."""
+    for block in re.findall(r"(?ms)^ *```(?:sh|bash|console)\n(.*?)^ *```", text):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = next((i for i, word in enumerate(words) if word in ("|", "||", "&&", ";", "&", ">")), len(words))
+                if words[:end]:
+                    yield words[:end]
+                words = words[end + 1 :]
+
+
+def modules(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(module, arguments) of each `python -m module arguments` in the ```sh blocks."""
+    for words in shell_lines(text):
+        if "-m" in words and (words[0].rpartition("/")[2].startswith("python") or words[0] == "torchrun"):
+            at = words.index("-m")
+            if words[at + 1] not in NOT_OURS:
+                yield words[at + 1], words[at + 2 :]
+
+
+COMMANDS = [
+    pytest.param(module, words, id=f"{path.name}: {module} {' '.join(words)[:60]}")
+    for path in DOCUMENTS
+    for module, words in modules(path.read_text())
+]
+
+
+def understand(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the module's own parser read the words. SystemExit where it refuses them."""
+    if module == "app":
+        importlib.import_module("app.__main__").read_settings(words)
+    elif module == "training.train":
+        command.parse(words)
+    elif parse := getattr(importlib.import_module(module), "parse", None):
+        parse(words)
+    else:
+        parse_args = argparse.ArgumentParser.parse_args
+
+        def stop(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+            parse_args(parser, argv)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed):
+            importlib.import_module(module).main(words)
+
+
+@pytest.fixture
+def after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder where runs/NAME is what the documents' first commands leave."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "cifar"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.json").write_text(TrainConfig().to_json())
+
+
+@pytest.mark.usefixtures("after_a_run")
+@pytest.mark.parametrize(("module", "words"), COMMANDS)
+def test_every_command_in_the_documents_is_understood(
+    module: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    understand(module, words, monkeypatch)
+
+
+@pytest.mark.usefixtures("after_a_run")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m training.train --use_lables",
+        "python -m training.sample --checkpoint mnist",
+        "python -m training.evaluate --checkpoint mnist --feature x --dataset x --out x",
+        "python -m model.importers only-one",
+        ".venv/bin/python -m app --chekpoint mnist",
+        "python -m training.train --resume runs/none",
+    ],
+)
+def test_a_wrong_command_would_be_noticed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((module, words),) = modules(f"```sh\n{line}  # a remark\n```\n")
+    with pytest.raises(SystemExit):
+        understand(module, words, monkeypatch)
+
+
+def test_commands_are_found_over_backslashes_pipes_and_remarks() -> None:
+    text = (
+        "```sh\n.venv/bin/python -m a --b \\\n  'c d'  # e\ncurl x | python3 -m f && echo -m g\n```\n```py\n-m no\n```"
+    )
+    assert list(modules(text)) == [("a", ["--b", "c d"]), ("f", [])]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_within_the_repository_lead_somewhere(path: Path) -> None:
+    headings = {
+        found: {slug(line) for line in found.read_text().splitlines() if line.startswith("#")} for found in DOCUMENTS
+    }
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), f"{target} in {path.name}"
+        if anchor and file in headings:
+            assert anchor in headings[file], f"{target} in {path.name}"
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
+
+
+def test_the_chapter_names_functions_where_they_are() -> None:
+    chapter = (ROOT / "docs" / "how-it-works.md").read_text()
+    named = re.findall(r"((?:`[\w.]+`(?:, | and )?)+) in \[`([\w/]+\.py)`\]", chapter)
+    assert len(named) > 10
+    for names, path in named:
+        tree = ast.parse((ROOT / path).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert set(name.split(".")) <= defined, f"{name} in {path}"
+
+
+def test_the_chapters_tables_are_what_the_code_computes() -> None:
+    """Where this fails, run `python -m docs.how_it_works`: the plans or the bundled checkpoint have changed."""
+    pytest.importorskip("matplotlib")
+    from docs import how_it_works
+    from model import checkpoint
+
+    text = how_it_works.CHAPTER.read_text()
+    assert how_it_works.plan_table() in text
+    assert how_it_works.origin(checkpoint.load("mnist")) in text
+
+
+def test_the_file_table_names_files_that_exist_once() -> None:
+    table = (ROOT / "docs" / "inside.md").read_text().partition("## Files")[2].partition("\n## ")[0]
+    rows = re.findall(r"(?m)^\| (`[^|]+) \|", table)
+    assert len(rows) > 30
+    assert len(rows) == len(set(rows))
+    for row in rows:
+        first, *others = re.findall(r"`([^`]+)`", row)
+        for path in (first, *others):  # the others stand beside the first, or have a path of their own
+            assert list(ROOT.glob(path if "/" in path else str(Path(first).parent / path))), path
