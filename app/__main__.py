@@ -31,6 +31,7 @@ class Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The engine begins to drain when the signal comes, not when uvicorn has closed its sockets."""
         self._service.engine.drain(self._service.settings.drain_s)
         super().handle_exit(sig, frame)
 

@@ -21,46 +21,67 @@ class ServiceError(Exception):
 
     @property
     def type(self) -> str:
+        """Whose fault it is, in OpenAI's words: the client's or the server's."""
         return "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
 
 
 class InvalidRequest(ServiceError):
+    """Something in the request is malformed or out of limits."""
+
     status, code = 422, "invalid_request"
 
 
 class InvalidClassLabel(ServiceError):
+    """The checkpoint has no such class, or no classes at all."""
+
     status, code = 422, "invalid_class_label"
 
 
 class NotFound(ServiceError):
+    """There is nothing at this path."""
+
     status, code = 404, "not_found"
 
 
 class MethodNotAllowed(ServiceError):
+    """The path is there, but not for this method."""
+
     status, code = 405, "method_not_allowed"
 
 
 class NotAcceptable(ServiceError):
+    """The client accepts none of the formats that there are."""
+
     status, code = 406, "not_acceptable"
 
 
 class BodyTooLarge(ServiceError):
+    """The body is longer than any that is read."""
+
     status, code = 413, "body_too_large"
 
 
 class Overloaded(ServiceError):
+    """There is no room for this request now; Retry-After says when."""
+
     status, code = 429, "overloaded"
 
 
 class NotReady(ServiceError):
+    """The service is loading, draining, or its engine is down."""
+
     status, code = 503, "not_ready"
 
 
 class DeadlineExceeded(ServiceError):
+    """The answer did not come, or could not have come, in time."""
+
     status, code = 504, "deadline_exceeded"
 
 
 class StepFailed(ServiceError):
+    """A step of this request failed."""
+
     status, code = 500, "step_failed"
 
 

@@ -14,6 +14,7 @@ class JsonFormatter(logging.Formatter):
     """Time, level, logger, message, and whatever was passed as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record, with its extra fields, as one line of JSON."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

@@ -18,17 +18,28 @@ class Watched(Protocol):
     """What a scrape asks of the engine."""
 
     @property
-    def ready(self) -> bool: ...
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+
     @property
-    def stalled(self) -> bool: ...
+    def stalled(self) -> bool:
+        """Whether the present step takes far longer than expected."""
+
     @property
-    def step_age(self) -> float: ...
+    def step_age(self) -> float:
+        """Seconds since the present step began; 0 between steps."""
+
     @property
-    def oldest_wait(self) -> float: ...
+    def oldest_wait(self) -> float:
+        """Seconds for which the oldest request has waited for its first step."""
+
     @property
-    def pending_rows(self) -> int: ...
+    def pending_rows(self) -> int:
+        """U-Net rows still to be run."""
+
     @property
-    def rows_per_second(self) -> float: ...
+    def rows_per_second(self) -> float:
+        """Measured speed of the device."""
 
 
 class EngineMetrics:
@@ -173,4 +184,5 @@ class Metrics:
             labelled.labels(model)
 
     def declare_build(self, version: str) -> None:
+        """What is running: the service's version, Python's and torch's."""
         self.build_info.labels(version, platform.python_version(), torch.__version__).set(1)

@@ -96,6 +96,7 @@ class SequenceQuery(Sampling):
     columns: int | None = Field(None, ge=1, description="columns of the grid")
 
     def check(self, settings: Settings) -> None:
+        """Raises InvalidRequest as well where the frames are too many."""
         super().check(settings)
         if self.frames > settings.max_frames:
             raise InvalidRequest(f"frames must not be more than {settings.max_frames}", param="frames")
@@ -143,14 +144,20 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The checkpoints that are served."""
+
     models: list[ModelCard]
 
 
 class Health(BaseModel):
+    """There is no other status: trouble is an error."""
+
     status: Literal["ok"]
 
 
 class ErrorDetail(BaseModel):
+    """What went wrong, for programs and for people; `param` names the field at fault."""
+
     type: str
     code: str
     message: str

@@ -71,6 +71,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], *sources: Any, **named: Any) -> Any:
+        """Arguments win over the environment; there are no other sources."""
         return named["init_settings"], _Environment(settings_cls)
 
     def torch_device(self) -> torch.device:

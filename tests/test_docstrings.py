@@ -25,7 +25,7 @@ def undocumented(node: ast.AST, prefix: str = "") -> Iterator[str]:
                 yield from undocumented(child, f"{prefix}{child.name}.")
 
 
-@pytest.mark.parametrize("package", ["model", "training"])
+@pytest.mark.parametrize("package", ["model", "training", "app"])
 def test_everything_public_has_a_docstring(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files

@@ -19,13 +19,16 @@ class TensorBoard:
         self._writer = writer(str(config.run_dir / "tensorboard"), purge_step=iteration + 1 if iteration else None)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Numbers by name, at this iteration."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
 
     def picture(self, iteration: int, name: str, picture: Image) -> None:
+        """An image by name, at this iteration."""
         self._writer.add_image(name, picture, iteration, dataformats="HWC")
 
     def close(self) -> None:
+        """Nothing comes after this: what is left is written."""
         self._writer.close()
 
 
@@ -54,13 +57,16 @@ class WandB:
         self._run.define_metric("*", step_metric="iteration")
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Numbers by name, at this iteration."""
         self._run.log({"iteration": iteration, **values})
 
     def picture(self, iteration: int, name: str, picture: Image) -> None:
+        """An image by name, at this iteration."""
         shown = picture.squeeze(2) if picture.shape[2] == 1 else picture
         self._run.log({"iteration": iteration, name: self._wandb.Image(shown)})
 
     def close(self) -> None:
+        """Nothing comes after this: what is left is written."""
         self._run.finish()
 
 
@@ -78,6 +84,7 @@ class Trackers:
             self._all.append(WandB(config, iteration))
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Numbers by name, at this iteration, to every tracker."""
         for tracker in self._all:
             tracker.scalars(iteration, values)
 

@@ -174,4 +174,5 @@ class Sample:
 
     @property
     def finished(self) -> bool:
+        """Whether it has taken every step of its plan."""
         return self.step == len(self.request.plan)

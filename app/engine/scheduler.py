@@ -31,9 +31,11 @@ class Scheduler:
         return request in self._turns
 
     def add(self, request: Request) -> None:
+        """Its samples are among those to choose from."""
         self._turns.append(request)
 
     def remove(self, request: Request) -> None:
+        """It has its answer: none of its samples runs again."""
         self._turns.remove(request)
 
     def schedule(self) -> list[Sample]:
@@ -75,4 +77,5 @@ class Scheduler:
 
 
 def furthest_behind_first(request: Request) -> list[Sample]:
+    """Its samples by the steps that they have taken, fewest first."""
     return sorted(request.samples, key=lambda sample: sample.step)

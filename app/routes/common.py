@@ -53,6 +53,7 @@ class Service:
 
 
 def service(request: Request) -> Service:
+    """What this application serves with; a dependency of the handlers."""
     found: Service = request.app.state.service
     return found
 

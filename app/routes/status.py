@@ -62,4 +62,5 @@ async def readyz(service: TheService) -> Health:
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(service: TheService) -> Response:
+    """In the text format of Prometheus."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
