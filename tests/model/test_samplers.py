@@ -385,14 +385,13 @@ def test_a_plan_says_how_many_rows_a_step_takes() -> None:
 
 
 def test_guidance_works_under_autocast(tiny: UNet) -> None:
-    plan = make_plan(LINEAR, "ddim", 3, guidance_scale=2.0)
+    plan = make_plan(diffusion_of("cosine", "v"), "ddim", 3, guidance_scale=2.0, limit="none")  # a limit hides errors
     arguments: dict[str, Any] = {"classes": [0, 1], "null_class": 3}
     exact = sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, **arguments)
     with torch.autocast("cpu", torch.bfloat16):
         images = sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, **arguments)
     assert images.dtype == torch.float32
-    assert (images - exact).abs().max() < 0.5
-    assert (images - exact).abs().mean() < 0.05
+    assert 0 < (images - exact).abs().max() < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
