@@ -60,13 +60,47 @@ The Fréchet distance is to the train split, in this classifier's features: it i
 | precision, recall | {generated[precision]:.3f}, {generated[recall]:.3f} | {test[precision]:.3f}, {test[recall]:.3f} |
 """
 
+COMPARISON = """
+By sampler, steps and weights, each by the same command with the options of its row. "Held out" is the Fréchet distance
+of as many held-out images, and × how many times that the samples' is.
 
-def evaluation_table(result: dict[str, Any], sha256: str) -> str:
-    """What `training.evaluate` found, Markdown. Raises ValueError where it looked at another checkpoint."""
-    if result["checkpoint"]["sha256"] != sha256:
-        raise ValueError("the evaluation is of another checkpoint")
-    if "accuracy" not in result["generated"]:
-        raise ValueError("the evaluation is not by a classifier, whose numbers the card shows")
+| sampler | steps | guidance | weights | images | as asked | Fréchet distance | held out | × | precision | recall |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def evaluation_text(results: list[dict[str, Any]], sha256: str) -> str:
+    """What `training.evaluate` found, Markdown: the first result by itself, and a table of all where there are more.
+
+    Raises ValueError where one is of another checkpoint, or not by the first one's classifier.
+    """
+    for result in results:
+        if result["checkpoint"]["sha256"] != sha256:
+            raise ValueError(f"an evaluation is of another checkpoint: {result['command']}")
+        if "accuracy" not in result["generated"]:
+            raise ValueError("the evaluation is not by a classifier, whose numbers the card shows")
+        if result["features"]["sha256"] != results[0]["features"]["sha256"]:
+            raise ValueError("the evaluations are by different classifiers")
+    text = headline(results[0])
+    return text + COMPARISON + "".join(map(comparison_row, results)) if len(results) > 1 else text
+
+
+def comparison_row(result: dict[str, Any]) -> str:
+    """One line of the table that compares samplers."""
+    sampling, generated, test = result["sampling"], result["generated"], result["test"]
+    words = [
+        *(str(sampling[key]) for key in ("sampler", "steps", "guidance_scale", "weights")),
+        f"{result['num_images']:,}",
+        f"{generated['accuracy']:.2%}",
+        *(f"{value:.4f}" for value in (generated["frechet_distance"], test["frechet_distance"])),
+        f"{generated['frechet_distance'] / test['frechet_distance']:.1f}",
+        *(f"{generated[key]:.3f}" for key in ("precision", "recall")),
+    ]
+    return f"| {' | '.join(words)} |\n"
+
+
+def headline(result: dict[str, Any]) -> str:
+    """One result at length."""
     sampling = result["sampling"]
     shown = ("sampler", "steps", "guidance_scale", "seed", "precision")
     extractor = {"extractor": result["features"]["sha256"], "extractor_accuracy": result["features"]["accuracy"]}
@@ -99,13 +133,15 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.card", description="Write a checkpoint's model card.")
     parser.add_argument("checkpoint", help="a bundled checkpoint's name, or the path of a .safetensors file")
-    parser.add_argument("--evaluation", type=Path, help="the JSON that training.evaluate wrote of it")
+    parser.add_argument(
+        "--evaluation", type=Path, nargs="+", default=[], metavar="JSON", help="what training.evaluate wrote of it"
+    )
     args = parser.parse_args(argv)
     try:
         file = checkpoint.find(args.checkpoint)
         loaded = checkpoint.load(file)
-        found = json.loads(args.evaluation.read_text()) if args.evaluation else None
-        text = card(loaded, file, evaluation_table(found, loaded.sha256) if found else "")
+        results = [json.loads(path.read_text()) for path in args.evaluation]
+        text = card(loaded, file, evaluation_text(results, loaded.sha256) if results else "")
     except (CheckpointError, OSError, ValueError) as error:
         print(f"training.card: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,21 +52,49 @@ def test_a_card_says_where_the_checkpoint_comes_from_and_shows_samples(file: Pat
         assert picture.size == (8 * 8, 2 * 8)
 
 
-def test_an_evaluation_of_another_checkpoint_is_refused(file: Path) -> None:
+def evaluation(file: Path, **changes: object) -> dict[str, Any]:
     numbers = {"accuracy": 0.5, "frechet_distance": 1.25, "precision": 0.75, "recall": 0.125}
-    result = {
+    sampling = {"sampler": "ddim", "steps": 2, "guidance_scale": 1.0, "weights": "ema", "seed": 0, "precision": "fp32"}
+    return {
         "command": "python -m training.evaluate",
         "checkpoint": {"sha256": checkpoint.load(file).sha256},
         "features": {"sha256": "f" * 64, "accuracy": 0.99},
-        "sampling": {"sampler": "ddim", "steps": 2, "guidance_scale": 1.0, "seed": 0, "precision": "fp32"},
-        "num_images": 20,
-        "generated": numbers,
+        "sampling": sampling,
+        "num_images": 2000,
+        "generated": numbers | {"frechet_distance": 2.5},
         "test": numbers,
+        **changes,
     }
+
+
+def test_a_card_shows_what_an_evaluation_found(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(evaluation(file)))
+    assert card.main([str(file), "--evaluation", str(tmp_path / "a.json")]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "| 50.00% | 50.00% |" in text
+    assert "| Fréchet distance | 2.5000 | 1.2500 |" in text
+    assert "By sampler" not in text
+
+
+def test_several_evaluations_make_a_table_with_a_row_for_each(file: Path, tmp_path: Path) -> None:
+    other = evaluation(file)
+    other["sampling"] = {**other["sampling"], "sampler": "ddpm", "steps": 1000, "weights": "raw"}
+    for name, result in (("a.json", evaluation(file)), ("b.json", other)):
+        (tmp_path / name).write_text(json.dumps(result))
+    assert card.main([str(file), "--evaluation", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "| ddim | 2 | 1.0 | ema | 2,000 | 50.00% | 2.5000 | 1.2500 | 2.0 | 0.750 | 0.125 |" in text
+    assert "| ddpm | 1000 | 1.0 | raw | 2,000 |" in text
+
+
+def test_evaluations_that_do_not_belong_are_refused(file: Path) -> None:
     sha256 = checkpoint.load(file).sha256
-    assert "| 50.00% | 50.00% |" in card.evaluation_table(result, sha256)
     with pytest.raises(ValueError, match="another checkpoint"):
-        card.evaluation_table(result, "0" * 64)
+        card.evaluation_text([evaluation(file), evaluation(file, checkpoint={"sha256": "0" * 64})], sha256)
+    with pytest.raises(ValueError, match="different classifiers"):
+        card.evaluation_text([evaluation(file), evaluation(file, features={"sha256": "e" * 64})], sha256)
+    with pytest.raises(ValueError, match="not by a classifier"):
+        card.evaluation_text([evaluation(file, generated={"frechet_distance": 1.0})], sha256)
 
 
 def test_a_checkpoint_without_provenance_is_refused_with_a_sentence(
