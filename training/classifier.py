@@ -23,7 +23,7 @@ from training import data, judge
 from training.config import torch_device
 from training.data import DataError, Images
 from training.judge import Classifier, ClassifierConfig
-from training.options import integers, written
+from training.options import Parser, integers, one_of, written
 
 
 def augmented(images: Tensor, shift: int, flip: bool) -> Tensor:
@@ -90,10 +90,9 @@ def train(args: argparse.Namespace, training_set: Images, device: torch.device) 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.classifier",
         description="Train a classifier on a data set's train split, and test it on the held-out one.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset", required=True, metavar="NAME_OR_FOLDER", help="as for training.train, with classes")
@@ -106,10 +105,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--depth", type=int, default=1, metavar="N", help="residual blocks per stage (default: 1; photos: 2)")
     add("--shift", type=int, default=2, metavar="N", help="move images at random by up to N pixels (default: 2)")
     add("--flip", action="store_true", help="mirror images at random (photos, not digits)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: fp32)")
+    add("--precision", default="fp32", **one_of(("fp32", "bf16")), help="bf16 is autocast (default: fp32)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     for name in ("epochs", "batch_size", "width", "depth"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import from_uint8, to_uint8
@@ -31,11 +29,12 @@ from model.inference import compile_for_inference
 from model.likelihood import bits_per_dim
 from model.plan import Plan
 from model.sampling import sample
-from training import comparison, data, judge
+from training import comparison, data, judge, sources
 from training.config import torch_device
 from training.data import DataError, Images
 from training.features import FeatureFile
 from training.judge import Judge
+from training.options import Parser, one_of
 from training.revision import git_revision
 from training.sampling import add_sampling_options, settings_of
 
@@ -100,26 +99,16 @@ def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, a
         raise ValueError(f"--num_images must be a multiple of {unet.num_classes}, the number of classes")
 
 
-def raw_weights(file: Path) -> dict[str, Tensor]:
-    """The weights as training left them, not averaged: from the state-N.pt beside checkpoint-N.safetensors."""
-    path = file.with_name(file.stem.replace("checkpoint", "state") + ".pt")
-    if not path.is_file():
-        raise ValueError(f"--weights raw: {path} is not there; name a checkpoint-N.safetensors in the folder of a run")
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["network"]
-    return weights
-
-
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Samples, measures, and writes the result. Returns it."""
     device, out = torch_device(args.device), Path(args.out).expanduser()
-    source, who = checkpoint.load(args.checkpoint, device), judge.load(args.features, device)
-    if args.weights == "raw":
-        source.network.load_state_dict(raw_weights(checkpoint.find(args.checkpoint)))
+    source, weights = sources.load(args.checkpoint, args.weights, {}, device)
+    who = judge.load(args.features, device)
     settings, plan = settings_of(source, args)
     train_set, test_set = data.load(args.dataset, (who.image_shape or source.config.unet.image_shape)[1:])
     check(source, who, train_set, test_set, args)
     how = asdict(settings) | {
-        "weights": args.weights,
+        "weights": weights,
         "seed": args.seed,
         "precision": args.precision,
         "batch_size": args.batch_size,
@@ -163,13 +152,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.evaluate",
         description="Measure a checkpoint's samples against a data set. A killed evaluation goes on by its command.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="NAME_OR_FILE", help="a bundled one by name, such as mnist, or a file")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="WHAT",
+        help="a bundled one by name, such as mnist, a file, the folder of a run, or the original's -model.pth",
+    )
     add(
         "--features",
         required=True,
@@ -181,12 +174,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num_images", type=int, default=10_000, metavar="N", help="samples, all classes in turn (default: 10000)")
     add("--bits_images", type=int, default=0, metavar="N", help="held-out images for bits per dimension (default: 0)")
     add_sampling_options(parser)
-    add("--weights", choices=("ema", "raw"), default="ema", help="raw: those of the run's last step (default: ema)")
+    add("--weights", default="ema", **one_of(("ema", "raw")), help="raw is in the folder of a run (default: ema)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add("--batch_size", type=int, default=32, metavar="N", help="images at once (default: 32; a GPU likes 500)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network's products (default: fp32)")
+    add("--precision", default="fp32", **one_of(("fp32", "bf16")), help="of the network's products (default: fp32)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     if args.num_images <= comparison.NEIGHBOURS:
         parser.error(f"--num_images must be more than {comparison.NEIGHBOURS}, not {args.num_images}")
     if args.bits_images < 0:

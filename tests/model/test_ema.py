@@ -129,6 +129,22 @@ def test_the_statistics_of_a_batch_norm_are_copied(tiny_config: UNetConfig) -> N
     UNet(network.config).load_state_dict(ema.weights)
 
 
+def test_an_update_that_does_not_count_changes_nothing(tiny_config: UNetConfig) -> None:
+    network = UNet(replace(tiny_config, norm="bn"))
+    ema, other = EMA(network, 0.9999, 0.5), EMA(network, 0.9999, 0.5)
+
+    for k, counts in enumerate([True, False, False, True]):
+        perturb(network, k)
+        for buffer in network.buffers():
+            buffer.add_(1)
+        ema.update(torch.tensor(counts))
+        if counts:
+            other.update()
+        assert ema.updates == other.updates
+        for decay, average in other.averages.items():
+            assert all(torch.equal(ema.averages[decay][name], tensor) for name, tensor in average.items())
+
+
 @pytest.mark.parametrize("decays", [(), (0.9, 0.9), (0.9, 1.5)])
 def test_decays_that_are_none_are_refused(tiny: UNet, decays: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="ema_decay"):

@@ -241,6 +241,7 @@ def test_the_seed_decides(image_folder: ImageFolder, tmp_path: Path) -> None:
         (["--batch_size", "1000"], "only 29 images"),
         (["--shift", "8", "--batch_size", "8"], "less than the images' sides"),
         (["--dataset", "/nowhere"], "no folder"),
+        (["--learningrate", "1"], "no option --learningrate; did you mean --learning_rate?"),
     ],
 )
 def test_what_cannot_be_is_said(

@@ -1,3 +1,4 @@
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -201,7 +202,7 @@ def test_raw_weights_come_from_the_state_beside_the_checkpoint(
     raw = [*evaluation, "--weights", "raw", "--checkpoint", str(tmp_path / "checkpoint-0000005.safetensors")]
     Path(evaluation[1]).rename(raw[-1])
     assert evaluate.main(raw) == 2
-    assert "state-0000005.pt is not there" in capsys.readouterr().err
+    assert "only the first average is in it" in capsys.readouterr().err
     network = checkpoint.load(raw[-1]).network
     torch.save({"network": network.state_dict(), "iteration": 5}, tmp_path / "state-0000005.pt")
     assert evaluated(raw)["generated"] == averaged["generated"]
@@ -210,6 +211,8 @@ def test_raw_weights_come_from_the_state_beside_the_checkpoint(
     second = evaluated([*raw, "--out", str(tmp_path / "second.json")])
     assert second["generated"] != averaged["generated"]
     assert (averaged["sampling"]["weights"], second["sampling"]["weights"]) == ("ema", "raw")
+    state_sha256 = hashlib.sha256((tmp_path / "state-0000005.pt").read_bytes()).hexdigest()
+    assert second["checkpoint"] == {"name": "state-0000005", "sha256": state_sha256}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,8 @@ def test_raw_weights_come_from_the_state_beside_the_checkpoint(
         (["--dataset", "/nowhere"], "no folder"),
         (["--out", "/nowhere/at/all"], "no folder"),
         (["--device", "abacus"], "--device abacus"),
+        (["--num_image", "6"], "no option --num_image; did you mean --num_images?"),
+        (["--weights", "rw"], "must be one of ema, raw, not 'rw'; did you mean raw?"),
     ],
 )
 def test_what_cannot_be_is_said(
