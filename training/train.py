@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
-from model.unet import UNet
+from model.unet import UNet, UNetConfig
 from training import command, data
 from training.batches import Batch, Batches
 from training.compiler import compiled
@@ -74,6 +74,8 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks, device: torch.device
             ) from error
     else:
         warm_start(config, now.network, now.ema, now.optimizer)
+    if run and (warning := single_channel_groups(now.network.config)):
+        print(f"training.train: {warning}", file=sys.stderr)
     model = ranks.wrapped(compiled(now.network, device) if config.compile else now.network)
 
     def checkpoint(run: RunDir, train_loss: float | None) -> None:
@@ -185,6 +187,19 @@ def backward(
             ((loss * weights[part]).sum() / len(t)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
+
+
+def single_channel_groups(config: UNetConfig) -> str | None:
+    """A warning, where groups of one channel take the mean away that time and class have just added."""
+    widths = [config.base_channels * mult for mult in config.channel_mults]
+    alone = [width for width in widths if math.gcd(config.norm_groups, width) == width]
+    if config.norm != "gn" or config.scale_shift_norm or not alone:
+        return None
+    groups = next((n for n in (8, 4, 2) if all(math.gcd(n, width) < width for width in widths)), 1)
+    return (
+        f"at {min(alone)} channels each group of the norm is a single channel, where the biases of time and class "
+        f"cancel: --norm_groups {groups} lets the network see them"
+    )
 
 
 def finite(loss: float, iteration: int) -> float:

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.diffusion import GaussianDiffusion
 from model.plan import make_plan
@@ -12,6 +13,7 @@ from model.unet import UNet
 from training.command import parse
 from training.config import TrainConfig
 from training.presets import PRESETS
+from training.train import single_channel_groups
 
 
 def parsed(words: str) -> TrainConfig:
@@ -27,7 +29,7 @@ def test_a_preset_makes_a_network_and_a_plan(name: str) -> None:
     assert all(getattr(config, key) == value for key, value in options.items())
     assert len(explanation) < 115
     shape = (1, 28, 28) if "mnist" in name else (3, *(config.image_size or (32, 32)))
-    with torch.device("meta"):
+    with FakeTensorMode():  # shapes alone, as on meta, which knows no autocast
         network = UNet(config.unet(shape, 10))
         y = torch.zeros(2, dtype=torch.int64) if config.use_labels else None
         out = network(torch.zeros(2, *shape), torch.zeros(2), y)
@@ -47,6 +49,21 @@ def test_ho_s_network_is_the_papers() -> None:
     with torch.device("meta"):
         network = UNet(parsed("--preset ho2020").unet((3, 32, 32), 10))
     assert sum(p.numel() for p in network.parameters()) == 35_746_307
+
+
+def test_mnist_is_the_recipe_of_the_bundled_checkpoint() -> None:
+    words = (
+        "--dataset ylecun/mnist --use_labels --label_dropout 0.1 --base_channels 32 --channel_mults 1,2,3 "
+        "--time_emb_dim 128 --norm_groups 8 --class_conditioning both --dropout 0 --schedule cosine --prediction v "
+        "--batch_size 64 --iterations 4600 --learning_rate 1e-3 --warmup 200 --lr_schedule cosine --grad_clip 1 "
+        "--ema_decay 0.999 --precision bf16 --sample_steps 10 --guidance_scale 1.5 --run_name a"
+    )
+    assert parsed("--preset mnist --run_name a") == parsed(words)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_has_groups_of_a_single_channel(name: str) -> None:
+    assert single_channel_groups(parsed(f"--preset {name}").unet((3, 64, 64), 10)) is None
 
 
 def test_options_override_the_preset() -> None:

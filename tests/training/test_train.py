@@ -21,7 +21,7 @@ from training.config import TrainConfig
 from training.data import Images
 from training.parallel import Ranks
 from training.revision import git_revision
-from training.train import learning_rate, main, train
+from training.train import learning_rate, main, single_channel_groups, train
 from training.validation import chosen, validation_loss
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -216,6 +216,40 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-0000004.safetensors"]
     checkpoint.load(run / "best.safetensors")
     assert "NaN" not in (run / "log.jsonl").read_text()
+
+
+def test_groups_of_a_single_channel_are_warned_of_once(
+    command_line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(*words: str) -> list[str]:
+        assert main([*command_line, "--iterations", "2", *words]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "norm_groups" in line]
+
+    sentence = "at 16 channels each group of the norm is a single channel, where the biases of time and class cancel"
+    found = warned("--base_channels", "16", "--run_name", "a")
+    assert found == [f"training.train: {sentence}: --norm_groups 8 lets the network see them"]
+    assert not warned("--base_channels", "16", "--norm_groups", "8", "--run_name", "b")
+
+
+@pytest.mark.parametrize(
+    ("more", "groups"),
+    [
+        ({"channel_mults": (4, 1)}, 8),  # a level further down
+        ({"base_channels": 8}, 4),
+        ({"base_channels": 2}, 1),
+        ({"norm": "bn"}, None),
+        ({"scale_shift_norm": True}, None),  # after the norm
+        ({"norm_groups": 8}, None),
+        ({"base_channels": 48}, None),
+    ],
+    ids=str,
+)
+def test_the_warning_names_groups_that_help(more: Options, groups: int | None) -> None:
+    config = TrainConfig(**{"base_channels": 16, "channel_mults": (1,), "attention_resolutions": ()} | more)
+    text = single_channel_groups(config.unet((1, 8, 8), 2))
+    assert (text is None) if groups is None else (text is not None and f"--norm_groups {groups} " in text)
+    if groups:
+        assert single_channel_groups(replace(config, norm_groups=groups).unet((1, 8, 8), 2)) is None
 
 
 def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
