@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import signal
+import socket
 import sys
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from app import logs
+from app.access import Keys
+from app.connection import Connection, Limits
 from app.engine.runner import Runner
-from app.main import create_app
+from app.main import create_app, create_operations_app
 from app.routes.common import Service
 from app.settings import PREFIX, Settings, service_links, unknown_variables
 
@@ -24,16 +29,57 @@ GRACE_S = 5  # beyond the drain, for answers to reach their clients
 
 
 class Server(uvicorn.Server):
-    """Stops taking work the moment a signal comes, while uvicorn waits for the open connections."""
+    """Stops taking work the moment a signal comes, while uvicorn waits for the open connections.
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    `operations` listens beside it, until after the last request.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, operations: uvicorn.Server | None) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._operations = service, operations
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen, on both ports. Raises SystemExit where one is taken."""
+        await super().startup(sockets)
+        if self._operations:
+            self._operations.config.load()
+            self._operations.lifespan = self._operations.config.lifespan_class(self._operations.config)
+            try:
+                await self._operations.startup()
+            except SystemExit:  # its port is taken
+                await self.lifespan.shutdown()
+                raise
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends when all connections have, or their time is up."""
+        await super().shutdown(sockets)
+        if self._operations:
+            await self._operations.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The engine begins to drain when the signal comes, not when uvicorn has closed its sockets."""
         self._service.engine.drain(self._service.settings.drain_s)
         super().handle_exit(sig, frame)
+
+
+def _config(app: FastAPI, settings: Settings, host: str, port: int) -> uvicorn.Config:
+    limits = Limits(
+        settings.max_connections, settings.max_header_bytes, settings.read_timeout_s, settings.write_timeout_s
+    )
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=functools.partial(Connection, limits),  # type: ignore[arg-type]
+        ws="none",
+        workers=1,
+        proxy_headers=bool(settings.trusted_proxies),  # uvicorn's own default believes whatever comes from localhost
+        forwarded_allow_ips=settings.trusted_proxies,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s) + GRACE_S,
+    )
 
 
 def read_settings(argv: list[str]) -> Settings:
@@ -69,16 +115,17 @@ def serve(settings: Settings, runner: Runner | None = None) -> None:
         app = create_app(settings, runner)
     except ValueError as error:
         sys.exit(f"python -m app: {error}")
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s) + GRACE_S,
-    )
-    server = Server(config, app.state.service)
+    keys: Keys = app.state.keys
+    if keys.required:
+        log.info("keys are needed", extra={"keys": keys.names})
+    operations = None
+    if settings.metrics_port >= 0:
+        operations = uvicorn.Server(
+            _config(create_operations_app(app.state.service), settings, settings.metrics_host, settings.metrics_port)
+        )
+    server = Server(_config(app, settings, settings.host, settings.port), app.state.service, operations)
+    if settings.api_keys_file:
+        signal.signal(signal.SIGHUP, lambda *_: setattr(keys, "stale", True))
     # uvicorn puts its own handlers in place when it runs, and raises the signal again when it has shut down; a
     # drained server has nothing to die of.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -19,10 +19,47 @@ class ServiceError(Exception):
         """The one error shape: {"error": {type, code, message, param}}."""
         return {"error": {"type": self.type, "code": self.code, "message": self.message, "param": self.param}}
 
+    def headers(self) -> dict[str, str]:
+        """What the answer's headers must say beside it."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
     @property
     def type(self) -> str:
         """Whose fault it is, in OpenAI's words: the client's or the server's."""
         return "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+
+
+class Unauthorized(ServiceError):
+    """No key, or (`rejected`) one that is not good."""
+
+    status, code = 401, "unauthorized"
+
+    def __init__(self, message: str, *, rejected: bool = False) -> None:
+        super().__init__(message)
+        self._rejected = rejected
+
+    def headers(self) -> dict[str, str]:
+        """The challenge of RFC 6750, 3."""
+        challenge = 'Bearer realm="ddpm-serve"'
+        return {"WWW-Authenticate": challenge + ', error="invalid_token"' * self._rejected}
+
+
+class BadRequest(ServiceError):
+    """Not HTTP, or HTTP that two readers could understand in two ways."""
+
+    status, code = 400, "bad_request"
+
+
+class RequestTimeout(ServiceError):
+    """The request's head or body did not arrive in time."""
+
+    status, code = 408, "request_timeout"
+
+
+class HeadersTooLarge(ServiceError):
+    """Request line and headers are larger than the settings allow."""
+
+    status, code = 431, "headers_too_large"
 
 
 class InvalidRequest(ServiceError):

@@ -11,20 +11,27 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
+from app.access import Keys
 from app.engine.engine import Engine
 from app.engine.runner import Runner
-from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServiceError
+from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, RequestTimeout, ServiceError
 from app.metrics import Metrics
-from app.middleware import BodyLimit, RequestLog
-from app.routes import generate, page, sequence, status
+from app.middleware import SECURITY_HEADERS, Access, BodyLimit, RequestLog, SecurityHeaders
+from app.routes import docs, generate, page, sequence, status
 from app.routes.common import Service
 from app.settings import Settings
 from model import checkpoint
 from model.inference import best_precision
 
 VERSION = "0.1.0"
-HTTP_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
+HTTP_ERRORS: dict[int, type[ServiceError]] = {
+    404: NotFound,
+    405: MethodNotAllowed,
+    408: RequestTimeout,
+    413: BodyTooLarge,
+}
 
 
 def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
@@ -32,6 +39,7 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
 
     `runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
     """
+    keys = Keys(settings)
     # OpenMP keeps a team of threads for every thread that used it, and two teams on the same cores hinder each other:
     # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
     threads = settings.threads or torch.get_num_threads()
@@ -60,7 +68,9 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        watch = asyncio.create_task(keys.watch())
         yield
+        watch.cancel()
         engine.drain(0)
         await asyncio.to_thread(engine.join, 10)
 
@@ -69,26 +79,59 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         summary="Class-conditional diffusion images, batched at every denoising step.",
         version=VERSION,
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's load their scripts from another host; app/routes/docs.py does not
+        redoc_url=None,
     )
-    app.state.service = Service(settings, loaded, engine, metrics, runs_on)
-    for routes in (generate, sequence, status, page):
+    app.state.service, app.state.keys = Service(settings, loaded, engine, metrics, runs_on), keys
+    for routes in (generate, sequence, status, page, docs):
         app.include_router(routes.router)
-    app.add_exception_handler(ServiceError, _answer)
-    app.add_exception_handler(RequestValidationError, _answer)
-    app.add_exception_handler(HTTPException, _answer)
-    app.add_exception_handler(Exception, _answer)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.include_router(status.health)
+    if settings.metrics_port < 0:
+        app.include_router(status.operations)
+    _handle_errors(app)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
+    if keys.required:
+        app.add_middleware(Access, keys=keys)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["*"],  # credentials, with which this would not do, are never allowed
+        )
+    app.state.headers = SECURITY_HEADERS | (
+        {"Cross-Origin-Resource-Policy": "cross-origin"} if settings.cors_origins else {}
+    )
+    app.add_middleware(SecurityHeaders, headers=app.state.headers)
     app.add_middleware(RequestLog, metrics=metrics)
     return app
+
+
+def create_operations_app(service: Service) -> FastAPI:
+    """What --metrics-port serves: metrics and health, without keys, for those who can reach the port."""
+    app = FastAPI(openapi_url=None)
+    app.state.service, app.state.headers = service, SECURITY_HEADERS
+    app.include_router(status.health)
+    app.include_router(status.operations)
+    _handle_errors(app)
+    app.add_middleware(SecurityHeaders, headers=app.state.headers)
+    app.add_middleware(RequestLog, metrics=service.metrics)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    for kind in (ServiceError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer)
 
 
 async def _answer(request: Request, exception: Exception) -> JSONResponse:
     """The one error handler: whatever went wrong, the client sees the same shape."""
     error, extra = _service_error(exception)
     request.state.outcome = error.code
-    extra["X-Request-Id"] = request.state.request_id  # an unforeseen exception is answered outside of RequestLog
-    if error.retry_after is not None:
-        extra["Retry-After"] = str(error.retry_after)
+    extra |= error.headers()
+    if type(error) is ServiceError:  # an unforeseen exception is answered outside of all middleware
+        extra |= {"X-Request-Id": request.state.request_id, **request.app.state.headers}
     return JSONResponse(error.body(), error.status, headers=extra)
 
 

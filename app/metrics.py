@@ -116,6 +116,12 @@ class Metrics:
             ["endpoint", "model", "outcome"],
             registry=r,
         )
+        self.key_requests = Counter(
+            "ddpm_key_requests_total",
+            "Requests by the name of their API key and by outcome; none where no keys are configured.",
+            ["key", "outcome"],
+            registry=r,
+        )
         self.request_seconds = Histogram(
             "ddpm_request_seconds",
             "From a request's arrival to its last byte.",

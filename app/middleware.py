@@ -1,7 +1,8 @@
-"""Pure ASGI middleware: request ids, one log line and the metrics of every request, and the limit on bodies."""
+"""Pure ASGI middleware: request ids, one log line and the metrics of every request, keys, headers, limits on bodies."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -9,8 +10,11 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.access import Keys
+from app.errors import ServiceError
 from app.metrics import Metrics
 
 log = logging.getLogger("ddpm.request")
@@ -61,6 +65,8 @@ class RequestLog:
             labels = endpoint, state["model"], state["outcome"]
             self.metrics.requests.labels(*labels).inc()
             self.metrics.request_seconds.labels(*labels).observe(seconds)
+            if "key" in state:
+                self.metrics.key_requests.labels(state["key"], state["outcome"]).inc()
             log.info(
                 "request",
                 extra={
@@ -72,27 +78,94 @@ class RequestLog:
                     "seconds": round(seconds, 4),
                     "bytes": sent,
                     "client": (scope.get("client") or ["-"])[0],
+                    **({"key": state["key"]} if "key" in state else {}),
                     **state.get("log", {}),
                 },
             )
 
 
-class BodyLimit:
-    """Refuses bodies of more than `limit` bytes with 413, without holding more than that. Nobody holds a GET's."""
+OPEN = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz", "/health"})
+"""Paths that need no key: what tells nothing that is not in the sources, and what probes ask."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+
+class Access:
+    """Lets nobody without a key beyond OPEN, and no key beyond its limits. What it refuses reaches no handler."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] in OPEN:
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        try:
+            key = self.keys.authenticate(scope["headers"])
+            state["key"] = key.name
+            usage = self.keys.admit(key)
+        except ServiceError as error:
+            state["outcome"] = error.code
+            await JSONResponse(error.body(), error.status, headers=error.headers())(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            usage.running -= 1
+
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""What every answer tells a browser to refuse. Pages that need more have a policy of their own."""
+
+
+class SecurityHeaders:
+    """Adds `headers` to every answer that does not have them."""
+
+    def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
+        self.app, self.headers = app, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class BodyLimit:
+    """Refuses bodies of more than `limit` bytes with 413, without holding more than that, and those that take longer
+    than `seconds` with 408. Nobody holds a GET's."""
+
+    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
-        received = 0
+        received, complete = 0, False
+        until = asyncio.get_running_loop().time() + self.seconds
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what comes now is the client's leaving, which may take as long as the answer
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {self.seconds:g} s") from None
             if message["type"] == "http.request":
+                complete = not message.get("more_body", False)
                 received += len(message.get("body", b""))
                 if received > self.limit:
                     raise HTTPException(413, f"the body is larger than {self.limit} bytes")

@@ -8,7 +8,7 @@ import re
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 PREFIX = "DDPM_"
@@ -66,8 +66,55 @@ class Settings(BaseSettings):
         le=65_536,
         description="most U-Net rows in a network call (it decides an image's last bits); 0 is 8 on a CPU, 32 on a GPU",
     )
+    api_keys_file: str = Field("", description="file of API keys (see app/access.py); with one, requests need a key")
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="API keys as NAME:KEY, by commas; as a variable only, since `ps` shows everybody the flags",
+    )
+    key_requests_per_minute: int = Field(
+        0, ge=0, le=1_000_000, description="requests a minute of a key that the file gives no other limit; 0 for any"
+    )
+    key_concurrency: int = Field(
+        0, ge=0, le=1_000_000, description="requests under way of a key that the file gives no other limit; 0 for any"
+    )
+    cors_origins: str = Field(
+        "", description="origins whose pages may use this server, by commas (https://a.example), or * for all"
+    )
+    trusted_proxies: str = Field(
+        "", description="addresses or networks, by commas, whose X-Forwarded-For and X-Forwarded-Proto are believed"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address of --metrics-port")
+    metrics_port: int = Field(
+        -1,
+        ge=-1,
+        le=65535,
+        description="port for /metrics and the health checks, without keys; -1: /metrics is on --port, 0: any free one",
+    )
+    max_connections: int = Field(
+        512, ge=1, le=1_000_000, description="most connections; beyond them the longest idle one makes room"
+    )
+    max_header_bytes: int = Field(16_384, ge=256, le=2**20, description="largest request line and headers")
+    read_timeout_s: float = Field(
+        10, gt=0, le=3600, description="time in which a request's headers must arrive, and again its body"
+    )
+    write_timeout_s: float = Field(
+        30, gt=0, le=3600, description="time after which a client that takes nothing of an answer is cut off"
+    )
     drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: str) -> str:
+        origins = [origin.strip() for origin in value.split(",") if origin.strip()]
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(
+                r"https?://[A-Za-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?", origin
+            ):
+                raise ValueError("an origin is scheme://host or scheme://host:port, without a path")
+        if "*" in origins and len(origins) > 1:
+            raise ValueError("* is every origin already, and stands alone")
+        return ",".join(origins)
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], *sources: Any, **named: Any) -> Any:

@@ -22,11 +22,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 STATUSES = {
+    401: "no key, or not a good one, where keys are configured",
     404: "unknown path",
     406: "no acceptable format",
+    408: "the body took too long",
     413: "body too large",
     422: "malformed, out of limits, or an unknown class",
-    429: "queue full; Retry-After says when to come back",
+    429: "queue full, or a limit of the key; Retry-After says when to come back",
     500: "a step failed",
     503: "loading or draining",
     504: "the time-out passed, or cannot be kept",

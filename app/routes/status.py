@@ -11,6 +11,9 @@ from app.schemas import Health, ModelCard, ModelList
 from model.samplers import SAMPLERS
 
 router = APIRouter(tags=["status"])
+health = APIRouter(tags=["status"])
+operations = APIRouter(tags=["status"])
+"""What may have a port of its own."""
 
 
 @router.get("/models", summary="The checkpoints that are served")
@@ -45,14 +48,14 @@ async def models(service: TheService) -> ModelList:
     return ModelList(models=[card])
 
 
-@router.get("/livez", summary="Is the process alive?")
+@health.get("/livez", summary="Is the process alive?")
 async def livez() -> Health:
     """Answers as long as the event loop does; never asks the device."""
     return Health(status="ok")
 
 
-@router.get("/readyz", summary="Does it take requests?", responses={503: ERRORS[503]})
-@router.get("/health", summary="Alias of /readyz", responses={503: ERRORS[503]})
+@health.get("/readyz", summary="Does it take requests?", responses={503: ERRORS[503]})
+@health.get("/health", summary="Alias of /readyz", responses={503: ERRORS[503]})
 async def readyz(service: TheService) -> Health:
     """Weights loaded and warm, no step overdue, not draining."""
     if trouble := service.engine.trouble:
@@ -60,7 +63,7 @@ async def readyz(service: TheService) -> Health:
     return Health(status="ok")
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@operations.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(service: TheService) -> Response:
     """In the text format of Prometheus."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

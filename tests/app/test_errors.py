@@ -35,6 +35,10 @@ def error(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
 
 def test_status_and_code_belong_to_the_class() -> None:
     assert {kind.code: kind.status for kind in ServiceError.__subclasses__()} == {
+        "unauthorized": 401,
+        "bad_request": 400,
+        "request_timeout": 408,
+        "headers_too_large": 431,
         "invalid_request": 422,
         "invalid_class_label": 422,
         "not_found": 404,

@@ -109,10 +109,12 @@ def test_no_body_of_more_than_the_limit_is_read(method: str, chunks: int, refuse
         left -= 1
         return {"type": "http.request", "body": b"1234567890", "more_body": left > 0}
 
-    run = BodyLimit(swallow_body, limit=100)({"type": "http", "method": method}, receive, None)
+    async def limited() -> None:
+        await BodyLimit(swallow_body, limit=100, seconds=60)({"type": "http", "method": method}, receive, None)
+
     if refused:
         with pytest.raises(HTTPException, match="larger than 100 bytes"):
-            asyncio.run(run)
+            asyncio.run(limited())
     else:
-        asyncio.run(run)
+        asyncio.run(limited())
         assert left == 0

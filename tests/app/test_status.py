@@ -92,6 +92,7 @@ CONTRACT = {
     "ddpm_failed_steps": "counter",
     "ddpm_engine_restarts": "counter",
     "ddpm_requests": "counter",
+    "ddpm_key_requests": "counter",
     "ddpm_frames_sent": "counter",
     "ddpm_frames_dropped": "counter",
     "ddpm_request_seconds": "histogram",

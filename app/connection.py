@@ -1,0 +1,171 @@
+"""One client's connection, with what uvicorn leaves open: limits on headers, on time, and on how many there are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from app.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
+
+
+@dataclass
+class Limits:
+    """Of one listening server; see the settings of the same names. `idle` is shared by its connections."""
+
+    connections: int
+    header_bytes: int
+    read_s: float
+    write_s: float
+    idle: dict[Connection, None] = field(default_factory=dict)  # those without a request; longest first
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol. A message is read within `read_s` for its head and again for its body, or the connection
+    ends; so it does if the client takes nothing of an answer for `write_s`. Where there are too many, the longest
+    idle one makes room, which is what a client that sends its head drop by drop is, too."""
+
+    def __init__(self, limits: Limits, **of_uvicorn: Any) -> None:
+        super().__init__(**of_uvicorn)
+        self._limits = limits
+        self._part = "none"  # of a message that is being read: none, head or body
+        self._unparsed = 0  # bytes since the last complete head or body
+        self._refusal: ServiceError = BadRequest("this is not well-formed HTTP")
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there: makes room for it, or refuses it where all are busy."""
+        super().connection_made(transport)
+        idle = self._limits.idle
+        if len(self.connections) > self._limits.connections:
+            if not idle:
+                self._refuse(NotReady("too many connections", retry_after=1))
+                return
+            longest = next(iter(idle))
+            del idle[longest]
+            longest.transport.abort()
+        idle[self] = None
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client left, or was cut off."""
+        self._limits.idle.pop(self, None)
+        for timer in (self._read_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    # Reading
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes of a message, or of several."""
+        if self.transport.is_closing():
+            return
+        if self._read_timer is None:
+            self._expect()
+        if self._part != "body":
+            self._unparsed += len(data)
+        super().data_received(data)
+        if self._part != "body" and self._unparsed > self._limits.header_bytes:
+            self._refuse(self._too_large())
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request line."""
+        self._part, self._unparsed = "head", 0
+        self._expect()
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer."""
+        # Trailers come here too, and would pass for headers that no proxy saw.
+        if self._part == "head":
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The request can begin, if its headers are within the limit."""
+        self._part, self._unparsed = "body", 0
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self._limits.header_bytes:
+            self._refusal = self._too_large()
+            raise self._refusal  # which the parser turns into its own error, and uvicorn into send_400_response
+        self._limits.idle.pop(self, None)
+        self._expect()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Head and body are here."""
+        super().on_message_complete()
+        self._part, self._unparsed = "none", 0
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def on_response_complete(self) -> None:
+        """The answer was handed over for writing."""
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():  # and no pipelined one goes on
+            self._limits.idle[self] = None
+        self._watch_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """The parser refused; uvicorn calls it."""
+        self._refuse(self._refusal)
+
+    def _expect(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+        self._read_timer = self.loop.call_later(self._limits.read_s, self._read_timed_out)
+
+    def _read_timed_out(self) -> None:
+        self._read_timer = None
+        if self._answering():  # the time of a body that is wanted is BodyLimit's to keep
+            self._expect()
+        elif self._part == "head":
+            self._refuse(RequestTimeout(f"the headers did not arrive within {self._limits.read_s:g} s"))
+        else:
+            self.transport.close()
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _too_large(self) -> ServiceError:
+        return HeadersTooLarge(f"request line and headers are larger than {self._limits.header_bytes} bytes")
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answers outside of any request, and ends the connection."""
+        if self.transport.is_closing():
+            return
+        if self._answering():
+            if self.cycle.response_started or self.pipeline:  # an answer on its way must not be mixed with this one
+                self.transport.abort()
+                return
+            self.cycle.disconnected = True  # its headers were good, what follows is not
+            self.cycle.message_event.set()
+        body = json.dumps(error.body()).encode()
+        fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+        lines = [f"{name}: {value}\r\n".encode() for name, value in (fields | error.headers()).items()]
+        self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+        self.transport.close()
+        self._watch_writing()
+
+    # Writing
+
+    def pause_writing(self) -> None:
+        """The client takes less than there is for it."""
+        super().pause_writing()
+        self._watch_writing()
+
+    def _watch_writing(self) -> None:
+        if self._write_timer is None and (left := self.transport.get_write_buffer_size()):
+            self._write_timer = self.loop.call_later(self._limits.write_s, self._check_writing, left)
+
+    def _check_writing(self, before: int) -> None:
+        self._write_timer = None
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._watch_writing()

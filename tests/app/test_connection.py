@@ -1,0 +1,261 @@
+"""What a client may do to a real server before and beside HTTP: smuggling, dawdling, crowding."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.app.processes import PATIENCE, ServerProcess, wait_for
+
+ALICE, CAROL = "alice-0123456789abcdef", "carol-0123456789abcdef"
+AUTH = f"Authorization: Bearer {ALICE}"
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    path.write_text(f'[carol]\nsha256 = "{hashlib.sha256(CAROL.encode()).hexdigest()}"\n')
+    return path
+
+
+@pytest.fixture(scope="module")
+def guarded(grey_checkpoint: Path, keys_file: Path) -> Iterator[ServerProcess]:
+    """A server with keys, short time-outs, few connections, and metrics on a port of their own."""
+    argv = [
+        "--checkpoint", str(grey_checkpoint), "--api-keys-file", str(keys_file), "--metrics-port", "0",
+        "--read-timeout-s", "1", "--write-timeout-s", "1", "--max-connections", "40",
+        "--max-header-bytes", "4096", "--cors-origins", "https://a.example",
+    ]  # fmt: skip
+    with ServerProcess("app", *argv, DDPM_API_KEYS=f"alice:{ALICE}") as server:
+        yield server
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=PATIENCE)
+
+
+def ended(connection: socket.socket) -> bytes:
+    """What still comes until the server ends the connection."""
+    data = b""
+    try:
+        while chunk := connection.recv(65536):
+            data += chunk
+    except ConnectionResetError:
+        pass
+    return data
+
+
+def raw(server: ServerProcess, *lines: str, body: bytes = b"", path: str = "/models", method: str = "GET") -> bytes:
+    """The answer to a request made of exactly these header lines."""
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", *lines, "", ""])
+    with connect(server) as connection:
+        connection.sendall(head.encode("latin-1") + body)
+        return ended(connection)
+
+
+def status(answer: bytes) -> int:
+    assert answer.startswith(b"HTTP/1.1 "), answer
+    return int(answer[9:12])
+
+
+def test_a_key_opens(guarded: ServerProcess) -> None:
+    assert status(raw(guarded, AUTH)) == 200
+    assert status(raw(guarded, AUTH.lower())) == 200
+    assert status(raw(guarded)) == 401
+
+
+@pytest.mark.parametrize(
+    ("lines", "refused"),
+    [
+        ([AUTH, AUTH], {401}),
+        ([AUTH, "Authorization: Bearer x"], {401}),
+        (["Authorization: Bearer x", AUTH], {401}),
+        (["Authorization: Bearer", f" {ALICE}"], {400, 401}),  # folded
+        (["X-A: b", f" {AUTH}"], {400, 401}),
+        ([f"Authorization : Bearer {ALICE}"], {400}),
+        ([f"X-A: b\n{AUTH}"], {400, 401}),
+        ([f"X-A: b\r{AUTH}"], {400, 401}),
+        ([f"{AUTH}\x00"], {400, 401}),
+        ([f"Authorization: Bearer\x0b{ALICE}"], {400, 401}),
+        ([f"Authorization: Bearer {ALICE},Bearer x"], {401}),
+        ([f"Proxy-Authorization: Bearer {ALICE}"], {401}),
+        ([f"X-Authorization: Bearer {ALICE}"], {401}),
+        ([f"Authorization_: Bearer {ALICE}"], {401}),
+        ([f"Cookie: Authorization=Bearer {ALICE}"], {401}),
+        (["X-Original-URL: /livez", "X-Rewrite-URL: /livez", "X-HTTP-Method-Override: GET"], {401}),
+        ([AUTH, "Content-Length: 0", "Transfer-Encoding: chunked"], {400}),
+        ([AUTH, "Transfer-Encoding: chunked", "Content-Length: 0"], {400}),
+        ([AUTH, "Content-Length: 1", "Content-Length: 2"], {400}),
+        ([AUTH, "Content-Length: +1"], {400}),
+        ([AUTH, "Content-Length: -1"], {400}),
+        ([AUTH, "Transfer-Encoding: xchunked"], {400}),
+        ([AUTH, "Transfer-Encoding : chunked"], {400}),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(guarded: ServerProcess, lines: list[str], refused: set[int]) -> None:
+    answer = raw(guarded, *lines)
+    assert status(answer) in refused
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b'"error"' in answer
+
+
+@pytest.mark.parametrize(
+    "path", ["//models", "/livez/../models", "/livez%2f..%2fmodels", "/./models", "/livez;/models"]
+)
+def test_no_spelling_of_a_path_gets_around_the_key(guarded: ServerProcess, path: str) -> None:
+    assert status(raw(guarded, path=path)) == 401
+
+
+def test_a_trailer_is_no_header(guarded: ServerProcess) -> None:
+    body = b"2\r\n{}\r\n0\r\n" + AUTH.encode() + b"\r\nX-Request-Id: smuggled\r\n\r\n"
+    declared = ["Transfer-Encoding: chunked", "Trailer: Authorization", "Content-Type: application/json"]
+    answer = raw(guarded, *declared, body=body, path="/generate", method="POST")
+    assert status(answer) == 401
+    assert b"smuggled" not in answer
+
+
+def test_the_next_request_of_a_connection_needs_a_key_again(guarded: ServerProcess) -> None:
+    with connect(guarded) as connection:
+        first = f"GET /models HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n"
+        connection.sendall((first + "GET /models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").encode())
+        answers = ended(connection)
+    assert [part[:3] for part in answers.split(b"HTTP/1.1 ")[1:]] == [b"200", b"401"]
+
+
+def test_who_says_to_be_forwarded_is_not_believed(guarded: ServerProcess) -> None:
+    raw(guarded, "X-Forwarded-For: 6.6.6.6", "X-Forwarded-Proto: https", "X-Request-Id: forwarded")
+    wait_for(lambda: [line for line in guarded.logs() if line.get("request_id") == "forwarded"])
+    (line,) = [line for line in guarded.logs() if line.get("request_id") == "forwarded"]
+    assert line["client"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "lines", [["X-A: " + "a" * 5000], [f"X-{i}: a" for i in range(900)], ["X-A: " + "a" * 900_000]]
+)
+def test_headers_beyond_the_limit_are_431(guarded: ServerProcess, lines: list[str]) -> None:
+    with connect(guarded) as connection:
+        try:
+            connection.sendall("\r\n".join(["GET /livez HTTP/1.1", "Host: x", *lines, "", ""]).encode())
+            answer = ended(connection)
+        except (BrokenPipeError, ConnectionResetError):  # it did not even listen to the end
+            answer = b""
+    assert not answer or status(answer) == 431
+    if len(lines[0]) < 6000:
+        assert b'"headers_too_large"' in answer
+
+
+def test_no_answer_tells_the_server_or_lacks_the_security_headers(guarded: ServerProcess) -> None:
+    for path in ("/", "/docs", "/livez", "/models", "/nothing"):
+        headers = httpx.get(guarded.url + path).headers
+        assert "server" not in headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["cross-origin-resource-policy"] == "cross-origin"  # there are origins that may
+        assert "camera=()" in headers["permissions-policy"]
+
+
+def test_cors_is_for_the_origins_named_and_without_credentials(guarded: ServerProcess, server: ServerProcess) -> None:
+    def preflight(where: ServerProcess, origin: str) -> httpx.Response:
+        asked = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, content-type",
+        }
+        return httpx.options(where.url + "/generate", headers={"Origin": origin, **asked})
+
+    allowed = preflight(guarded, "https://a.example")
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+    for origin in ("https://b.example", "https://a.example.evil", "null", "http://a.example"):
+        assert "access-control-allow-origin" not in preflight(guarded, origin).headers
+    refusal = httpx.get(guarded.url + "/models", headers={"Origin": "https://a.example"})
+    assert refusal.status_code == 401  # and its page may read why
+    assert refusal.headers["access-control-allow-origin"] == "https://a.example"
+    for answer in (allowed, refusal, preflight(server, "https://a.example")):
+        assert "access-control-allow-credentials" not in answer.headers
+    assert "access-control-allow-origin" not in preflight(server, "https://a.example").headers
+
+
+def test_metrics_have_a_port_of_their_own(guarded: ServerProcess) -> None:
+    urls = [line["message"].split()[3] for line in guarded.logs() if "running on http" in line["message"]]
+    assert len(urls) == 2
+    own = httpx.get(urls[1] + "/metrics")
+    assert own.status_code == 200
+    assert "ddpm_ready 1.0" in own.text
+    assert httpx.get(urls[1] + "/readyz").status_code == 200
+    assert httpx.get(urls[1] + "/models").status_code == 404
+    assert httpx.get(guarded.url + "/metrics", headers={"Authorization": f"Bearer {ALICE}"}).status_code == 404
+
+
+def test_a_key_added_to_the_file_opens_after_a_while(guarded: ServerProcess, keys_file: Path) -> None:
+    dave = "dave-0123456789abcdef"
+    asked = {"Authorization": f"Bearer {dave}"}
+    assert httpx.get(guarded.url + "/models", headers=asked).status_code == 401
+    added = keys_file.with_suffix(".new")
+    added.write_text(keys_file.read_text() + f'[dave]\nsha256 = "{hashlib.sha256(dave.encode()).hexdigest()}"\n')
+    os.replace(added, keys_file)
+    guarded.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: httpx.get(guarded.url + "/models", headers=asked).status_code == 200)
+    assert not [line for line in guarded.lines if dave in line or ALICE in line or CAROL in line]
+
+
+def test_those_who_dawdle_do_not_keep_others_waiting_and_are_cut_off(guarded: ServerProcess) -> None:
+    slow = [connect(guarded) for _ in range(60)]  # more than there are connections
+    for number, connection in enumerate(slow):
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n" if number % 2 else b"\r\n")
+    for _ in range(5):
+        assert status(raw(guarded, AUTH)) == 200
+    ends = [ended(connection) for connection in slow]  # by the server, or this would last for ever
+    assert {status(answer) for answer in ends if answer} <= {408}
+    assert any(b"request_timeout" in answer for answer in ends)
+    for connection in slow:
+        connection.close()
+
+
+def test_a_body_that_does_not_come_is_408(guarded: ServerProcess) -> None:
+    lines = [AUTH, "Content-Type: application/json", "Content-Length: 10"]
+    answer = raw(guarded, *lines, body=b"{", path="/generate", method="POST")
+    assert status(answer) == 408
+    assert b'"request_timeout"' in answer
+    # Where nobody wants the body, its connection ends all the same.
+    with connect(guarded) as connection:
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        assert status(ended(connection)) == 401
+
+
+def test_who_takes_nothing_of_an_answer_is_cut_off(guarded: ServerProcess) -> None:
+    many = f"GET /openapi.json HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode() * 5000
+
+    def reset() -> bool:
+        try:
+            connection.sendall(many)  # and read nothing
+        except TimeoutError:  # the buffers are full, as they should be
+            return False
+        except OSError:
+            return True
+        return False
+
+    with connect(guarded) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(0.5)
+        wait_for(reset, "the end")
+    assert status(raw(guarded, AUTH)) == 200
+
+
+def test_an_upgrade_leads_nowhere(guarded: ServerProcess) -> None:
+    for upgrade in ("websocket", "h2c"):
+        lines = ["Connection: Upgrade", f"Upgrade: {upgrade}", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA=="]
+        with connect(guarded) as connection:
+            connection.sendall("\r\n".join(["GET /models HTTP/1.1", "Host: x", *lines, "", ""]).encode())
+            connection.sendall(f"GET /models HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode())
+            answers = ended(connection)
+        assert status(answers) == 401
