@@ -43,7 +43,7 @@ def cosine_betas(num_timesteps: int) -> Table:
 def rescaled_to_zero_terminal_snr(betas: Table) -> Table:
     """Betas [T] that end at pure noise, ᾱ = 0, with the first as it was (Lin et al. 2023, algorithm 1)."""
     alpha = np.sqrt(np.cumprod(1 - betas))
-    alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    alpha_bar = (alpha - alpha[-1]) ** 2  # but for the scale, which ratios do not have
     return np.append(betas[0], 1 - alpha_bar[1:] / alpha_bar[:-1])
 
 

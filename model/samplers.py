@@ -90,8 +90,7 @@ def dpmpp_3m(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float, var
         # D1 and D2, approximations to h·m' and h²·m'', as combinations of m0, m1, m2
         first = np.array([h[i] / h0, -h[i] / h0, 0.0])
         before = np.array([0.0, h[i] / h1, -h[i] / h1])
-        share, bend = (h0 / (h0 + h1), h[i] / (h0 + h1)) if math.isfinite(h1) else (0.0, 0.0)
-        d1, d2 = first + share * (first - before), bend * (first - before)
+        d1, d2 = first + h0 / (h0 + h1) * (first - before), h[i] / (h0 + h1) * (first - before)
         e = math.expm1(-h[i])
         weights = -alpha[i] * e * np.array([1.0, 0.0, 0.0])
         weights += alpha[i] * (e / h[i] + 1) * d1 - alpha[i] * ((e + h[i]) / h[i] ** 2 - 0.5) * d2

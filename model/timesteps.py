@@ -12,7 +12,7 @@ from torch import Tensor
 
 def uniform(u: Tensor, num_timesteps: int) -> Tensor:
     """t, int64 [N], each uniform over 0 … T - 1, from u [N] uniform in [0, 1)."""
-    return (u.double() * num_timesteps).long().clamp(max=num_timesteps - 1)
+    return (u.double() * num_timesteps).long()
 
 
 def antithetic(u: Tensor, num_timesteps: int) -> Tensor:

@@ -46,8 +46,7 @@ def test_beta_schedules_give_the_reference_values(
     ("config", "t", "half_log_snr"), [(LINEAR, 0, 4.60512), (LINEAR, 999, -5.05884), (COSINE, 999, -9.91794)]
 )
 def test_log_snr_gives_the_reference_values(config: DiffusionConfig, t: int, half_log_snr: float) -> None:
-    alpha_bar = GaussianDiffusion(config).alphas_cumprod[t]
-    assert 0.5 * math.log(alpha_bar / (1 - alpha_bar)) == pytest.approx(half_log_snr, abs=6e-6)
+    assert GaussianDiffusion(config).log_snr()[t] == pytest.approx(half_log_snr, abs=6e-6)
 
 
 def test_only_the_last_cosine_beta_is_clipped() -> None:
@@ -109,8 +108,23 @@ def test_x0_is_recovered_from_every_target(schedule: str, prediction: str) -> No
     t = torch.tensor([0, 1, 250, 500, 750, 990])
     x0, eps = images(len(t)), noise(len(t))
     p, q = (torch.from_numpy(c).reshape(-1, 1, 1, 1) for c in diffusion.x0_coefficients(t.numpy()))
-    recovered = p * diffusion.q_sample(x0, t, eps) - q * diffusion.target(x0, t, eps)
-    torch.testing.assert_close(recovered, x0, rtol=1e-10, atol=1e-10)
+    xt, target = diffusion.q_sample(x0, t, eps), diffusion.target(x0, t, eps)
+    torch.testing.assert_close(p * xt - q * target, x0, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(diffusion.predicted_x0(target, xt, t), x0, rtol=1e-10, atol=1e-10)
+
+
+def test_the_mean_is_that_of_the_predicted_image_limited_if_asked() -> None:
+    diffusion, t = GaussianDiffusion(LINEAR), torch.tensor([0, 500])
+    x0, eps = 1.5 * images(2), noise(2)
+    xt = diffusion.q_sample(x0, t, eps)
+    for clip, expected in ((False, x0), (True, x0.clamp(-1, 1))):
+        mean, _ = diffusion.p_mean_log_variance(eps, xt, t, clip)
+        torch.testing.assert_close(mean, diffusion.q_mean(expected, xt, t), rtol=1e-10, atol=1e-10)
+
+
+def test_tables_move_to_the_device_of_the_images() -> None:
+    x, t = torch.zeros(2, 1, 4, 4, device="meta"), torch.tensor([1, 2], device="meta")
+    assert GaussianDiffusion(LINEAR).to("meta").q_sample(x, t, x).device.type == "meta"
 
 
 @pytest.mark.parametrize(("loss_type", "first"), [("l2", 1.0), ("l1", math.sqrt(2 / math.pi))])
@@ -122,7 +136,7 @@ def test_a_network_that_says_zero_starts_at_the_known_loss(loss_type: str, first
     assert float(loss.mean()) == pytest.approx(first, abs=0.02)
 
 
-@pytest.mark.parametrize("loss_type", ["l1", "l2"])
+@pytest.mark.parametrize("loss_type", ["l1", "l2", "huber"])
 def test_the_loss_is_the_distance_of_each_image_to_its_target(loss_type: str) -> None:
     diffusion = GaussianDiffusion(replace(LINEAR, prediction="v", loss_type=loss_type))
     x0, eps, t, y = images(3).float(), noise(3).float(), torch.tensor([1, 500, 998]), torch.tensor([2, 0, 1])
@@ -132,7 +146,11 @@ def test_the_loss_is_the_distance_of_each_image_to_its_target(loss_type: str) ->
         return (x * 0.3 + (t / 1000 + y).reshape(-1, 1, 1, 1)).bfloat16()
 
     difference = network(diffusion.q_sample(x0, t, eps), t, y).float() - diffusion.target(x0, t, eps)
-    expected = difference.abs() if loss_type == "l1" else difference**2
+    size = difference.abs()
+    assert (size < 1).any()
+    assert (size > 1).any()
+    huber = torch.where(size < 1, size**2 / 2, size - 0.5)
+    expected = {"l1": size, "l2": size**2, "huber": huber}[loss_type]
     loss = diffusion.loss(network, x0, y, t, eps)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected.flatten(1).mean(1))

@@ -51,6 +51,20 @@ def test_importance_follows_the_last_losses_of_each_timestep() -> None:
     np.testing.assert_allclose(sampler.probabilities(), 0.999 * second / second.sum() + 0.001 / T, rtol=1e-12)
 
 
+def test_importance_waits_until_every_timestep_has_its_history() -> None:
+    sampler = LossSecondMoment(T, history=2)
+    sampler.update(torch.arange(T).repeat(2)[:-1], torch.arange(2 * T - 1).double())
+    assert (sampler.probabilities() == 1 / T).all()
+    sampler.update(torch.tensor([T - 1]), torch.tensor([9.0]))
+    assert (sampler.probabilities() != 1 / T).any()
+
+
+def test_a_draw_at_the_edge_of_a_timestep_is_that_timestep() -> None:
+    edges = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
+    for draw in (lambda u: LossSecondMoment(4).draw(u)[0], lambda u: TIMESTEP_SAMPLERS["uniform"](u, 4)):
+        assert draw(edges).tolist() == [0, 1, 2, 3, 3]
+
+
 def test_importance_weights_keep_the_mean() -> None:
     sampler = filled()
     t, weights = sampler.draw(u(200_000))
