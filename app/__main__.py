@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -55,6 +56,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if self._operations:
             await self._operations.shutdown()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to shut down, asked ten times a second: also where the engine has failed for good."""
+        if self._service.engine.failure is None:
+            return await super().on_tick(counter)
+        self.config.timeout_graceful_shutdown = GRACE_S  # everyone is answered; there is no work to wait for
+        return True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The engine begins to drain when the signal comes, not when uvicorn has closed its sockets."""
@@ -107,13 +115,16 @@ def read_settings(argv: list[str]) -> Settings:
 
 
 def serve(settings: Settings, runner: Runner | None = None) -> None:
-    """Serves until a signal comes and the admitted work is done. `runner` is for tests."""
+    """Serves until a signal comes and the admitted work is done, or the engine fails for good (exit code 1).
+
+    `runner` is for tests.
+    """
     logs.configure(settings.log_level)
     if links := service_links():
         log.warning("these variables are an orchestrator's service links, and ignored: %s", ", ".join(links))
     try:
         app = create_app(settings, runner)
-    except ValueError as error:
+    except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError is what torch raises for its devices
         sys.exit(f"python -m app: {error}")
     keys: Keys = app.state.keys
     if keys.required:
@@ -131,6 +142,10 @@ def serve(settings: Settings, runner: Runner | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     server.run()
+    if failure := app.state.service.engine.failure:
+        log.critical("ending, to be started anew: %s", failure)
+        logging.shutdown()
+        os._exit(1)  # the engine's thread may hang in the device's driver, which an orderly end would wait for
 
 
 if __name__ == "__main__":

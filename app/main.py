@@ -26,6 +26,7 @@ from model import checkpoint
 from model.inference import best_precision
 
 VERSION = "0.1.0"
+WATCH_S = 0.25
 HTTP_ERRORS: dict[int, type[ServiceError]] = {
     404: NotFound,
     405: MethodNotAllowed,
@@ -57,6 +58,7 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         metrics.engine,
         max_rows=max_rows,
         max_work=settings.max_queue_rows,
+        step_timeout_s=settings.step_timeout_s,
     )
     metrics.ask(engine)
     metrics.pending_rows_limit.set(settings.max_queue_rows)
@@ -68,11 +70,13 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        watch = asyncio.create_task(keys.watch())
+        tasks = [asyncio.create_task(keys.watch()), asyncio.create_task(_watch(engine))]
         yield
-        watch.cancel()
+        for task in tasks:
+            task.cancel()
         engine.drain(0)
-        await asyncio.to_thread(engine.join, 10)
+        if engine.failure is None:
+            await asyncio.to_thread(engine.join, 10)
 
     app = FastAPI(
         title="ddpm-serve",
@@ -123,6 +127,12 @@ def create_operations_app(service: Service) -> FastAPI:
 def _handle_errors(app: FastAPI) -> None:
     for kind in (ServiceError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
+
+
+async def _watch(engine: Engine) -> None:
+    while engine.failure is None:
+        engine.watch()
+        await asyncio.sleep(WATCH_S)
 
 
 async def _answer(request: Request, exception: Exception) -> JSONResponse:

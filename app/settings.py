@@ -101,6 +101,12 @@ class Settings(BaseSettings):
         30, gt=0, le=3600, description="time after which a client that takes nothing of an answer is cut off"
     )
     drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
+    step_timeout_s: float = Field(
+        60,
+        gt=0,
+        le=3600,
+        description="a denoising step that takes longer, and twice what makes the server not ready, ends the process",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @field_validator("cors_origins")

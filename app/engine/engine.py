@@ -19,24 +19,36 @@ log = logging.getLogger("ddpm.engine")
 
 SMOOTHING = 0.1  # of the newest step in the running estimates
 MEMORY_EVERY_S = 1.0  # at most, while there is work
+DRAIN_GRACE_S = 2.0  # that a step may end after the drain did
 
 
 class Engine:
     """Owns the runner. `submit`, `cancel`, `drain` and the properties may be called from any thread.
 
-    `max_work` bounds the queue in U-Net rows (images × steps, twice that under guidance).
+    `max_work` bounds the queue in U-Net rows (images × steps, twice that under guidance). A step that takes longer than
+    `step_timeout_s` (and twice what makes it stalled) is given up, and the engine with it: see `watch`.
     """
 
-    def __init__(self, runner: Runner, metrics: EngineMetrics, *, max_rows: int, max_work: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        metrics: EngineMetrics,
+        *,
+        max_rows: int,
+        max_work: int,
+        step_timeout_s: float = 60.0,
+    ) -> None:
         self._runner, self._metrics = runner, metrics
         self._scheduler = Scheduler(max_rows)
-        self._max_work = max_work
+        self._max_work, self._step_timeout_s = max_work, step_timeout_s
         self._inbox: deque[Request] = deque()  # new ones, and running ones that were cancelled
-        self._wake = threading.Condition()  # guards the inbox, the pending set and the state
+        self._wake = threading.Condition()  # guards inbox, outbox, the pending set and the state
         self._pending: set[Request] = set()
         self._outbox: list[tuple[Mailbox, Frame | Answer]] = []
         self._ready = False
         self._draining: float | None = None  # until when
+        self._failure: str | None = None
+        self._watched = self._awake_since = 0.0  # when `watch` was last called, and since when without a gap
         self._step_started: float | None = None
         self._expected_step = 1.0  # seconds, of a full batch until steps were seen
         self._rows_per_second = math.inf
@@ -85,6 +97,21 @@ class Engine:
                 self._draining = time.monotonic() + seconds
             self._wake.notify()
 
+    def watch(self) -> None:
+        """Gives up where a step does not return. To be called several times a second, not from the engine's thread."""
+        now = time.monotonic()
+        if now - self._watched > 1:  # the process or the machine stood still, and the step with it
+            self._awake_since = now
+        self._watched = now
+        started = self._step_started
+        if started is None or self._failure is not None:
+            return
+        age = now - max(started, self._awake_since)
+        if age > max(self._step_timeout_s, 2 * self._stall_limit):
+            self._give_up(f"a denoising step did not return within {age:.1f} s")
+        elif self._draining is not None and min(age, now - self._draining) > DRAIN_GRACE_S:
+            self._give_up("a denoising step did not return before the drain ended")
+
     def join(self, seconds: float) -> bool:
         """Waits for the thread to end; whether it did."""
         if self._thread.ident is not None:
@@ -97,8 +124,15 @@ class Engine:
         return self.trouble is None
 
     @property
+    def failure(self) -> str | None:
+        """Why it can never go on, if so: everyone was answered, and the process has to be started anew."""
+        return self._failure
+
+    @property
     def trouble(self) -> str | None:
         """What keeps it from taking requests, as a sentence for clients."""
+        if self._failure is not None:
+            return "the engine has failed; the server has to restart"
         if self._draining is not None:
             return "the server is shutting down"
         if not self._thread.is_alive():
@@ -112,12 +146,15 @@ class Engine:
     @property
     def stalled(self) -> bool:
         """A step has been running for longer than max(1 s, 5 × expected). An idle engine is not stalled."""
-        started = self._step_started
-        return started is not None and time.monotonic() - started > max(1.0, 5 * self._expected_step)
+        return self.step_age > self._stall_limit
+
+    @property
+    def _stall_limit(self) -> float:
+        return max(1.0, 5 * self._expected_step)
 
     @property
     def step_age(self) -> float:
-        """Seconds that the present step has been running; 0 between steps."""
+        """Seconds that the present step, with what comes before and after it, has been running; 0 between steps."""
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
@@ -142,7 +179,12 @@ class Engine:
     # The thread
 
     def _run(self) -> None:
-        self._warm_up()
+        try:
+            self._warm_up()
+        except Exception as error:
+            log.critical("the checkpoint cannot be run on %s", self._runner.device, exc_info=error)
+            self._give_up("the warm-up failed")
+            return
         while True:
             try:
                 self._loop()
@@ -173,9 +215,11 @@ class Engine:
             batch = self._scheduler.schedule()
             self._count(batch)
             if batch:
+                self._step_started = time.monotonic()
                 self._start(batch)
                 self._publish()  # the noise that a client wants to see is not to wait for the step
                 self._step(batch)
+            self._step_started = None
             self._publish()
             self._watch_memory()
         self._count([])
@@ -203,7 +247,7 @@ class Engine:
         with self._wake:
             if not len(self._scheduler) and not self._inbox:
                 self._count([])
-                while not self._inbox and self._draining is None:
+                while not self._inbox and self._draining is None and self._failure is None:
                     self._wake.wait()
             arrived = list(self._inbox)
             self._inbox.clear()
@@ -220,6 +264,8 @@ class Engine:
                 self._answer(request, DeadlineExceeded("the time-out passed before all images were done"))
             elif self._draining is not None and now > self._draining:
                 self._answer(request, NotReady("the server is shutting down", retry_after=5))
+        if self._failure is not None:
+            return False
         return self._draining is None or len(self._scheduler) > 0 or bool(self._inbox)
 
     def _start(self, batch: list[Sample]) -> None:
@@ -241,10 +287,8 @@ class Engine:
         try:
             broken = self._runner.step(batch)
         except Exception as error:
-            self._step_started = None
             self._replay(batch, error)
             return
-        self._step_started = None
         self._measure(batch[0].request.model, time.monotonic() - started, len(batch), rows)
         for sample, cost in zip(batch, costs, strict=True):
             sample.request.work_left -= cost
@@ -296,14 +340,19 @@ class Engine:
                     self._outbox.append((sample.request.mailbox, frame))
 
     def _answer(self, request: Request, answer: Answer) -> None:
-        """The only way out of the engine."""
-        assert not request.answered
-        request.answered = True
-        with self._wake:
-            self._pending.discard(request)
+        """On the engine's thread: the request leaves with its answer, unless it was given up."""
+        self._settle(request, answer)
         if request in self._scheduler:
             self._scheduler.remove(request)
-        self._outbox.append((request.mailbox, answer))
+
+    def _settle(self, request: Request, answer: Answer) -> None:
+        """The only way out of the engine, on any thread. The first answer counts."""
+        with self._wake:
+            if request.answered:
+                return
+            request.answered = True
+            self._pending.discard(request)
+            self._outbox.append((request.mailbox, answer))
         if isinstance(answer, ServiceError):
             self._metrics.wasted_steps.labels(request.model, answer.code).inc(request.steps_done)
             if request.cancelled_at is not None:
@@ -311,7 +360,19 @@ class Engine:
         else:
             self._metrics.images.labels(request.model).inc(request.n)
 
+    def _give_up(self, why: str) -> None:
+        """Answers everyone, on any thread. The engine's ends, if it ever comes back from where it is."""
+        with self._wake:
+            self._failure = why
+            pending = list(self._pending)
+            self._wake.notify()
+        log.critical("the engine gives up: %s", why, extra={"answered": len(pending)})
+        for request in pending:
+            self._settle(request, NotReady("the engine has failed; the server restarts", retry_after=5))
+        self._publish()
+
     def _publish(self) -> None:
-        if self._outbox:
+        with self._wake:
             outbox, self._outbox = self._outbox, []
+        if outbox:
             post(outbox)

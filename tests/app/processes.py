@@ -36,10 +36,10 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"} | extra
 
 
-def run_to_its_end(*argv: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    """`python -m app` that is expected to stop by itself."""
+def run_to_its_end(*argv: str, module: str = "app", **extra: str) -> subprocess.CompletedProcess[str]:
+    """`python -m module` that is expected to stop by itself."""
     return subprocess.run(
-        [sys.executable, "-m", "app", *argv],
+        [sys.executable, "-m", module, *argv],
         cwd=ROOT,
         env=environment(**extra),
         capture_output=True,
