@@ -217,6 +217,7 @@ def test_those_who_dawdle_do_not_keep_others_waiting_and_are_cut_off(guarded: Se
     ends = [ended(connection) for connection in slow]  # by the server, or this would last for ever
     assert {status(answer) for answer in ends if answer} <= {408}
     assert any(b"request_timeout" in answer for answer in ends)
+    assert b"" in ends[1::2]  # those who had begun made room, when others came, before their time was up
     for connection in slow:
         connection.close()
 
