@@ -28,7 +28,7 @@ LIMITS = ("none", "clamp", "dynamic")  # of x0; the column holds the place in th
 
 
 DEFAULT_STEPS = {  # of a sampler that is not the checkpoint's own, where nobody says how many
-    "ddpm": 250,  # adds noise at every step, and leaves some of it with fewer
+    "ddpm": 250,  # as Dhariwal & Nichol 2021 do; digits look as good with 50
     "ddim": 50,
     "dpmpp_2m": 20,
     "dpmpp_3m": 20,

@@ -517,6 +517,15 @@ def test_guidance_acts_in_its_interval_alone_and_costs_rows_there_alone() -> Non
     assert np.array_equal(plan.rows, np.where(inside, 2, 1))
 
 
+def test_the_ends_of_the_guidance_interval_are_in_it_and_count_all_timesteps() -> None:
+    plan = make_plan(LINEAR, "ddpm", 1000, guidance_scale=3.0, guidance_interval=(250 / 999, 750 / 999))
+    assert plan.timesteps[column(plan, "g") == 3].tolist() == list(range(750, 249, -1))
+    fine = GaussianDiffusion(DiffusionConfig(10_000, "cosine"))
+    steps = int((fine.log_snr() >= -5.1).sum())  # without a limit the others are not visited, but are there
+    plan = make_plan(fine, "ddim", steps, limit="none", guidance_scale=3.0, guidance_interval=(0.5, 1.0))
+    assert plan.timesteps[column(plan, "g") == 3].min() == 5000
+
+
 def test_a_dynamic_limit_scales_each_image_by_its_own_quantile() -> None:
     rows = torch.tensor(make_plan(LINEAR, "ddim", 1, limit="dynamic").table).expand(2, -1).clone()
     rows[:, [COLUMNS.index("p"), COLUMNS.index("q")]] = torch.tensor([1.0, 0.0], dtype=torch.float64)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from model.timesteps import LossSecondMoment
 from model.unet import UNet
 from training.batches import Batch, Batches
 from training.config import TrainConfig
@@ -61,6 +62,46 @@ def test_the_weights_of_importance_sampling_reach_the_gradient(tiny: UNet) -> No
         return tiny.out_conv.weight.grad.clone()
 
     torch.testing.assert_close(gradient([3.0, 0.5]), 3 * gradient([1.0, 0.0]) + 0.5 * gradient([0.0, 1.0]))
+
+
+def test_bf16_is_computed_in_bfloat16_and_nearly_the_same(tiny: UNet) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    batch = Batch(torch.rand(2, 1, 8, 8), torch.zeros(2).long(), torch.randn(2, 1, 8, 8), torch.rand(2))
+    seen: list[torch.dtype] = []
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        out: Tensor = tiny(x, t, y)
+        seen.append(out.dtype)
+        return out
+
+    losses = [
+        backward(network, diffusion, batch, torch.tensor([3, 700]), torch.ones(2), TrainConfig(precision=precision))
+        for precision in ("fp32", "bf16")
+    ]
+    assert seen == [torch.float32, torch.bfloat16]
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0)
+
+
+def test_importance_remembers_losses_without_their_weights(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[Tensor] = []
+    remembered: list[Tensor] = []
+    loss = GaussianDiffusion.loss
+
+    def spy(self: GaussianDiffusion, *arguments: Any) -> Tensor:
+        found = loss(self, *arguments)
+        if found.requires_grad:
+            losses.append(found.detach())
+        return found
+
+    monkeypatch.setattr(GaussianDiffusion, "loss", spy)
+    monkeypatch.setattr(LossSecondMoment, "draw", lambda self, u: ((u * 1000).long(), torch.full_like(u, 7.0)))
+    monkeypatch.setattr(LossSecondMoment, "update", lambda self, t, losses: remembered.append(losses))
+    train(TrainConfig(**tiny_options | {"timestep_sampler": "loss_second_moment", "iterations": 2}))
+    assert len(losses) == 2
+    assert all(torch.equal(a, b) for a, b in zip(losses, remembered, strict=True))
 
 
 @pytest.fixture

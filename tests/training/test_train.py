@@ -19,6 +19,7 @@ from training import train as module
 from training.batches import Batches
 from training.config import TrainConfig
 from training.data import Images
+from training.optimizer import step
 from training.parallel import Ranks
 from training.revision import git_revision
 from training.train import learning_rate, main, single_channel_groups, train
@@ -216,6 +217,21 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-0000004.safetensors"]
     checkpoint.load(run / "best.safetensors")
     assert "NaN" not in (run / "log.jsonl").read_text()
+
+
+def test_each_step_has_its_learning_rate_and_the_limit_of_its_gradient(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def spy(optimizer: torch.optim.Optimizer, rate: float, largest_norm: float) -> Tensor:
+        seen.append((rate, largest_norm))
+        return step(optimizer, rate, largest_norm)
+
+    monkeypatch.setattr(module, "step", spy)
+    config = TrainConfig(**tiny_options | {"grad_clip": 0.25, "warmup": 4, "iterations": 3})
+    train(config)
+    assert seen == [(learning_rate(config, i), 0.25) for i in range(3)]
 
 
 def test_groups_of_a_single_channel_are_warned_of_once(
