@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # With an NVIDIA GPU: PyPI's CUDA build. Without: a CPU wheel at hand (pip's find-links), else PyTorch's CPU index.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types clean up down lock check-images compose-test
+.PHONY: serve test lint types clean up down lock check-images check-manifests compose-test
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m app
@@ -60,7 +60,14 @@ $(TOOLS)/.done: docker/tools.txt
 lock: $(TOOLS)/.done
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" $(TOOLS)/bin/python docker/lock.py $(WHEELS)
 
-check-images: $(TOOLS)/.done
+# Kubernetes' own schemas for what Kustomize makes; PodMonitor is the operator's, which tests/docker checks by hand.
+check-manifests: $(TOOLS)/.done
+	mkdir -p build
+	for overlay in cpu gpu; do \
+	  kubectl kustomize docker/kubernetes/$$overlay > build/kubernetes-$$overlay.yaml \
+	  && $(TOOLS)/bin/kubernetes-validate --strict build/kubernetes-$$overlay.yaml || exit 1; done
+
+check-images: check-manifests
 	$(TOOLS)/bin/hadolint docker/Dockerfile
 	$(TOOLS)/bin/python docker/grafana/dashboard.py && git diff --exit-code --stat docker/grafana
 	mkdir -p build
