@@ -90,28 +90,28 @@ def _config(app: FastAPI, settings: Settings, host: str, port: int) -> uvicorn.C
     )
 
 
-def read_settings(argv: list[str]) -> Settings:
+def read_settings(argv: list[str], kind: type[Settings] = Settings, command: str = "python -m app") -> Settings:
     """Settings from flags and environment. Exits with a message where one is wrong."""
     source = CliSettingsSource[Settings](
-        Settings,
-        cli_prog_name="python -m app",
+        kind,
+        cli_prog_name=command,
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
     )
-    if complaints := unknown_variables():
-        sys.exit("python -m app: " + "; ".join(complaints))
+    if complaints := unknown_variables(kind):
+        sys.exit(f"{command}: " + "; ".join(complaints))
     try:
-        return CliApp.run(Settings, cli_args=argv, cli_settings_source=source)
+        return CliApp.run(kind, cli_args=argv, cli_settings_source=source)
     except (ValidationError, SettingsError) as error:
         if not isinstance(error, ValidationError):
-            sys.exit(f"python -m app: {error}")
+            sys.exit(f"{command}: {error}")
         lines = []
         for problem in error.errors():
             name = "_".join(map(str, problem["loc"]))
             flag = "--" + name.replace("_", "-")
             lines.append(f"{flag} ({PREFIX}{name.upper()}): {problem['msg']}, not {problem['input']!r}")
-        sys.exit("python -m app: " + "; ".join(lines))
+        sys.exit(f"{command}: " + "; ".join(lines))
 
 
 def serve(settings: Settings, runner: Runner | None = None) -> None:

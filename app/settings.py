@@ -145,9 +145,14 @@ def service_links() -> list[str]:
     return sorted(name for name, value in os.environ.items() if _is_link(name, value))
 
 
-def unknown_variables() -> list[str]:
+def default_variables(defaults: dict[str, str]) -> dict[str, str]:
+    """Sets those that are not set, for a library that is told in no other way. Returns what holds."""
+    return {name: os.environ.setdefault(name, value) for name, value in defaults.items()}
+
+
+def unknown_variables(settings: type[Settings] = Settings) -> list[str]:
     """A sentence for every DDPM_* variable that no setting reads: most likely a misspelling."""
-    known = [name.upper() for name in Settings.model_fields]
+    known = [name.upper() for name in settings.model_fields]
     sentences = []
     for name in sorted(os.environ):
         key = name.upper().removeprefix(PREFIX)

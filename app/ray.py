@@ -1,0 +1,289 @@
+"""python -m app.ray: the application on Ray Serve, one replica a GPU or a share of the CPUs, as many as work asks for.
+
+Ray's HAProxy is the ingress: it hands a connection to a replica, which answers it itself. So frames come one by one, a
+client that leaves is noticed, and a request whose replica died before it answered goes to another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import start_http_server
+from pydantic import Field
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import logs
+from app.__main__ import GRACE_S, read_settings
+from app.engine.engine import Engine
+from app.main import create_app
+from app.settings import Settings, default_variables
+from model import checkpoint
+
+# Ray is imported in functions: `ray.serve` reads its variables when it is imported, after they are set.
+log = logging.getLogger("ddpm.ray")
+
+NAME = "ddpm"  # of the Serve application
+WARM_UP_S = 300
+HEALTH_PERIOD_S = 5.0  # Ray replaces a replica that fails three times in a row
+DEREGISTER_S = 5.0  # for the ingress to forget a replica that stops
+VARIABLES = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # As in docker/haproxy: equal requests give equal images, so that one whose replica died can be asked again.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
+    "RAY_SERVE_HAPROXY_RETRIES": "3",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Ray's own 5 s are too few for a busy host
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_S),
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class RaySettings(Settings):
+    """Those of the server, which every replica gets, and these."""
+
+    ray_address: str = Field(
+        "", description="a running Ray cluster; auto is this machine's. Unset is RAY_ADDRESS, or else a Ray of its own"
+    )
+    replica_cpus: float = Field(1, ge=0, description="CPUs of each replica: on a CPU also the network's threads")
+    replica_gpus: float | None = Field(
+        None, ge=0, description="GPUs of each replica; unset is 1 where Ray has one and the device is not cpu"
+    )
+    min_replicas: int = Field(1, ge=1, description="replicas that are always there")
+    max_replicas: int = Field(0, ge=0, description="replicas at most; 0 is as many as fit when it starts")
+    target_backlog_s: float = Field(10, gt=0, description="admitted work that a replica should have, in seconds")
+    upscale_delay_s: float = Field(10, ge=0, description="how long more replicas must be wanted until they come")
+    downscale_delay_s: float = Field(300, ge=0, description="how long fewer replicas must be wanted until they go")
+    discovery_port: int = Field(8001, ge=0, le=65535, description="where Prometheus learns the replicas' addresses")
+
+
+class Backlog:
+    """Ray's autoscaling policy: so many replicas that each has `target_s` seconds of admitted work.
+
+    Work is the mean of Ray's look-back period, in U-Net rows, as `ddpm_pending_work_rows`; the rate is what the
+    engines expect of full batches. Ray rounds up, and applies the limits and the delays.
+    """
+
+    def __init__(self, target_s: float) -> None:
+        self._target_s = target_s
+
+    def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
+        reported = context.aggregated_metrics or {}
+        rates = [rate for rate in reported.get("rows_per_second", {}).values() if rate > 0]
+        if not rates:
+            return context.target_num_replicas, {}
+        pending = sum(reported.get("pending_rows", {}).values())
+        return pending / statistics.mean(rates) / self._target_s, {}
+
+
+class BehindIngress:
+    """No X-Request-Id of ours: Ray adds the same one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["X-Request-Id"]
+            await send(message)
+
+        await self.app(scope, receive, send_without_id)
+
+
+class Replica:
+    """One engine and its HTTP server. Ray adds `app`, what `build` of `application` returned."""
+
+    app: FastAPI
+    _was_ready = _draining = False
+
+    async def check_health(self) -> None:
+        """Raises RuntimeError where /readyz would say no. The first call, a part of the start, waits to be warm."""
+        if failure := self._engine.failure:
+            log.critical("ending, to be started anew: %s", failure)
+            os._exit(1)  # as in app/__main__.py; Ray has a new one sooner than after three such checks
+        until = time.monotonic() + (0 if self._was_ready else WARM_UP_S)
+        while (trouble := self._engine.trouble) and time.monotonic() < until:  # noqa: ASYNC110  it is a thread
+            await asyncio.sleep(0.05)
+        if trouble and not self._draining:
+            raise RuntimeError(trouble)
+        self._was_ready = True
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray asks for and gives `Backlog`."""
+        return {"pending_rows": self._engine.pending_rows, "rows_per_second": self._engine.rows_per_second}
+
+    def metrics_address(self) -> str:
+        """host:port of this replica's own /metrics."""
+        address: str = self.app.state.metrics_address
+        return address
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no more work, and returns when the admitted work is answered."""
+        self._draining = True
+        self._engine.drain(seconds)
+        await asyncio.to_thread(self._engine.join, seconds + GRACE_S)
+
+    @property
+    def _engine(self) -> Engine:
+        engine: Engine = self.app.state.service.engine
+        return engine
+
+
+def application(settings: RaySettings, gpus: float, max_replicas: int) -> Any:
+    """The Serve application. Its settings travel with it: replicas read no environment."""
+    import ray
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    def build() -> FastAPI:
+        logs.configure(settings.log_level)
+        # Through the ingress a question for /metrics would reach another replica each time: each has a port for them.
+        app = create_app(settings.model_copy(update={"metrics_port": 0}))
+        app.add_middleware(BehindIngress)
+        host = ray.util.get_node_ip_address()
+        server, _ = start_http_server(0, host, app.state.service.metrics.registry)
+        app.state.metrics_address = f"{host}:{server.server_port}"
+        return app
+
+    deployment = serve.deployment(
+        name="replica",
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": gpus},
+        max_ongoing_requests=10_000,  # the engine decides what is too much, by its work
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=10,
+        # A replica that autoscaling takes away may finish everything it has.
+        graceful_shutdown_timeout_s=settings.max_timeout_s + DEREGISTER_S + GRACE_S,
+        graceful_shutdown_wait_loop_s=0.5,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=max_replicas,
+            look_back_period_s=15,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
+            policy=AutoscalingPolicy(
+                policy_function="app.ray:Backlog", policy_kwargs={"target_s": settings.target_backlog_s}
+            ),
+        ),
+    )
+    return deployment(serve.ingress(build)(Replica)).bind()
+
+
+def shares(settings: RaySettings, resources: dict[str, float]) -> tuple[float, int]:
+    """GPUs of a replica, and how many replicas there may be. Raises ValueError where not even the least fit."""
+    gpus = settings.replica_gpus
+    if gpus is None:
+        gpus = 1.0 if settings.device != "cpu" and resources.get("GPU", 0) >= 1 else 0.0
+    if settings.device == "cuda" and not gpus:
+        raise ValueError("device cuda was asked for, but Ray has no GPU for the replicas")
+    needs = {"GPU": gpus, "CPU": settings.replica_cpus}
+    fit = min((int(resources.get(name, 0) / need) for name, need in needs.items() if need), default=1)
+    if settings.max_replicas and settings.max_replicas < settings.min_replicas:
+        raise ValueError(f"max_replicas is {settings.max_replicas}, less than min_replicas, {settings.min_replicas}")
+    if fit < settings.min_replicas and not settings.max_replicas:  # who names a maximum may have a cluster that grows
+        raise ValueError(
+            f"{settings.min_replicas} replicas of {settings.replica_cpus:g} CPUs and {gpus:g} GPUs do not fit: "
+            f"Ray has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+        )
+    return gpus, settings.max_replicas or fit
+
+
+def discovery(host: str, port: int, addresses: Callable[[], list[str]]) -> ThreadingHTTPServer:
+    """A server of GET /targets, for Prometheus's http_sd_configs: where every replica's own /metrics is."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/targets":
+                return self.send_error(404)
+            try:
+                body = json.dumps([{"targets": addresses(), "labels": {}}]).encode()
+            except Exception as error:  # Prometheus keeps the targets that it knows
+                log.warning("the replicas cannot be asked", exc_info=error)
+                return self.send_error(503)
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            log.debug(format, *args)
+
+    server = ThreadingHTTPServer((host, port), Handler)
+    threading.Thread(target=server.serve_forever, name="discovery", daemon=True).start()
+    return server
+
+
+def parse(argv: list[str]) -> RaySettings:
+    """Settings from flags and environment. Exits with a message where one is wrong."""
+    settings = read_settings(argv, RaySettings, "python -m app.ray")
+    assert isinstance(settings, RaySettings)
+    return settings
+
+
+def main(argv: list[str]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    settings = parse(argv)
+    logs.configure(settings.log_level)
+    variables = default_variables(VARIABLES)
+    try:
+        import ray
+        from ray import serve
+    except ModuleNotFoundError as error:
+        sys.exit(f"python -m app.ray: {error}; it is in the extra ray: pip install '.[ray]'")
+    try:
+        if settings.port == 0:
+            raise ValueError("Ray Serve must be told a port; 0 is none")
+        checkpoint.load(settings.checkpoint)  # a wrong one is told here, and not by every replica
+        ray.init(settings.ray_address or None, runtime_env={"env_vars": variables}, include_dashboard=False)
+        gpus, most = shares(settings, ray.cluster_resources())
+    except (ValueError, ConnectionError) as error:
+        sys.exit(f"python -m app.ray: {error}")
+
+    stop = threading.Event()
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        handle = serve.run(application(settings, gpus, most), name=NAME)
+        found = discovery(settings.host, settings.discovery_port, lambda: ask(handle, "metrics_address"))
+        places = {
+            "url": f"http://{settings.host}:{settings.port}",
+            "targets": f"http://{settings.host}:{found.server_port}/targets",
+        }
+        for number in (signal.SIGTERM, signal.SIGINT):  # until now they end the start, by Ray's handlers and Python's
+            signal.signal(number, lambda *_: stop.set())
+        log.info("serving", extra={**places, "replicas": f"{settings.min_replicas} to {most}"})
+        stop.wait()
+        log.info("draining")
+        ask(handle, "drain", settings.drain_s, patience_s=settings.drain_s + 2 * GRACE_S)
+        found.shutdown()
+    except Exception as error:
+        log.exception("Ray Serve failed")
+        sys.exit(f"python -m app.ray: {error}")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def ask(handle: Any, method: str, *args: object, patience_s: float = 5) -> list[Any]:
+    """What each replica answers, but for those that cannot just now: one may have died a moment ago."""
+    answers = handle.broadcast(method, *args).results(timeout_s=patience_s, return_exceptions=True)
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+if __name__ == "__main__":
+    # As `app.ray` and not as `__main__`, which the replicas could not import.
+    from app.ray import main as run
+
+    run(sys.argv[1:])
