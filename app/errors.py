@@ -122,6 +122,12 @@ class StepFailed(ServiceError):
     status, code = 500, "step_failed"
 
 
+class OutOfMemory(ServiceError):
+    """The device has not enough memory for a single image of this request."""
+
+    status, code = 507, "out_of_memory"
+
+
 class Cancelled(ServiceError):
     """The client went away. Nobody reads this answer; it ends the request, and 499 marks it in log and metrics."""
 

@@ -80,9 +80,7 @@ class EngineMetrics:
             registry=r,
         )
         self.failed_steps = Counter("ddpm_failed_steps_total", "Steps that raised an exception.", model, registry=r)
-        self.restarts = Counter(
-            "ddpm_engine_restarts_total", "Times the engine failed outside a step and went on.", registry=r
-        )
+        self.restarts = Counter("ddpm_engine_restarts_total", "Times the engine failed outside a step.", registry=r)
         self.memory_bytes = Gauge(
             "ddpm_device_memory_bytes",
             "Memory of the device, used and in all. On a CPU: of this process, and what it may have.",

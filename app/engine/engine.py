@@ -8,17 +8,19 @@ import threading
 import time
 from collections import Counter, deque
 
-from app.engine.memory import device_memory
-from app.engine.request import Answer, Frame, Mailbox, Request, Sample, post
+from app.engine.memory import device_memory, is_out_of_memory
+from app.engine.request import Answer, Frame, Mailbox, Request, Sample, View, post
 from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
-from app.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, ServiceError, StepFailed
+from app.errors import Cancelled, DeadlineExceeded, NotReady, OutOfMemory, Overloaded, ServiceError, StepFailed
 from app.metrics import EngineMetrics
+from model.images import Image
 
 log = logging.getLogger("ddpm.engine")
 
 SMOOTHING = 0.1  # of the newest step in the running estimates
 MEMORY_EVERY_S = 1.0  # at most, while there is work
+MOST_FAILURES = 3  # outside of steps, with no picture made in between
 DRAIN_GRACE_S = 2.0  # that a step may end after the drain did
 
 
@@ -45,6 +47,8 @@ class Engine:
         self._wake = threading.Condition()  # guards inbox, outbox, the pending set and the state
         self._pending: set[Request] = set()
         self._outbox: list[tuple[Mailbox, Frame | Answer]] = []
+        self._due: list[Sample] = []  # took a step, and their pictures were not looked at yet
+        self._failures = 0  # outside of steps, since a picture was made
         self._ready = False
         self._draining: float | None = None  # until when
         self._failure: str | None = None
@@ -185,18 +189,27 @@ class Engine:
             log.critical("the checkpoint cannot be run on %s", self._runner.device, exc_info=error)
             self._give_up("the warm-up failed")
             return
-        while True:
-            try:
-                self._loop()
-                self._publish()
-                return
-            except Exception:
-                log.exception("engine failed outside a step; everyone pending is answered and it goes on")
-                self._metrics.restarts.inc()
-                self._step_started = None
-                for request in list(self._pending):
-                    self._answer(request, StepFailed("the engine failed"))
-                self._publish()
+        while not self._comes_to_its_end():
+            self._step_started = None
+
+    def _comes_to_its_end(self) -> bool:
+        """Runs the loop. False where it failed and is to be entered again: it finds all samples as they were."""
+        try:
+            self._loop()
+            self._publish()
+            return True
+        except Exception as error:
+            log.exception("engine failed outside a step; it goes on from where it was")
+            no_memory = is_out_of_memory(error)
+        # From here on the traceback, and whatever memory it held, is gone.
+        self._metrics.restarts.inc()
+        if no_memory and self._scheduler.max_rows > 1:
+            self._make_room(self._scheduler.max_rows)
+            return False
+        self._failures += 1
+        if self._failures == MOST_FAILURES:
+            self._give_up(f"it failed {MOST_FAILURES} times without making a picture")
+        return self._failures == MOST_FAILURES
 
     def _warm_up(self) -> None:
         seconds = []
@@ -211,14 +224,18 @@ class Engine:
         log.info("ready", extra={"rows_per_second": round(self._rows_per_second, 1)})
 
     def _loop(self) -> None:
+        self._look()  # and publish what was left when it failed
+        self._publish()
         while self._drain_inbox():
             batch = self._scheduler.schedule()
             self._count(batch)
             if batch:
                 self._step_started = time.monotonic()
                 self._start(batch)
+                self._look()
                 self._publish()  # the noise that a client wants to see is not to wait for the step
                 self._step(batch)
+                self._look()
             self._step_started = None
             self._publish()
             self._watch_memory()
@@ -231,6 +248,7 @@ class Engine:
             present[request.model] += len(request.samples)
         self._models |= set(present)
         for model in self._models:
+            self._metrics.batch_rows_limit.labels(model).set(self._scheduler.max_rows)
             self._metrics.rows_running.labels(model).set(running[model])
             self._metrics.rows_waiting.labels(model).set(present[model] - running[model])
 
@@ -249,15 +267,13 @@ class Engine:
                 self._count([])
                 while not self._inbox and self._draining is None and self._failure is None:
                     self._wake.wait()
-            arrived = list(self._inbox)
-            self._inbox.clear()
-        for request in arrived:
-            if request.answered:
-                continue
+        while self._inbox:
+            request = self._inbox[0]
             if request.cancelled_at is not None:
                 self._answer(request, Cancelled("the client went away"))
-            else:
+            elif not request.answered:
                 self._scheduler.add(request)
+            self._inbox.popleft()
         now = time.monotonic()
         for request in self._scheduler:
             if now > request.deadline:
@@ -273,12 +289,12 @@ class Engine:
         if not fresh:
             return
         self._runner.start(fresh)
+        self._due += fresh
         now = time.monotonic()
         for sample in fresh:
             if sample.request.started is None:
                 sample.request.started = now
                 self._metrics.queue_seconds.labels(sample.request.model).observe(now - sample.request.submitted)
-        self._show([s for s in fresh if 0 in s.request.frame_steps])
 
     def _step(self, batch: list[Sample]) -> None:
         rows = sum(sample.rows for sample in batch)
@@ -287,26 +303,51 @@ class Engine:
         try:
             broken = self._runner.step(batch)
         except Exception as error:
-            self._replay(batch, error)
+            log.error("a step failed", exc_info=error, extra={"samples": len(batch)})
+            no_memory, broken = is_out_of_memory(error), None
+        if broken is None:  # and the traceback is gone, with the memory that it held
+            self._metrics.failed_steps.labels(batch[0].request.model).inc()
+            if no_memory:
+                self._without_memory(batch, rows)
+            else:
+                self._replay(batch)
             return
-        self._measure(batch[0].request.model, time.monotonic() - started, len(batch), rows)
+        self._due += batch
         for sample, cost in zip(batch, costs, strict=True):
             sample.request.work_left -= cost
             sample.request.steps_done += 1
         for request in {sample.request for sample in broken}:
             self._answer(request, StepFailed("the network returned numbers that are not finite"))
-        self._advance([sample for sample in batch if not sample.request.answered])
+        self._measure(batch[0].request.model, time.monotonic() - started, len(batch), rows)
 
-    def _replay(self, batch: list[Sample], error: Exception) -> None:
+    def _replay(self, batch: list[Sample]) -> None:
         """A failed step changed nothing, so each sample is tried again alone: only the culprit's request fails."""
-        log.error("a step failed", exc_info=error, extra={"samples": len(batch)})
-        self._metrics.failed_steps.labels(batch[0].request.model).inc()
-        if len(batch) == 1:
-            self._answer(batch[0].request, StepFailed("a denoising step failed"))
+        if len(batch) > 1:
+            for sample in batch:
+                if not sample.request.answered:
+                    self._step([sample])
             return
-        for sample in batch:
-            if not sample.request.answered:
-                self._step([sample])
+        try:
+            self._runner.warm_up(1)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                log.critical("nor does the network run on zeros", exc_info=error)
+                self._give_up("the device does not work any more")
+        self._answer(batch[0].request, StepFailed("a denoising step failed"))
+
+    def _without_memory(self, batch: list[Sample], rows: int) -> None:
+        """The samples are as they were, and the next batches smaller. One that does not fit alone never will."""
+        if len(batch) > 1:
+            self._make_room(rows)
+        else:
+            self._runner.free_memory()
+            message = "the device has not enough memory for this image"
+            self._answer(batch[0].request, OutOfMemory(message))
+
+    def _make_room(self, rows: int) -> None:
+        self._runner.free_memory()
+        self._scheduler.shrink(rows)
+        log.warning("out of memory; batches are smaller for a while", extra={"rows": self._scheduler.max_rows})
 
     def _measure(self, model: str, seconds: float, samples: int, rows: int) -> None:
         self._metrics.step_seconds.labels(model).observe(seconds)
@@ -318,26 +359,43 @@ class Engine:
             self._expected_step += SMOOTHING * (seconds - self._expected_step)
             self._rows_per_second += SMOOTHING * (rate - self._rows_per_second)
 
-    def _advance(self, batch: list[Sample]) -> None:
-        """Finished samples leave with their pictures; those that a frame is due for are shown."""
-        self._show([s for s in batch if s.step in s.request.frame_steps])
-        finished = [sample for sample in batch if sample.finished]
-        if not finished:
-            return
-        for sample, picture in zip(finished, self._runner.read(finished, "xt"), strict=True):
+    def _look(self) -> None:
+        """Takes the pictures that are due: together, or one by one after it failed twice, so that one culprit fails."""
+        while self._due:
+            some = self._due[:1] if self._failures > 1 else self._due
+            try:
+                self._advance([sample for sample in some if not sample.request.answered])
+            except Exception as error:
+                if self._failures < 2 or (is_out_of_memory(error) and self._scheduler.max_rows > 1):
+                    raise
+                log.error("a picture could not be taken", exc_info=error)
+                self._answer(some[0].request, StepFailed("a picture could not be taken"))
+            self._due = self._due[len(some) :]
+
+    def _advance(self, samples: list[Sample]) -> None:
+        """Finished samples leave with their pictures; those that a frame is due for are shown.
+
+        All pictures are read before the first is given away, so if it raises it can be done again.
+        """
+        frames = []
+        for view in ("xt", "x0"):
+            frames += self._read(
+                [s for s in samples if s.step in s.request.frame_steps and s.request.view == view], view
+            )
+        finished = self._read([sample for sample in samples if sample.finished], "xt")
+        for sample, picture in frames:
+            frame = sample.request.place_in_frame(sample.step, sample.i, picture)
+            if frame is not None:
+                self._outbox.append((sample.request.mailbox, frame))
+        for sample, picture in finished:
             images = sample.request.place(sample.i, picture)
             if images is not None:
                 self._answer(sample.request, images)
+        if frames or finished:
+            self._failures = 0
 
-    def _show(self, samples: list[Sample]) -> None:
-        for view in ("xt", "x0"):
-            seen = [sample for sample in samples if sample.request.view == view]
-            if not seen:
-                continue
-            for sample, picture in zip(seen, self._runner.read(seen, view), strict=True):
-                frame = sample.request.place_in_frame(sample.step, sample.i, picture)
-                if frame is not None:
-                    self._outbox.append((sample.request.mailbox, frame))
+    def _read(self, samples: list[Sample], view: View) -> list[tuple[Sample, Image]]:
+        return list(zip(samples, self._runner.read(samples, view), strict=True)) if samples else []
 
     def _answer(self, request: Request, answer: Answer) -> None:
         """On the engine's thread: the request leaves with its answer, unless it was given up."""

@@ -12,6 +12,15 @@ import torch
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # what a container may have, in cgroup v2
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether device or host had no room: torch says so in several ways, by device and library."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = str(error).lower()
+    phrases = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(phrase in said for phrase in phrases)
+
+
 def device_memory(device: torch.device) -> tuple[int, int]:
     """Bytes used and bytes in all. Of a GPU: by every process, torch's cache among it."""
     if device.type == "cuda":

@@ -133,7 +133,7 @@ class Request:
         self.samples = [Sample(self, i) for i in range(self.n)]
         self.work_left = self.n * int(self.plan.rows.sum())  # in U-Net rows
         self.images: Image | None = None
-        self._frames: dict[int, tuple[Image, int]] = {}  # step → canvas and how many images are on it
+        self._frames: dict[int, tuple[Image, set[int]]] = {}  # step → canvas and the images on it
 
     def place(self, i: int, image: Image) -> Image | None:
         """Puts the finished image i [C, H, W] in its place; all n images when it was the last."""
@@ -144,12 +144,15 @@ class Request:
 
     def place_in_frame(self, step: int, i: int, image: Image) -> Frame | None:
         """Puts image i as it is after `step` into that step's frame; the frame when it was the last of n."""
-        canvas, count = self._frames.pop(step) if step in self._frames else (self._canvas(image), 0)
+        if step not in self._frames:
+            self._frames[step] = self._canvas(image), set()
+        canvas, places = self._frames[step]
         canvas[i] = image
-        if count + 1 == self.n:
-            return Frame(step, canvas)
-        self._frames[step] = (canvas, count + 1)
-        return None
+        places.add(i)
+        if len(places) < self.n:
+            return None
+        del self._frames[step]
+        return Frame(step, canvas)
 
     def _canvas(self, image: Image) -> Image:
         return np.empty((self.n, *image.shape), np.uint8)

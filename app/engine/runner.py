@@ -138,6 +138,11 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def free_memory(self) -> None:
+        """Gives back what the allocator keeps for later; another shape may need it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _noise(self, samples: list[Sample], steps: list[int]) -> Tensor:
         seeds = [sample.request.seed for sample in samples]
         indices = [sample.request.index + sample.i for sample in samples]

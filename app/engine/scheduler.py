@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from app.engine.request import Request, Sample
 
+RECOVERY = 100  # steps after which a batch may be twice as large again
+
 
 class Scheduler:
     """Half of the steps go round robin over the requests, the other half to those with the least left to do.
@@ -17,7 +19,8 @@ class Scheduler:
     """
 
     def __init__(self, max_rows: int) -> None:
-        self.max_rows = max_rows
+        self.max_rows = self._most_rows = max_rows
+        self._shrunk = 0  # at which step
         self._turns: deque[Request] = deque()
         self._steps = 0
 
@@ -38,9 +41,17 @@ class Scheduler:
         """It has its answer: none of its samples runs again."""
         self._turns.remove(request)
 
+    def shrink(self, rows: int) -> None:
+        """A batch of `rows` was too large: half of it will do, until enough steps went well to try more again."""
+        self.max_rows = max(1, min(rows, self.max_rows) // 2)
+        self._shrunk = self._steps
+
     def schedule(self) -> list[Sample]:
         """The samples of the next step."""
         self._steps += 1
+        if self.max_rows < self._most_rows and self._steps - self._shrunk > RECOVERY:
+            self.max_rows = min(2 * self.max_rows, self._most_rows)
+            self._shrunk = self._steps
         return self._least_work_first() if self._steps % 2 else self._round_robin()
 
     def _least_work_first(self) -> list[Sample]:

@@ -32,6 +32,7 @@ STATUSES = {
     500: "a step failed",
     503: "loading or draining",
     504: "the time-out passed, or cannot be kept",
+    507: "the device has not enough memory for a single image",
 }
 ERRORS: dict[int | str, dict[str, object]] = {
     status: {"model": ErrorResponse, "description": text} for status, text in STATUSES.items()

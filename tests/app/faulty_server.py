@@ -9,12 +9,16 @@ import time
 import torch
 
 from app.__main__ import read_settings, serve
-from app.engine.request import Sample
+from app.engine.request import Sample, View
 from app.engine.runner import Runner
 from model import checkpoint
+from model.images import Image
 
 RAISES, RAISES_ONCE, NOT_FINITE, SLOW = 9001, 9002, 9003, 9004  # seeds
-HANGS, LONG = 9005, 9006
+HANGS, LONG, BREAKS_DEVICE = 9005, 9006, 9007
+TOO_MANY, TOO_LARGE = 9008, 9009  # out of memory: in a batch of more than ROOM images, or always
+CRASHES_TWICE, CRASHES, CANNOT_START = 9010, 9011, 9012  # outside of a step
+ROOM = 3
 FAULTY_STEP = 3
 SLOW_STEP_S = 0.02
 LONG_STEP_S = 4.0  # so long that the server is not ready meanwhile
@@ -24,18 +28,45 @@ WARM_UP = "warm_up"  # for FAULT
 class FaultyRunner(Runner):
     """Raises for a sample of seed RAISES at its third step, every time, and for one of RAISES_ONCE the first time;
     poisons one of NOT_FINITE; never comes back from one of HANGS, and after long from one of LONG. Only image 1 of a
-    request is affected. Takes its time over one of SLOW. With FAULT=warm_up it cannot even begin."""
+    request is affected. Takes its time over one of SLOW. With FAULT=warm_up it cannot even begin.
+
+    Cannot draw the noise of CANNOT_START, nor read the finished image of CRASHES, nor twice that of CRASHES_TWICE."""
 
     raised = False
+    crashes = 2
+    broken = False
+
+    def start(self, samples: list[Sample]) -> None:
+        if any(sample.request.seed == CANNOT_START for sample in samples):
+            raise RuntimeError("no noise, said a test")
+        super().start(samples)
+
+    def read(self, samples: list[Sample], view: View) -> Image:
+        for sample in samples:
+            if sample.i == 1 and sample.finished and sample.request.seed in (CRASHES, CRASHES_TWICE):
+                if sample.request.seed == CRASHES:
+                    raise RuntimeError("an image that cannot be read, said a test")
+                if self.crashes:
+                    self.crashes -= 1
+                    raise RuntimeError("an image that cannot be read at first, said a test")
+        return super().read(samples, view)
 
     def warm_up(self, rows: int) -> None:
-        if os.environ.get("FAULT") == WARM_UP:
+        if os.environ.get("FAULT") == WARM_UP or self.broken:
             raise RuntimeError("no kernel image is available, said a test")
         super().warm_up(rows)
 
     def step(self, samples: list[Sample]) -> list[Sample]:
         if any(sample.request.seed == SLOW for sample in samples):
             time.sleep(SLOW_STEP_S)
+        seeds = {sample.request.seed for sample in samples}
+        if TOO_MANY in seeds and len(samples) > ROOM:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB, said a test")
+        if TOO_LARGE in seeds:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        if self.broken or (BREAKS_DEVICE in seeds and any(sample.step == FAULTY_STEP for sample in samples)):
+            self.broken = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered, said a test")
         for sample in samples:
             if sample.i != 1 or sample.step != FAULTY_STEP:
                 continue

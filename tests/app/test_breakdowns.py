@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
-from tests.app.faulty_server import HANGS, LONG, WARM_UP
+from tests.app.faulty_server import BREAKS_DEVICE, CANNOT_START, HANGS, LONG, SLOW, WARM_UP
 from tests.app.processes import PATIENCE, ServerProcess, run_to_its_end, wait_for
 from tests.app.test_server import refused
 
@@ -81,3 +82,23 @@ def test_a_step_that_never_returns_does_not_outlast_the_drain(grey_checkpoint: P
         assert server.exit_code() == 1
     said = [line["message"] for line in server.logs() if line["level"] == "critical"]
     assert said[0] == "the engine gives up: a denoising step did not return before the drain ended"
+
+
+@pytest.mark.parametrize(
+    ("seed", "why"),
+    [
+        (BREAKS_DEVICE, "the device does not work any more"),
+        (CANNOT_START, "it failed 3 times without making a picture"),
+    ],
+)
+def test_what_fails_again_and_again_answers_everyone_and_ends_the_process(
+    grey_checkpoint: Path, seed: int, why: str
+) -> None:
+    with ServerProcess(FAULTY, "--checkpoint", str(grey_checkpoint)) as server, ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(generate, server, {"n": 2, "steps": 1000, "seed": SLOW}) for _ in range(2)]
+        wait_for(lambda: server.rows() == 4, "work")
+        others.append(pool.submit(generate, server, {"n": 2, "steps": 8, "seed": seed}))
+        assert server.exit_code() == 1
+        for answer in [other.result() for other in others]:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert server.logs()[-1]["message"] == f"ending, to be started anew: {why}"

@@ -49,6 +49,7 @@ def test_status_and_code_belong_to_the_class() -> None:
         "not_ready": 503,
         "deadline_exceeded": 504,
         "step_failed": 500,
+        "out_of_memory": 507,
         "cancelled": 499,
     }
 

@@ -12,7 +12,17 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.app.faulty_server import NOT_FINITE, RAISES, RAISES_ONCE, SLOW
+from tests.app.faulty_server import (
+    CRASHES,
+    CRASHES_TWICE,
+    NOT_FINITE,
+    RAISES,
+    RAISES_ONCE,
+    ROOM,
+    SLOW,
+    TOO_LARGE,
+    TOO_MANY,
+)
 from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
 SEQUENCE = "/diffusion-sequence"
@@ -150,6 +160,51 @@ def test_a_stream_whose_step_fails_ends_with_an_error_event(faulty: ServerProces
     assert json.loads(text.rpartition("data: ")[2])["error"]["code"] == "step_failed"
     gif = faulty.client.get(SEQUENCE, params=query | {"format": "gif"})
     assert (gif.status_code, gif.json()["error"]["code"]) == (500, "step_failed")
+
+
+def test_a_failure_outside_a_step_is_a_delay_and_nothing_else(faulty: ServerProcess) -> None:
+    body = {"n": 3, "steps": 8, "seed": CRASHES_TWICE}
+    restarts = faulty.metric("ddpm_engine_restarts_total")
+    with slow_company(faulty):
+        answers = together(faulty, *STRANGERS, body)
+    assert faulty.metric("ddpm_engine_restarts_total") == restarts + 2
+    for answer, alone in zip(answers, [*STRANGERS, body], strict=True):
+        assert answer.status_code == 200
+        assert answer.content == generate(faulty, **alone).content
+    assert faulty.client.get("/readyz").status_code == 200
+
+
+def test_an_image_that_cannot_be_read_fails_its_own_request_and_nothing_else(faulty: ServerProcess) -> None:
+    alone = [generate(faulty, **body).content for body in STRANGERS]
+    with slow_company(faulty):
+        *answers, failed = together(faulty, *STRANGERS, {"n": 3, "steps": 8, "seed": CRASHES})
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "step_failed")
+    assert [answer.content for answer in answers] == alone
+    assert faulty.client.get("/readyz").status_code == 200
+
+
+def test_a_batch_without_memory_becomes_smaller_for_a_while_and_nobody_notices(faulty: ServerProcess) -> None:
+    body = {"n": 8, "steps": 8, "seed": TOO_MANY}
+    alone = [generate(faulty, **stranger).content for stranger in STRANGERS]
+    with slow_company(faulty):
+        *answers, crowded = together(faulty, *STRANGERS, body)
+        assert faulty.metric("ddpm_batch_rows_limit") <= ROOM
+    assert [answer.content for answer in answers] == alone
+    assert crowded.status_code == 200
+    parts = [generate(faulty, **body | {"n": 1, "index": i}, columns=1) for i in range(8)]
+    assert generate(faulty, **body).content == crowded.content
+    assert [part.status_code for part in parts] == [200] * 8
+    generate(faulty, n=16, steps=400)
+    assert faulty.metric("ddpm_batch_rows_limit") == 16
+
+
+def test_an_image_that_does_not_fit_alone_fails_its_own_request_and_nothing_else(faulty: ServerProcess) -> None:
+    alone = [generate(faulty, **body).content for body in STRANGERS]
+    with slow_company(faulty):
+        *answers, failed = together(faulty, *STRANGERS, {"n": 3, "steps": 8, "seed": TOO_LARGE})
+    assert (failed.status_code, failed.json()["error"]["code"]) == (507, "out_of_memory")
+    assert [answer.content for answer in answers] == alone
+    assert faulty.client.get("/readyz").status_code == 200
 
 
 def test_frames_arrive_while_the_work_goes_on(faulty: ServerProcess) -> None:

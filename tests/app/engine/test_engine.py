@@ -243,24 +243,37 @@ def test_nan_fails_its_own_request_and_no_other(engine: Engine, runner: HeldRunn
     run(main)
 
 
-def test_a_failure_outside_a_step_answers_everyone_and_the_engine_goes_on(
-    engine: Engine, runner: HeldRunner, metrics: Metrics, ask: Ask
+@pytest.mark.parametrize("part", ["start", "read", "schedule", "queue_seconds"])
+def test_a_failure_outside_a_step_is_a_delay_for_images_and_frames(
+    engine: Engine, runner: HeldRunner, checkpoint: Checkpoint, metrics: Metrics, ask: Ask, part: str
 ) -> None:
+    owner = {"schedule": engine._scheduler, "queue_seconds": metrics}.get(part, runner)
+    sound, calls = getattr(owner, part), 0
+
+    def now_and_then(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 2:
+            raise RuntimeError("injected")
+        return sound(*args)
+
+    if part == "queue_seconds":
+        now_and_then.labels = now_and_then  # type: ignore[attr-defined]
+        sound = sound.labels
+
     async def main(loop: asyncio.AbstractEventLoop) -> None:
-        runner.hold()
-        requests = [ask(loop, seed=s, n=2) for s in range(5)]
-        for request in requests:
+        setattr(owner, part, now_and_then)
+        for seed in range(4):
+            request = ask(loop, seed=seed, n=3, steps=3, keep=9, frame_steps=frozenset(range(3)))
             engine.submit(request)
-        read, runner.read = runner.read, lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
-        runner.free()
-        for request in requests:
-            assert isinstance(await outcome(request), StepFailed)
-        runner.read = read  # type: ignore[method-assign]
-        engine.submit(later := ask(loop))
-        assert not isinstance(await outcome(later), ServiceError)
+            assert [frame.step async for frame in request.mailbox.frames()] == [0, 1, 2]
+            assert np.array_equal(await request.mailbox.answer(), naive(checkpoint, runner, request))
+            assert request.mailbox.answers == 1  # type: ignore[attr-defined]
+            assert request.work_left == 0
 
     run(main)
-    assert metrics["ddpm_engine_restarts_total"] == 1
+    assert metrics["ddpm_engine_restarts_total"] >= 1
+    assert engine.pending_rows == 0
 
 
 def test_draining_finishes_admitted_work_and_takes_no_more(engine: Engine, runner: HeldRunner, ask: Ask) -> None:
