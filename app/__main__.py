@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 
 import uvicorn
@@ -26,6 +27,7 @@ from app.settings import PREFIX, Settings, service_links, unknown_variables
 
 log = logging.getLogger("ddpm.start")
 
+TWICE_S = 0.5  # signals this close are one: a terminal and what runs under it may both pass on a Ctrl-C
 GRACE_S = 5  # beyond the drain, for answers to reach their clients
 
 
@@ -38,6 +40,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, operations: uvicorn.Server | None) -> None:
         super().__init__(config)
         self._service, self._operations = service, operations
+        self._signalled: float | None = None
+        self._done = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen, on both ports. Raises SystemExit where one is taken."""
@@ -56,6 +60,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if self._operations:
             await self._operations.shutdown()
+        self._done = True
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to shut down, asked ten times a second: also where the engine has failed for good."""
@@ -65,7 +70,13 @@ class Server(uvicorn.Server):
         return True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The engine begins to drain when the signal comes, not when uvicorn has closed its sockets."""
+        """The engine begins to drain when the signal comes, not when uvicorn has closed its sockets. A second signal
+        ends the process at once."""
+        if self._done:  # uvicorn raises the signal again
+            return
+        if self._signalled is not None and time.monotonic() - self._signalled > TWICE_S:
+            os._exit(128 + sig)
+        self._signalled = self._signalled or time.monotonic()
         self._service.engine.drain(self._service.settings.drain_s)
         super().handle_exit(sig, frame)
 

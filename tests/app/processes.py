@@ -59,10 +59,10 @@ def metric(text: str, name: str, **labels: str) -> float:
 
 
 class ServerProcess:
-    """A server by `python -m module --port 0 …`: ready when entered, gone when left."""
+    """A server by `python -m module --port …`: ready when entered, gone when left."""
 
-    def __init__(self, module: str, *argv: str, **extra: str) -> None:
-        self._command = [sys.executable, "-m", module, "--port", "0", "--threads", "1", *argv]
+    def __init__(self, module: str, *argv: str, port: int = 0, **extra: str) -> None:
+        self._command = [sys.executable, "-m", module, "--port", str(port), "--threads", "1", *argv]
         self._environment = environment(**extra)
         self.lines: list[str] = []
 

@@ -1,8 +1,13 @@
-"""What a server process cannot mend from inside: everyone is answered, and it ends so that it is started anew."""
+"""What ends a server process, or ought not to. Where it cannot go on everyone is answered, and it is started anew."""
 
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,8 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.app.faulty_server import BREAKS_DEVICE, CANNOT_START, HANGS, LONG, SLOW, WARM_UP
-from tests.app.processes import PATIENCE, ServerProcess, run_to_its_end, wait_for
+from app.__main__ import TWICE_S
+from tests.app.faulty_server import BREAKS_DEVICE, CANNOT_START, CRASHES_TWICE, HANGS, LONG, RAISES, SLOW, WARM_UP
+from tests.app.processes import PATIENCE, ROOT, ServerProcess, environment, run_to_its_end, wait_for
+from tests.app.test_faults import ask
 from tests.app.test_server import refused
 
 FAULTY = "tests.app.faulty_server"
@@ -102,3 +109,83 @@ def test_what_fails_again_and_again_answers_everyone_and_ends_the_process(
         for answer in [other.result() for other in others]:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
     assert server.logs()[-1]["message"] == f"ending, to be started anew: {why}"
+
+
+def test_a_second_signal_ends_the_process_at_once(grey_checkpoint: Path) -> None:
+    with ServerProcess(FAULTY, "--checkpoint", str(grey_checkpoint)) as server:
+        connection = ask(server, "GET", f"/diffusion-sequence?n=4&steps=1000&seed={SLOW}")
+        wait_for(lambda: server.rows() == 4, "work")
+        server.terminate()
+        server.terminate()  # so soon that it counts as the same
+        wait_for(lambda: refused(server), "the refusal of new work")
+        time.sleep(TWICE_S)
+        assert server.process.poll() is None
+        server.terminate()
+        assert server.exit_code() == 128 + signal.SIGTERM
+        connection.close()
+
+
+def test_after_a_kill_it_starts_again_at_once_on_the_same_port(grey_checkpoint: Path) -> None:
+    argv = ["--checkpoint", str(grey_checkpoint)]
+    with ServerProcess(FAULTY, *argv) as server:
+        before = generate(server, NEIGHBOURS[0]).content
+        port = int(server.url.rpartition(":")[2])
+        connection = ask(server, "POST", "/generate", {"n": 4, "steps": 1000, "seed": SLOW})
+        wait_for(lambda: server.rows() == 4, "work")
+        server.process.kill()
+        assert server.exit_code() == -signal.SIGKILL
+    with ServerProcess(FAULTY, *argv, port=port) as server:
+        assert server.rows() == 0
+        assert generate(server, NEIGHBOURS[0]).content == before
+    connection.close()
+
+
+def test_a_checkpoint_that_is_overwritten_and_deleted_is_served_on(grey_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "grey.safetensors"
+    path.write_bytes(grey_checkpoint.read_bytes())
+    with ServerProcess("app", "--checkpoint", str(path)) as server:
+        models, image = server.client.get("/models").json(), generate(server, NEIGHBOURS[0]).content
+        path.write_bytes(b"\xff" * 100)  # the same file: what is mapped into memory would be cut off
+        assert generate(server, NEIGHBOURS[0]).content == image
+        path.unlink()
+        assert generate(server, NEIGHBOURS[0]).content == image
+        assert server.client.get("/models").json() == models
+        assert server.client.get("/readyz").status_code == 200
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_logs_that_cannot_be_written_hinder_nothing(grey_checkpoint: Path) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        FAULTY,
+        "--checkpoint",
+        str(grey_checkpoint),
+        "--threads",
+        "1",
+        "--port",
+        str(port),
+    ]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=full, stderr=full)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+
+            def ready() -> bool:
+                assert process.poll() is None
+                try:
+                    return client.get("/readyz").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            wait_for(ready, "readiness")
+            for seed, status in [(71, 200), (RAISES, 500), (CRASHES_TWICE, 200), (71, 200)]:
+                assert client.post("/generate", json={"n": 2, "steps": 8, "seed": seed}).status_code == status
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
