@@ -41,8 +41,9 @@ HEALTH_PERIOD_S = 5.0  # Ray replaces a replica that fails three times in a row
 DEREGISTER_S = 5.0  # for the ingress to forget a replica that stops
 VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # As in docker/haproxy: equal requests give equal images, so that one whose replica died can be asked again.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
+    # As in docker/haproxy: a request whose replica died before it answered is asked again. HAProxy can do so only if
+    # it has the body, for which Ray has no variable; the second line stands in HAProxy's `defaults` after the first.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503\n    option http-buffer-request",
     "RAY_SERVE_HAPROXY_RETRIES": "3",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Ray's own 5 s are too few for a busy host
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_S),
@@ -255,7 +256,8 @@ def main(argv: list[str]) -> None:
     stop = threading.Event()
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
-        handle = serve.run(application(settings, gpus, most), name=NAME)
+        quiet = {"enable_access_log": False}  # the application has a line for every request, and a better one
+        handle = serve.run(application(settings, gpus, most), name=NAME, logging_config=quiet)
         found = discovery(settings.host, settings.discovery_port, lambda: ask(handle, "metrics_address"))
         places = {
             "url": f"http://{settings.host}:{settings.port}",

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -77,23 +77,15 @@ def targets() -> list[str]:
     return list(found.json()[0]["targets"]) if found.status_code == 200 else []
 
 
-def replicas(ancestor: int) -> list[int]:
-    """Process ids of the replicas of this Ray."""
-
-    def parents(pid: int) -> Iterator[int]:
-        while pid > 1:
-            yield pid
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            named = (entry / "cmdline").read_bytes().startswith(b"ray::SERVE_REPLICA")
-            if named and ancestor in parents(int(entry.name)):
-                found.append(int(entry.name))
-        except OSError:
-            continue  # it ended
-    return found
+def listener(port: int) -> int:
+    """The process that listens on a port."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    inodes = [row[9] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"]
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it was closed
+            if os.readlink(link) == f"socket:[{inodes[0]}]":
+                return int(link.parts[2])
+    raise LookupError(f"nobody listens on {port}")
 
 
 def generate(client: httpx.Client, **body: object) -> float:
@@ -125,7 +117,7 @@ def overhead(direct: httpx.Client, ray: httpx.Client, rounds: int) -> None:
     measures: dict[str, tuple[str, Callable[[httpx.Client], float]]] = {
         "GET /livez": ("ms", lambda c: 1e3 * timed(lambda: c.get("/livez"))),
         "1 image, 10 steps": ("ms", lambda c: 1e3 * generate(c, n=1, steps=10, seed=1)),
-        "8 clients, 4 images, 10 steps": ("images/s", lambda c: burst(c, 8, n=4, steps=10)),
+        "8 clients, 2 images, 5 steps": ("images/s", lambda c: burst(c, 8, n=2, steps=5)),
         "stream of 4 images: first frame": ("ms", lambda c: 1e3 * stream(c, 10)[0]),
         "stream of 4 images: between frames": ("ms", lambda c: 1e3 * statistics.median(stream(c, 10)[1])),
     }
@@ -150,7 +142,7 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def kill(url: str, ray: subprocess.Popen[bytes]) -> None:
+def kill(url: str) -> None:
     """SIGKILL to one of two replicas while clients send requests and read streams."""
     outcomes: list[tuple[float, str]] = []
     over = threading.Event()
@@ -182,7 +174,8 @@ def kill(url: str, ray: subprocess.Popen[bytes]) -> None:
     for thread in threads:
         thread.start()
     time.sleep(8)
-    before, (victim, _) = set(targets()), replicas(ray.pid)
+    before = set(targets())
+    victim = listener(int(min(before).rpartition(":")[2]))
     killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     back = wait_for(lambda: len(set(targets()) - before) == 1 and len(targets()) == 2)
@@ -209,7 +202,7 @@ def main() -> None:
     common = ["--threads", "1"]
     share = ["--replica-cpus", "0.5", "--min-replicas", "2", "--max-replicas", "2"]
     ports = ["--port", str(RAY_PORT), "--discovery-port", str(DISCOVERY)]
-    with server(through, args.logs / "bench-ray.log", "app.ray", *ports, *share, *common) as ray:
+    with server(through, args.logs / "bench-ray.log", "app.ray", *ports, *share, *common):
         wait_for(lambda: len(targets()) == 2)
         if args.only != "kill":
             with server(direct, args.logs / "bench-app.log", "app", "--port", str(PORT), *common):
@@ -218,7 +211,7 @@ def main() -> None:
                 for client in clients:
                     client.close()
         if args.only != "overhead":
-            kill(through, ray)
+            kill(through)
 
 
 if __name__ == "__main__":
