@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 
 import torch
 
-from app.__main__ import read_settings, serve
+import app.__main__ as command
 from app.engine.request import Sample, View
 from app.engine.runner import Runner
 from model import checkpoint
@@ -85,6 +86,18 @@ class FaultyRunner(Runner):
         return super().step(samples)
 
 
+class NarrowServer(command.Server):
+    """Its connections have small send buffers, of SEND_BUFFER bytes, so that slow readers hold it up early."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, int(os.environ["SEND_BUFFER"]))
+
+
 if __name__ == "__main__":
-    settings = read_settings(sys.argv[1:])
-    serve(settings, FaultyRunner(checkpoint.load(settings.checkpoint), torch.device("cpu"), chunk=4))
+    if "SEND_BUFFER" in os.environ:
+        command.Server = NarrowServer  # type: ignore[misc]
+    settings = command.read_settings(sys.argv[1:])
+    command.serve(settings, FaultyRunner(checkpoint.load(settings.checkpoint), torch.device("cpu"), chunk=4))
