@@ -238,7 +238,10 @@ def unet(config: UNetConfig) -> None:
     end = "norm, activation, 3×3 convolution\nthe prediction, as large as $x_t$"
     axis.text(right, 1.02, end, ha="center", fontsize=8.5, color=INK)
     arrow((right, 0.31), (right, 0.95))
-    lines = ["t → sines and cosines → MLP"] + ["class → table"] * (config.num_classes is not None)
+    lines = ["t → sines and cosines → MLP"]
+    if config.num_classes is not None:
+        lines.append("class → table" + (", added to t's" if config.class_conditioning == "embedding" else ""))
+        lines += ["(and one more, added to t's)"] * (config.class_conditioning == "both")
     lines.append("scale and shift in every block" if config.scale_shift_norm else "a bias in every block")
     box(5, 1.1, "\n".join(lines), "#f7e3cd", 3.1, 0.85)
     axis.set(xlim=(0, 10), ylim=(bottom - 0.4, 1.65))
