@@ -50,8 +50,9 @@ How good its samples are, by
     {command}
 
 in the features of a classifier ({extractor_accuracy:.2%} of the test images right, SHA-256 `{extractor}`):
-{num_images:,} images, as many of each class, sampled with {sampling}; beside them as many held-out images.
+{num_images:,} images, as many of each class, sampled with {sampling}.
 The Fréchet distance is to the train split, in this classifier's features: it is not an FID.
+It, precision and recall are of {compared_images:,} images, beside as many held-out ones.
 
 | | generated | held out |
 |---|---|---|

@@ -24,6 +24,7 @@ _MNIST: Options = {  # what the bundled checkpoint was made with
     "ema_decay": (0.999,),
     "precision": "bf16",
     "sample_steps": 10,
+    "guidance_scale": 1.25,
 }
 _HO: Options = {"norm_eps": 1e-6, "downsample_padding": 0, "time_freq_shift": 1}
 _NICHOL: Options = {

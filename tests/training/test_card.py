@@ -61,6 +61,7 @@ def evaluation(file: Path, **changes: object) -> dict[str, Any]:
         "features": {"sha256": "f" * 64, "accuracy": 0.99},
         "sampling": sampling,
         "num_images": 2000,
+        "compared_images": 1500,
         "generated": numbers | {"frechet_distance": 2.5},
         "test": numbers,
         **changes,
@@ -73,6 +74,7 @@ def test_a_card_shows_what_an_evaluation_found(file: Path, tmp_path: Path) -> No
     text = file.with_suffix(".md").read_text()
     assert "| 50.00% | 50.00% |" in text
     assert "| Fréchet distance | 2.5000 | 1.2500 |" in text
+    assert "1,500 images, beside as many" in text
     assert "By sampler" not in text
 
 

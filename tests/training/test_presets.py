@@ -56,7 +56,7 @@ def test_mnist_is_the_recipe_of_the_bundled_checkpoint() -> None:
         "--dataset ylecun/mnist --use_labels --label_dropout 0.1 --base_channels 32 --channel_mults 1,2,3 "
         "--time_emb_dim 128 --norm_groups 8 --class_conditioning both --dropout 0 --schedule cosine --prediction v "
         "--batch_size 64 --iterations 4600 --learning_rate 1e-3 --warmup 200 --lr_schedule cosine --grad_clip 1 "
-        "--ema_decay 0.999 --precision bf16 --sample_steps 10 --guidance_scale 1.5 --run_name a"
+        "--ema_decay 0.999 --precision bf16 --sample_steps 10 --guidance_scale 1.25 --run_name a"
     )
     assert parsed("--preset mnist --run_name a") == parsed(words)
 
