@@ -59,20 +59,26 @@ ORIGINAL = Layout(
 )
 
 
+def levels_of(source: Weights, list_name: str, down: str, block: str, attention: str) -> list[list[tuple[int, bool]]]:
+    """Each level's residual blocks: channels, and whether attention follows. The last three name their weights."""
+    levels: list[list[tuple[int, bool]]] = [[]]
+    for k in itertools.count():
+        at = f"{list_name}.{k}"
+        if f"{at}.{down}.weight" in source:
+            levels.append([])
+        elif f"{at}.{block}.weight" in source:
+            levels[-1].append((len(source[f"{at}.{block}.weight"]), f"{at}.{attention}.weight" in source))
+        else:
+            break
+    return levels
+
+
 def import_original(state: Weights, flags: Flags) -> Imported:
     """`GaussianDiffusion.state_dict()`: everything but dropout, activation and in for gn is in the file."""
     betas = state["betas"].double().numpy()
     prefix = "ema_model." if flags.weights == "ema" else "model."
     source = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    levels: list[list[tuple[int, bool]]] = [[]]
-    for k in itertools.count():
-        if f"downs.{k}.downsample.weight" in source:
-            levels.append([])
-        elif f"downs.{k}.conv_1.weight" in source:
-            has_attention = f"downs.{k}.attention.to_qkv.weight" in source
-            levels[-1].append((len(source[f"downs.{k}.conv_1.weight"]), has_attention))
-        else:
-            break
+    levels = levels_of(source, "downs", down="downsample", block="conv_1", attention="attention.to_qkv")
     if "downs.0.norm_1.running_mean" in source:
         norm = "bn"
         source = {name: t for name, t in source.items() if not name.endswith("num_batches_tracked")}
@@ -138,15 +144,7 @@ def import_w86763777(state: dict[str, Any], flags: Flags) -> Imported:
         source["time_embedding.timembedding.1.weight"] = torch.cat([first[:, 0::2], first[:, 1::2]], dim=1)
     else:
         source["time_embedding.timembedding.0.weight"] = table
-    levels: list[list[tuple[int, bool]]] = [[]]
-    for k in itertools.count():
-        if f"downblocks.{k}.main.weight" in source:
-            levels.append([])
-        elif f"downblocks.{k}.block1.2.weight" in source:
-            has_attention = f"downblocks.{k}.attn.proj.weight" in source
-            levels[-1].append((len(source[f"downblocks.{k}.block1.2.weight"]), has_attention))
-        else:
-            break
+    levels = levels_of(source, "downblocks", down="main", block="block1.2", attention="attn.proj")
     config = UNetConfig(
         image_channels=source["head.weight"].shape[1],
         image_size=flags.image_size,
