@@ -8,20 +8,21 @@ import threading
 import time
 from collections import Counter, deque
 
+from app.engine.heartbeat import Heartbeat
 from app.engine.memory import device_memory, is_out_of_memory
-from app.engine.request import Answer, Frame, Mailbox, Request, Sample, View, post
+from app.engine.pending import Pending
+from app.engine.rate import Rate
+from app.engine.request import Answer, Request, Sample, View
 from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
-from app.errors import Cancelled, DeadlineExceeded, NotReady, OutOfMemory, Overloaded, ServiceError, StepFailed
+from app.errors import Cancelled, DeadlineExceeded, NotReady, OutOfMemory, StepFailed
 from app.metrics import EngineMetrics
 from model.images import Image
 
 log = logging.getLogger("ddpm.engine")
 
-SMOOTHING = 0.1  # of the newest step in the running estimates
 MEMORY_EVERY_S = 1.0  # at most, while there is work
 MOST_FAILURES = 3  # outside of steps, with no picture made in between
-DRAIN_GRACE_S = 2.0  # that a step may end after the drain did
 
 
 class Engine:
@@ -41,21 +42,15 @@ class Engine:
         step_timeout_s: float = 60.0,
     ) -> None:
         self._runner, self._metrics = runner, metrics
-        self._scheduler = Scheduler(max_rows)
-        self._max_work, self._step_timeout_s = max_work, step_timeout_s
+        self._scheduler, self._rate = Scheduler(max_rows), Rate()
+        self._pending, self._heartbeat = Pending(metrics, max_work), Heartbeat(step_timeout_s)
         self._inbox: deque[Request] = deque()  # new ones, and running ones that were cancelled
-        self._wake = threading.Condition()  # guards inbox, outbox, the pending set and the state
-        self._pending: set[Request] = set()
-        self._outbox: list[tuple[Mailbox, Frame | Answer]] = []
+        self._wake = self._pending.changed  # guards the inbox and the state, too
         self._due: list[Sample] = []  # took a step, and their pictures were not looked at yet
         self._failures = 0  # outside of steps, since a picture was made
         self._ready = False
         self._draining: float | None = None  # until when
         self._failure: str | None = None
-        self._watched = self._awake_since = 0.0  # when `watch` was last called, and since when without a gap
-        self._step_started: float | None = None
-        self._expected_step = 1.0  # seconds, of a full batch until steps were seen
-        self._rows_per_second = math.inf
         self._memory_seen = -math.inf
         self._models: set[str] = set()  # that had a request
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -71,18 +66,7 @@ class Engine:
         with self._wake:
             if trouble := self.trouble:
                 raise NotReady(trouble, retry_after=5)
-            work, waiting = request.work_left, sum(other.work_left for other in self._pending)
-            if waiting and waiting + work > self._max_work:  # an empty queue takes anything within the request limits
-                surplus = min(waiting, waiting + work - self._max_work)
-                retry = max(1, math.ceil(surplus / self._rows_per_second))
-                raise Overloaded(f"the queue is full; try again in {retry} s", retry_after=retry)
-            # Requests share the device, so each of the others delays this one by at most its own work.
-            ahead = sum(min(other.work_left, work) for other in self._pending)
-            seconds = (ahead + work) / self._rows_per_second
-            # The rate is an estimate; who named no time is refused only where it would have to be wrong by half.
-            if seconds / (2 if request.patient else 1) > request.deadline - time.monotonic():
-                raise DeadlineExceeded(f"this would take about {math.ceil(seconds)} s, longer than its time-out")
-            self._pending.add(request)
+            self._pending.admit(request, self._rate)
             self._inbox.append(request)
             self._wake.notify()
 
@@ -103,18 +87,8 @@ class Engine:
 
     def watch(self) -> None:
         """Gives up where a step does not return. To be called several times a second, not from the engine's thread."""
-        now = time.monotonic()
-        if now - self._watched > 1:  # the process or the machine stood still, and the step with it
-            self._awake_since = now
-        self._watched = now
-        started = self._step_started
-        if started is None or self._failure is not None:
-            return
-        age = now - max(started, self._awake_since)
-        if age > max(self._step_timeout_s, 2 * self._stall_limit):
-            self._give_up(f"a denoising step did not return within {age:.1f} s")
-        elif self._draining is not None and min(age, now - self._draining) > DRAIN_GRACE_S:
-            self._give_up("a denoising step did not return before the drain ended")
+        if self._failure is None and (why := self._heartbeat.overdue(self._draining)):
+            self._give_up(why)
 
     def join(self, seconds: float) -> bool:
         """Waits for the thread to end; whether it did."""
@@ -150,35 +124,27 @@ class Engine:
     @property
     def stalled(self) -> bool:
         """A step has been running for longer than max(1 s, 5 × expected). An idle engine is not stalled."""
-        return self.step_age > self._stall_limit
-
-    @property
-    def _stall_limit(self) -> float:
-        return max(1.0, 5 * self._expected_step)
+        return self._heartbeat.stalled
 
     @property
     def step_age(self) -> float:
         """Seconds that the present step, with what comes before and after it, has been running; 0 between steps."""
-        started = self._step_started
-        return 0.0 if started is None else time.monotonic() - started
+        return self._heartbeat.age
 
     @property
     def oldest_wait(self) -> float:
         """Seconds that the oldest request without a step has waited; 0 where there is none."""
-        with self._wake:
-            waiting = [request.submitted for request in self._pending if request.started is None]
-        return time.monotonic() - min(waiting) if waiting else 0.0
+        return self._pending.oldest_wait
 
     @property
     def pending_rows(self) -> int:
         """Work admitted and not done, in U-Net rows."""
-        with self._wake:
-            return sum(request.work_left for request in self._pending)
+        return self._pending.rows
 
     @property
     def rows_per_second(self) -> float:
         """What admission expects of full batches; 0 until the runner is warm."""
-        return self._rows_per_second if self._ready else 0.0
+        return self._rate.rows_per_second if self._ready else 0.0
 
     # The thread
 
@@ -190,13 +156,13 @@ class Engine:
             self._give_up("the warm-up failed")
             return
         while not self._comes_to_its_end():
-            self._step_started = None
+            self._heartbeat.rest()
 
     def _comes_to_its_end(self) -> bool:
         """Runs the loop. False where it failed and is to be entered again: it finds all samples as they were."""
         try:
             self._loop()
-            self._publish()
+            self._pending.publish()
             return True
         except Exception as error:
             log.exception("engine failed outside a step; it goes on from where it was")
@@ -217,27 +183,26 @@ class Engine:
             started = time.monotonic()
             self._runner.warm_up(self._scheduler.max_rows)
             seconds.append(time.monotonic() - started)
-        self._expected_step = max(min(seconds), 1e-6)
-        self._rows_per_second = self._scheduler.max_rows / self._expected_step
+        self._rate.begin(self._scheduler.max_rows, min(seconds))
         self._watch_memory()
         self._ready = True
-        log.info("ready", extra={"rows_per_second": round(self._rows_per_second, 1)})
+        log.info("ready", extra={"rows_per_second": round(self._rate.rows_per_second, 1)})
 
     def _loop(self) -> None:
         self._look()  # and publish what was left when it failed
-        self._publish()
+        self._pending.publish()
         while self._drain_inbox():
             batch = self._scheduler.schedule()
             self._count(batch)
             if batch:
-                self._step_started = time.monotonic()
+                self._heartbeat.begin(self._rate.step_seconds)
                 self._start(batch)
                 self._look()
-                self._publish()  # the noise that a client wants to see is not to wait for the step
+                self._pending.publish()  # the noise that a client wants to see is not to wait for the step
                 self._step(batch)
                 self._look()
-            self._step_started = None
-            self._publish()
+            self._heartbeat.rest()
+            self._pending.publish()
             self._watch_memory()
         self._count([])
 
@@ -298,7 +263,8 @@ class Engine:
 
     def _step(self, batch: list[Sample]) -> None:
         rows = sum(sample.rows for sample in batch)
-        self._step_started = started = time.monotonic()
+        self._heartbeat.begin(self._rate.step_seconds)
+        started = time.monotonic()
         costs = [sample.rows for sample in batch]
         try:
             broken = self._runner.step(batch)
@@ -354,10 +320,7 @@ class Engine:
         self._metrics.batch_rows.labels(model).observe(rows)
         self._metrics.batch_fill.labels(model).observe(rows / self._scheduler.max_rows)
         self._metrics.image_steps.labels(model).inc(samples)
-        rate = rows / seconds
-        if 2 * rows > self._scheduler.max_rows or rate > self._rows_per_second:  # a small batch tells of no slowness
-            self._expected_step += SMOOTHING * (seconds - self._expected_step)
-            self._rows_per_second += SMOOTHING * (rate - self._rows_per_second)
+        self._rate.observe(rows, seconds, self._scheduler.max_rows)
 
     def _look(self) -> None:
         """Takes the pictures that are due: together, or one by one after it failed twice, so that one culprit fails."""
@@ -386,7 +349,7 @@ class Engine:
         for sample, picture in frames:
             frame = sample.request.place_in_frame(sample.step, sample.i, picture)
             if frame is not None:
-                self._outbox.append((sample.request.mailbox, frame))
+                self._pending.show(sample.request, frame)
         for sample, picture in finished:
             images = sample.request.place(sample.i, picture)
             if images is not None:
@@ -399,38 +362,15 @@ class Engine:
 
     def _answer(self, request: Request, answer: Answer) -> None:
         """On the engine's thread: the request leaves with its answer, unless it was given up."""
-        self._settle(request, answer)
+        self._pending.settle(request, answer)
         if request in self._scheduler:
             self._scheduler.remove(request)
-
-    def _settle(self, request: Request, answer: Answer) -> None:
-        """The only way out of the engine, on any thread. The first answer counts."""
-        with self._wake:
-            if request.answered:
-                return
-            request.answered = True
-            self._pending.discard(request)
-            self._outbox.append((request.mailbox, answer))
-        if isinstance(answer, ServiceError):
-            self._metrics.wasted_steps.labels(request.model, answer.code).inc(request.steps_done)
-            if request.cancelled_at is not None:
-                self._metrics.cancel_seconds.labels(request.model).observe(time.monotonic() - request.cancelled_at)
-        else:
-            self._metrics.images.labels(request.model).inc(request.n)
 
     def _give_up(self, why: str) -> None:
         """Answers everyone, on any thread. The engine's ends, if it ever comes back from where it is."""
         with self._wake:
             self._failure = why
-            pending = list(self._pending)
             self._wake.notify()
-        log.critical("the engine gives up: %s", why, extra={"answered": len(pending)})
-        for request in pending:
-            self._settle(request, NotReady("the engine has failed; the server restarts", retry_after=5))
-        self._publish()
-
-    def _publish(self) -> None:
-        with self._wake:
-            outbox, self._outbox = self._outbox, []
-        if outbox:
-            post(outbox)
+        answered = self._pending.settle_all(NotReady("the engine has failed; the server restarts", retry_after=5))
+        log.critical("the engine gives up: %s", why, extra={"answered": answered})
+        self._pending.publish()

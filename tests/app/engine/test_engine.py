@@ -166,7 +166,7 @@ def test_a_request_that_passes_its_deadline_is_answered_so_and_leaves(
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
-        engine._rows_per_second = 1e9  # so that it is admitted
+        engine._rate.rows_per_second = 1e9  # so that it is admitted
         request = ask(loop, steps=90, timeout_s=0.2)
         engine.submit(request)
         await asyncio.sleep(0.25)
@@ -414,7 +414,7 @@ def test_metrics_say_what_was_done(engine: Engine, runner: HeldRunner, metrics: 
 
 def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_off(engine: Engine, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
-        engine._rows_per_second = 10.0
+        engine._rate.rows_per_second = 10.0
         with pytest.raises(DeadlineExceeded):
             engine.submit(ask(loop, n=1, steps=90, timeout_s=6))  # 9 s
         with pytest.raises(DeadlineExceeded):
@@ -431,7 +431,7 @@ def test_the_estimate_follows_the_work_ahead(engine: Engine, runner: HeldRunner,
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
         engine.submit(large := ask(loop, n=9, steps=100, timeout_s=600))
-        engine._rows_per_second = 10.0  # 90 s for the large one
+        engine._rate.rows_per_second = 10.0  # 90 s for the large one
         engine.submit(small := ask(loop, n=1, steps=10, timeout_s=5))  # 10 rows of its own, 10 of the other's: 2 s
         with pytest.raises(DeadlineExceeded):
             engine.submit(ask(loop, n=1, steps=50, timeout_s=5))

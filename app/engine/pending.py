@@ -1,0 +1,95 @@
+"""The requests that were admitted and not answered: the only way into the engine, and the only way out."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+from app.engine.rate import Rate
+from app.engine.request import Answer, Frame, Mailbox, Request, post
+from app.errors import DeadlineExceeded, Overloaded, ServiceError
+from app.metrics import EngineMetrics
+
+
+class Pending:
+    """Used by all threads; `changed` guards it, and whatever else the engine shares with them.
+
+    Admits `max_work` U-Net rows (images × steps, twice that under guidance).
+    """
+
+    def __init__(self, metrics: EngineMetrics, max_work: int) -> None:
+        self.changed = threading.Condition()
+        self._metrics, self._max_work = metrics, max_work
+        self._requests: set[Request] = set()
+        self._outbox: list[tuple[Mailbox, Frame | Answer]] = []
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def admit(self, request: Request, rate: Rate) -> None:
+        """Raises Overloaded, or DeadlineExceeded where it could not be done in time."""
+        with self.changed:
+            work, waiting = request.work_left, sum(other.work_left for other in self._requests)
+            if waiting and waiting + work > self._max_work:  # an empty queue takes anything within the request limits
+                surplus = min(waiting, waiting + work - self._max_work)
+                retry = max(1, math.ceil(surplus / rate.rows_per_second))
+                raise Overloaded(f"the queue is full; try again in {retry} s", retry_after=retry)
+            # Requests share the device, so each of the others delays this one by at most its own work.
+            ahead = sum(min(other.work_left, work) for other in self._requests)
+            seconds = (ahead + work) / rate.rows_per_second
+            # The rate is an estimate; who named no time is refused only where it would have to be wrong by half.
+            if seconds / (2 if request.patient else 1) > request.deadline - time.monotonic():
+                raise DeadlineExceeded(f"this would take about {math.ceil(seconds)} s, longer than its time-out")
+            self._requests.add(request)
+
+    def show(self, request: Request, frame: Frame) -> None:
+        """A frame on the way, to be published."""
+        with self.changed:
+            self._outbox.append((request.mailbox, frame))
+
+    def settle(self, request: Request, answer: Answer) -> None:
+        """An answer, to be published. The first counts."""
+        with self.changed:
+            if request.answered:
+                return
+            request.answered = True
+            self._requests.discard(request)
+            self._outbox.append((request.mailbox, answer))
+        if isinstance(answer, ServiceError):
+            self._metrics.wasted_steps.labels(request.model, answer.code).inc(request.steps_done)
+            if request.cancelled_at is not None:
+                self._metrics.cancel_seconds.labels(request.model).observe(time.monotonic() - request.cancelled_at)
+        else:
+            self._metrics.images.labels(request.model).inc(request.n)
+
+    def settle_all(self, answer: ServiceError) -> int:
+        """The same answer for everyone; how many there were."""
+        with self.changed:
+            requests = list(self._requests)
+        for request in requests:
+            self.settle(request, answer)
+        return len(requests)
+
+    def publish(self) -> None:
+        """Wakes each event loop that has news, once."""
+        with self.changed:
+            outbox, self._outbox = self._outbox, []
+        if outbox:
+            post(outbox)
+
+    @property
+    def rows(self) -> int:
+        """Work admitted and not done, in U-Net rows."""
+        with self.changed:
+            return sum(request.work_left for request in self._requests)
+
+    @property
+    def oldest_wait(self) -> float:
+        """Seconds that the oldest request without a step has waited; 0 where there is none."""
+        with self.changed:
+            waiting = [request.submitted for request in self._requests if request.started is None]
+        return time.monotonic() - min(waiting) if waiting else 0.0

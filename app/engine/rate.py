@@ -1,0 +1,27 @@
+"""How fast a network runs in full batches."""
+
+from __future__ import annotations
+
+import math
+
+SMOOTHING = 0.1  # of the newest step in the running estimates
+
+
+class Rate:
+    """Running estimates: seconds of a step, U-Net rows in a second. Until the first of them any speed is possible."""
+
+    def __init__(self) -> None:
+        self.step_seconds = 1.0
+        self.rows_per_second = math.inf
+
+    def begin(self, rows: int, seconds: float) -> None:
+        """The first estimate: `rows` took `seconds`."""
+        self.step_seconds = max(seconds, 1e-6)
+        self.rows_per_second = rows / self.step_seconds
+
+    def observe(self, rows: int, seconds: float, full: int) -> None:
+        """A step of `rows`, where `full` would have had place: a small batch tells of no slowness."""
+        rate = rows / seconds
+        if 2 * rows > full or rate > self.rows_per_second:
+            self.step_seconds += SMOOTHING * (seconds - self.step_seconds)
+            self.rows_per_second += SMOOTHING * (rate - self.rows_per_second)
