@@ -39,8 +39,8 @@ Trained by
 
     {command}
 {notes}{evaluation}
-The weights are the moving average (EMA). Whether training images are memorised was not tested. This card was written
-by `python -m training.card {name}`.
+The weights are the moving average (EMA).{memory} This card was written by
+`python -m training.card {name}`.
 """
 
 
@@ -59,6 +59,20 @@ It, precision and recall are of {compared_images:,} images, beside as many held-
 | classified as asked | {generated[accuracy]:.2%} | {test[accuracy]:.2%} |
 | Fréchet distance | {generated[frechet_distance]:.4f} | {test[frechet_distance]:.4f} |
 | precision, recall | {generated[precision]:.3f}, {generated[recall]:.3f} | {test[precision]:.3f}, {test[recall]:.3f} |
+"""
+
+BITS = """
+The variational bound is {bits_per_dim:.4f}{error} bits per dimension on {images:,} held-out images.
+"""
+
+NEIGHBOURS = """
+Are training images copied? How far {images:,} samples are from the nearest of {train_images:,} training images,
+beside as many held-out images: by pixels (root of the mean squared difference, in grey levels of 255), and by the
+classifier's features.
+"Nearer" is the share of samples that are nearer to a training image than the nearest 1 % of held-out images are.
+
+| by | samples, median | held out, median | ratio | nearest sample | nearest held out | nearer |
+|---|---|---|---|---|---|---|
 """
 
 COMPARISON = """
@@ -106,7 +120,23 @@ def headline(result: dict[str, Any]) -> str:
     shown = ("sampler", "steps", "guidance_scale", "seed", "precision")
     extractor = {"extractor": result["features"]["sha256"], "extractor_accuracy": result["features"]["accuracy"]}
     text = ", ".join(f"{key} {sampling[key]}" for key in shown)
-    return EVALUATION.format(**{**result, **extractor, "sampling": text})
+    shown = EVALUATION.format(**{**result, **extractor, "sampling": text})
+    if bound := result.get("bits_per_dim"):
+        error = bound["standard_error"]
+        shown += BITS.format(**bound, error="" if error is None else f" ± {error:.4f}")
+    if found := result.get("neighbours"):
+        shown += NEIGHBOURS.format(**found) + "".join(
+            neighbours_row(name, found[name]) for name in ("pixels", "features")
+        )
+    return shown
+
+
+def neighbours_row(name: str, found: dict[str, Any]) -> str:
+    """One line of the table that says whether training images are copied."""
+    own, theirs = found["generated"], found["held_out"]
+    numbers = [own["median"], theirs["median"], found["ratio"], own["minimum"], theirs["minimum"]]
+    words = ["–" if x is None else f"{x:.3g}" for x in numbers]
+    return f"| {name} | {' | '.join(words)} | {found['nearer_than_1_percent']:.2%} |\n"
 
 
 def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
@@ -118,6 +148,9 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
         **{key: value for key, value in fields.items() if key not in ("metrics", "notes")},
         name=file.stem,
         evaluation=evaluation,
+        memory=""
+        if "training images copied" in evaluation
+        else " Whether training images are memorised was not tested.",
         notes="\n" + provenance.get("notes", "") + "\n",
         kind="A class-conditional" if config.class_names else "An unconditional",
         size=f"{h}×{w} {'grey' if c == 1 else 'colour'}",

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from training import statistics
 from training.data import Images
+from training.features import real_features
 from training.inception import Inception
 from training.judge import Judge
 from training.statistics import Moments
 
 NEIGHBOURS = 3  # the k of precision and recall
-PART = 500  # real images that the judge sees at once
+PART = 10_000  # rows that go into the moments at once
 
 
 def balanced(images: Images, num_classes: int | None, num_images: int | None = None) -> Tensor:
@@ -56,18 +56,16 @@ def measure(who: Judge, train_set: Images, test_set: Images, rows: Tensor, num_c
     """
     chosen, held_out = balanced(train_set, num_classes), balanced(test_set, num_classes)
     n = min(len(rows), len(chosen), len(held_out))
-    all_train, train = Moments(who.size), []
-    for i, part in enumerate(tqdm(chosen.split(PART), desc="train split", unit_scale=PART, unit="image", leave=False)):
-        features, _ = who.network.judge(train_set.images[part])
-        all_train.add(features)
-        if i * PART < n:
-            train.append(features)
-    test = [who.network.judge(test_set.images[part]) for part in held_out[:n].split(PART)]
-    features, logits = rows.to(who.device).split([who.size, len(who.class_names)], dim=1)
-    sets = {"generated": (features, logits), "test": tuple(torch.cat(both) for both in zip(*test, strict=True))}
+    train, test = real_features(who, train_set)[chosen], real_features(who, test_set)[held_out[:n]]
+    all_train = Moments(who.size)
+    for part in train.split(PART):
+        all_train.add(part[:, : who.size])
+    widths = [who.size, len(who.class_names)]
+    near = train[:n, : who.size].to(who.device)
+    sets = {name: x.to(who.device).split(widths, dim=1) for name, x in {"generated": rows, "test": test}.items()}
     result: dict[str, Any] = {"compared_images": n, "train_images": len(chosen)}
     for name, (features, logits) in sets.items():
-        result[name] = compare(torch.cat(train)[:n], all_train, features[:n], num_classes)
+        result[name] = compare(near, all_train, features[:n], num_classes)
         if num_classes is not None and who.class_names:
             labels = torch.arange(len(logits), device=who.device) % num_classes
             share, by_class = statistics.accuracy(logits, labels, num_classes)

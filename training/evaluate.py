@@ -15,11 +15,13 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint
@@ -29,7 +31,7 @@ from model.inference import compile_for_inference
 from model.likelihood import bits_per_dim
 from model.plan import Plan
 from model.sampling import sample
-from training import comparison, data, judge, sources
+from training import comparison, data, judge, neighbours, sources
 from training.config import torch_device
 from training.data import DataError, Images
 from training.features import FeatureFile
@@ -39,30 +41,34 @@ from training.revision import git_revision
 from training.sampling import add_sampling_options, settings_of
 
 
-def generate(
-    source: Checkpoint, network: Network, plan: Plan, who: Judge, rows: FeatureFile, args: argparse.Namespace
-) -> None:
-    """Extends `rows` (features and logits, one row per sample) to `args.num_images`, by whole batches.
+def draw(
+    source: Checkpoint, network: Network, plan: Plan, first: int, device: torch.device, seed: int, n: int
+) -> Tensor:
+    """The samples of indices `first`, `first` + 1, …: uint8 [n, C, H, W], as a client of the service gets them.
 
-    Image i has Philox index i and, of K classes, class i mod K, as in training.sample. The judge sees bytes, as a
-    client of the service does.
+    Image i has Philox index i and, of K classes, class i mod K, as in training.sample.
     """
-    unet = source.config.unet
-    with tqdm(total=args.num_images, initial=rows.count, unit="image", dynamic_ncols=True, mininterval=1) as bar:
-        while rows.count < args.num_images:
-            indices = list(range(rows.count, rows.count + args.batch_size))
-            x = sample(
-                network,
-                plan,
-                unet.image_shape,
-                seeds=[args.seed] * len(indices),
-                indices=indices,
-                classes=None if unet.num_classes is None else [i % unet.num_classes for i in indices],
-                null_class=unet.num_classes if unet.null_class else None,
-                device=who.device,
-            )
-            rows.append(torch.cat(who.network.judge(to_uint8(x)), dim=1))
-            bar.update(len(indices))
+    unet, indices = source.config.unet, list(range(first, first + n))
+    x = sample(
+        network,
+        plan,
+        unet.image_shape,
+        seeds=[seed] * n,
+        indices=indices,
+        classes=None if unet.num_classes is None else [i % unet.num_classes for i in indices],
+        null_class=unet.num_classes if unet.null_class else None,
+        device=device,
+    )
+    return to_uint8(x)
+
+
+def generate(draws: Callable[[int], Tensor], who: Judge, rows: FeatureFile, num_images: int) -> None:
+    """Extends `rows` (features and logits, one row per sample) to `num_images`, by whole batches `draws(first)`."""
+    with tqdm(total=num_images, initial=rows.count, unit="image", dynamic_ncols=True, mininterval=1) as bar:
+        while rows.count < num_images:
+            images = draws(rows.count)
+            rows.append(torch.cat(who.network.judge(images), dim=1))
+            bar.update(len(images))
 
 
 def bits(source: Checkpoint, network: Network, images: Images, num_images: int, batch_size: int) -> dict[str, Any]:
@@ -119,13 +125,23 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     }
     key = {"checkpoint": source.sha256, "features": who.sha256, **how}
     network = compile_for_inference(source.network, device, args.precision)
+
+    def draws(first: int) -> Tensor:
+        return draw(source, network, plan, first, device, args.seed, args.batch_size)
+
     rows = FeatureFile(out, key, who.size + len(who.class_names), args.batch_size)
     before, started = min(rows.count, args.num_images), time.perf_counter()
-    generate(source, network, plan, who, rows, args)
+    generate(draws, who, rows, args.num_images)
     sampled = time.perf_counter()
     measured = comparison.measure(
         who, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes
     )
+    if args.neighbours:
+        firsts = tqdm(range(0, args.neighbours, args.batch_size), desc="for neighbours", unit_scale=args.batch_size)
+        images = torch.cat([draws(first).cpu() for first in firsts])[: args.neighbours]
+        picture = out.with_name(f"{out.stem}-neighbours.png")
+        k = source.config.unet.num_classes
+        measured["neighbours"] = neighbours.compare(who, train_set, test_set, images, k, picture)
     if args.bits_images:
         measured["bits_per_dim"] = bits(source, network, test_set, args.bits_images, args.batch_size)
     result = {
@@ -172,6 +188,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", required=True, metavar="NAME_OR_FOLDER", help="what the checkpoint was trained on")
     add("--out", required=True, metavar="FILE", help="the result, JSON; features of the samples are kept beside it")
     add("--num_images", type=int, default=10_000, metavar="N", help="samples, all classes in turn (default: 10000)")
+    add(
+        "--neighbours",
+        type=int,
+        default=0,
+        metavar="N",
+        help="samples to find the train images nearest to (default: 0)",
+    )
     add("--bits_images", type=int, default=0, metavar="N", help="held-out images for bits per dimension (default: 0)")
     add_sampling_options(parser)
     add("--weights", default="ema", **one_of(("ema", "raw")), help="raw is in the folder of a run (default: ema)")
@@ -182,8 +205,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.read(argv)
     if args.num_images <= comparison.NEIGHBOURS:
         parser.error(f"--num_images must be more than {comparison.NEIGHBOURS}, not {args.num_images}")
-    if args.bits_images < 0:
-        parser.error(f"--bits_images must not be negative, as {args.bits_images} is")
+    for name in ("bits_images", "neighbours"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative, as {getattr(args, name)} is")
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 0 <= args.seed < 2**64:
@@ -203,6 +227,12 @@ def table(result: dict[str, Any]) -> str:
     for name, value in result["generated"].items():
         if isinstance(value, float):
             lines.append(f"  {name.replace('_', ' '):28}{value:12.4g}{result['test'][name]:12.4g}")
+    for space in ("pixels", "features") if "neighbours" in result else ():
+        found = result["neighbours"][space]
+        line = f"nearest train image, by {space}: {found['generated']['median']:.4g} away, of held-out images "
+        lines.append(
+            f"{line}{found['held_out']['median']:.4g}; nearer than their 1 %: {found['nearer_than_1_percent']:.2%}"
+        )
     if bound := result.get("bits_per_dim"):
         lines.append(f"bits per dimension of {bound['images']} held-out images: {bound['bits_per_dim']:.4g}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The judge of `training.evaluate`: a small residual network that tells classes apart, and its file.
+"""The judge of `training.evaluate`: a small network that tells classes apart, and its file.
 
 Its penultimate layer gives the features in which images are compared, its answer says whether a sample shows what was
 asked for. `python -m training.classifier` trains one.
@@ -15,101 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from model.images import from_uint8
 from training import inception
+from training.convnet import Classifier, ClassifierConfig
 from training.inception import Inception
+from training.residual import Residual
 
-FORMAT = "ddpm-serve-classifier/1"
+FORMAT = "ddpm-serve-classifier/2"
+NETWORKS: dict[str, type[Classifier]] = {FORMAT: Classifier, "ddpm-serve-classifier/1": Residual}
 
 
 class JudgeError(ValueError):
     """The file cannot be used as a classifier; the message says why."""
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """The architecture: three stages of `depth` residual blocks with `width`, 2·width and 4·width channels."""
-
-    image_channels: int
-    image_size: tuple[int, int]  # height, width
-    num_classes: int
-    width: int = 32
-    depth: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON has lists only
-        limits = [
-            ("image_channels", self.image_channels, 1, 4),
-            *(("image_size", side, 4, 1024) for side in self.image_size),
-            ("num_classes", self.num_classes, 2, 100_000),
-            ("width", self.width, 1, 1024),
-            ("depth", self.depth, 1, 32),
-        ]
-        for name, value, low, high in limits:
-            if not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value}")
-        if len(self.image_size) != 2:
-            raise ValueError(f"image_size must be (height, width), not {self.image_size}")
-
-
-class Block(nn.Module):
-    """norm → ReLU → conv, twice, plus the input (He et al. 2016b, "Identity mappings in deep residual networks")."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.norm_1 = nn.BatchNorm2d(in_channels)
-        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm_2 = nn.BatchNorm2d(out_channels)
-        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        same = in_channels == out_channels and stride == 1
-        self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm_1(x))
-        skip = x if self.shortcut is None else self.shortcut(h)
-        return skip + self.conv_2(F.relu(self.norm_2(self.conv_1(h))))
-
-
-class Classifier(nn.Module):
-    """A wide residual network (Zagoruyko & Komodakis 2016; width 64, depth 2 is near their WRN-16-4).
-
-    Its BatchNorm is the running one in eval mode: what it says of an image does not depend on the others of a batch.
-    """
-
-    def __init__(self, config: ClassifierConfig) -> None:
-        super().__init__()
-        self.config = config
-        channels = config.width
-        self.stem = nn.Conv2d(config.image_channels, channels, 3, padding=1, bias=False)
-        blocks = []
-        for stage in range(3):
-            for i in range(config.depth):
-                blocks.append(Block(channels, config.width * 2**stage, stride=2 if stage and i == 0 else 1))
-                channels = config.width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(channels)
-        self.head = nn.Linear(channels, config.num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] in [-1, 1] → what the last layer sees, [N, 4·width]: means over the image, none negative."""
-        return F.relu(self.norm(self.blocks(self.stem(x)))).mean(dim=(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] in [-1, 1] → logits [N, num_classes]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
-
-    @torch.no_grad()
-    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [N, C, H, W] → features [N, 4·width] and logits [N, num_classes], both float32, on its device."""
-        x = from_uint8(images.to(self.head.weight.device)).contiguous(memory_format=torch.channels_last)
-        features = self.features(x)
-        return features, self.head(features)
 
 
 @dataclass(frozen=True)
@@ -120,12 +39,17 @@ class Judge:
     `image_shape` (C, H, W). `size` is the number of its features.
     """
 
-    name: str
+    path: Path
     sha256: str
     network: Classifier | Inception
     class_names: tuple[str, ...]
     accuracy: float | None
     provenance: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The file's, without its ending; "inception" for any of Inception's."""
+        return "inception" if isinstance(self.network, Inception) else self.path.stem
 
     @property
     def size(self) -> int:
@@ -147,7 +71,8 @@ class Judge:
 
 def save(path: Path, network: Classifier, class_names: tuple[str, ...], provenance: dict[str, Any]) -> None:
     """Writes the file atomically. `provenance` holds "accuracy", in [0, 1], and whatever else people should know."""
-    metadata = {"format": FORMAT, "network": asdict(network.config), "class_names": class_names} | provenance
+    written = next(name for name, kind in NETWORKS.items() if type(network) is kind)
+    metadata = {"format": written, "network": asdict(network.config), "class_names": class_names} | provenance
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     part = path.with_name(path.name + ".part")
     try:
@@ -170,14 +95,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {}).get("classifier", "{}"))
-            if metadata.pop("format", None) != FORMAT:
-                raise JudgeError(f"not a classifier that this version reads ({FORMAT})")
+            kind = NETWORKS.get(metadata.pop("format", None))
+            if kind is None:
+                raise JudgeError(f"not a classifier that this version reads ({', '.join(NETWORKS)})")
             config = ClassifierConfig(**metadata.pop("network"))
             class_names = tuple(str(name) for name in metadata.pop("class_names"))
             if len(class_names) != config.num_classes or not 0 <= metadata["accuracy"] <= 1:
                 raise JudgeError("its metadata contradict themselves")
             with torch.device("meta"):
-                network = Classifier(config)
+                network = kind(config)
             expected = network.state_dict()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
@@ -193,7 +119,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
         raise JudgeError(f"{path} is not a readable classifier: {error}") from error
     network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Judge(path.stem, sha256, network, class_names, metadata["accuracy"], metadata)
+    return Judge(path, sha256, network, class_names, metadata["accuracy"], metadata)
 
 
 def _inception(path: Path, device: torch.device | str) -> Judge:
@@ -201,4 +127,4 @@ def _inception(path: Path, device: torch.device | str) -> Judge:
         network, sha256 = inception.load(path)
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise JudgeError(str(error) if str(path) in str(error) else f"{path} cannot be read: {error}") from error
-    return Judge("inception", sha256, network.to(device, memory_format=torch.channels_last), (), None, {})
+    return Judge(path, sha256, network.to(device, memory_format=torch.channels_last), (), None, {})

@@ -76,13 +76,13 @@ def strip(frames: Frames, columns: int = STRIP_COLUMNS) -> Image:
     shape = frames.shape[3:]
     shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
     images = frames[shown].transpose(2, 1, 0, 3, 4, 5)  # [N, 2, columns, C, H, W]
-    return _enlarged(grid(images.reshape(-1, *shape), columns=len(shown)), min(shape[1:]))
+    return enlarged(grid(images.reshape(-1, *shape), columns=len(shown)), min(shape[1:]))
 
 
 def animation(frames: Frames) -> list[Image]:
     """One picture per frame: x_t of each image above, its x_0 below."""
     n, *shape = frames.shape[2:]
-    return [_enlarged(grid(frame.reshape(-1, *shape), columns=n), min(shape[1:])) for frame in frames]
+    return [enlarged(grid(frame.reshape(-1, *shape), columns=n), min(shape[1:])) for frame in frames]
 
 
 def save_png(path: Path, picture: Image) -> None:
@@ -131,7 +131,7 @@ def _sample(
     )
 
 
-def _enlarged(picture: Image, side: int) -> Image:
+def enlarged(picture: Image, side: int) -> Image:
     """Every pixel as a square, so that images whose shorter side is `side` can be seen."""
     times = -(-LEAST_SIDE // side)
     return picture.repeat(times, axis=0).repeat(times, axis=1)

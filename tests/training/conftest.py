@@ -22,7 +22,7 @@ from model.diffusion import DiffusionConfig
 from model.plan import SamplingDefaults
 from model.unet import UNet, UNetConfig
 from training import evaluate, judge
-from training.judge import Classifier, ClassifierConfig
+from training.convnet import Classifier, ClassifierConfig
 
 
 @pytest.fixture(autouse=True)

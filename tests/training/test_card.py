@@ -78,6 +78,28 @@ def test_a_card_shows_what_an_evaluation_found(file: Path, tmp_path: Path) -> No
     assert "By sampler" not in text
 
 
+def test_a_card_shows_bits_per_dimension_and_neighbours_where_they_were_asked_for(file: Path, tmp_path: Path) -> None:
+    row = {"minimum": 1.5, "1_percent": 2.0, "5_percent": 3.0, "median": 4.0}
+    space = {"generated": row, "held_out": row | {"median": 5.0, "minimum": 1.25}, "ratio": 0.8}
+    space |= {"nearer_than_1_percent": 0.0125, "nearer_than_5_percent": 0.05}
+    bits = {"bits_per_dim": 1.23456, "standard_error": 0.01, "images": 300, "prior": 0.0, "decoder": 0.1}
+    nearest = {"images": 500, "train_images": 6000, "pixels": space, "features": space}
+    found = evaluation(file, bits_per_dim=bits, neighbours=nearest)
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    assert card.main([str(file), "--evaluation", str(tmp_path / "a.json")]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "1.2346 ± 0.0100 bits per dimension on 300 held-out images" in text
+    assert "500 samples are from the nearest of 6,000 training images" in text
+    for name in ("pixels", "features"):
+        assert f"| {name} | 4 | 5 | 0.8 | 1.5 | 1.25 | 1.25% |" in text
+    assert "not tested" not in text
+    assert "{" not in text
+    assert "memorised was not tested" in card.card(checkpoint.load(file), file)
+    alone = card.evaluation_text([evaluation(file)], checkpoint.load(file).sha256)
+    assert "bits per dimension" not in alone
+    assert "nearest of" not in alone
+
+
 def test_several_evaluations_make_a_table_with_a_row_for_each(file: Path, tmp_path: Path) -> None:
     other = evaluation(file)
     other["sampling"] = {**other["sampling"], "sampler": "ddpm", "steps": 1000, "weights": "raw"}

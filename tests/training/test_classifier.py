@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import checkpoint
-from training import classifier, judge
-from training.judge import Classifier, ClassifierConfig, JudgeError
+from model.images import from_uint8
+from training import classifier, convnet, judge, residual
+from training.convnet import Classifier, ClassifierConfig
+from training.judge import JudgeError
+from training.residual import Residual
 
 ImageFolder = Callable[..., Path]
 PROVENANCE = {"accuracy": 0.75, "command": "python"}
@@ -49,7 +53,6 @@ def test_features_are_what_the_logits_are_made_of(network: Classifier) -> None:
     features, logits = network.judge(images())
     assert (features.shape, logits.shape) == ((5, 16), (5, 2))
     assert features.dtype == logits.dtype == torch.float32
-    assert (features >= 0).all()
     torch.testing.assert_close(logits, network.head(features))
     torch.testing.assert_close(logits, network(images().float() / 127.5 - 1))
 
@@ -59,15 +62,52 @@ def test_an_image_is_judged_the_same_in_any_company(network: Classifier) -> None
 
 
 def test_depth_and_width_make_the_network() -> None:
-    network = Classifier(ClassifierConfig(1, (28, 28), 10, width=8, depth=2))
-    assert len(network.blocks) == 6
+    network = Classifier(ClassifierConfig(1, (28, 28), 10, width=8, depth=3))
+    assert [len(group.convs) for group in network.groups] == [3, 3, 3]
     assert network.head.in_features == 32
     x = torch.zeros(1, 1, 28, 28)
-    assert network.blocks(network.stem(x)).shape == (1, 32, 7, 7)
+    assert network.groups(network.stem(x)).shape == (1, 32, 3, 3)
+    assert Classifier(ClassifierConfig(1, (4, 9), 2, width=8)).eval()(x[:, :, :4, :9]).shape == (1, 2)
+
+
+def test_the_stem_whitens_patches() -> None:
+    torch.manual_seed(0)
+    network = Classifier(ClassifierConfig(3, (16, 16), 2, width=4))
+    smooth = torch.nn.functional.avg_pool2d(torch.rand(200, 3, 19, 19), 4, stride=1)  # neighbours are alike
+    images = (smooth * 400).clamp(0, 255).byte()
+    network.whiten(images)
+    found = network.stem(from_uint8(images)).detach()
+    assert torch.equal(network.stem.weight[:12], -network.stem.weight[12:])
+    rows = found[:, :12].transpose(0, 1).flatten(1)
+    assert rows.mean(dim=1).abs().max() < 1e-3
+    covariance = rows @ rows.T / rows.shape[1]
+    assert covariance.diagonal().max() == pytest.approx(1, abs=0.1)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+
+
+def test_convolutions_begin_as_the_identity() -> None:
+    group, x = convnet.Group(4, 6, depth=2).eval(), torch.rand(2, 4, 5, 5)
+    torch.testing.assert_close(group.convs[0](x)[:, :4], x)
+    torch.testing.assert_close(group.convs[1](torch.cat([x, x[:, :2]], 1))[:, :4], x)
+
+
+def test_files_of_residual_networks_are_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Residual(ClassifierConfig(3, (8, 12), 2, width=4, depth=2)).eval()
+    assert len(network.blocks) == 6
+    judge.save(tmp_path / "old.safetensors", network, ("cat", "dog"), PROVENANCE)
+    with safe_open(tmp_path / "old.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classifier"])["format"] == "ddpm-serve-classifier/1"
+    loaded = judge.load(tmp_path / "old.safetensors")
+    assert type(loaded.network) is Residual
+    features, logits = loaded.network.judge(images())
+    assert (features >= 0).all()
+    assert features.shape == (5, loaded.size) == (5, 16)
+    torch.testing.assert_close(logits, network(from_uint8(images())))
 
 
 def test_a_block_adds_to_what_comes_in() -> None:
-    block, x = judge.Block(4, 4, stride=1).eval(), torch.rand(2, 4, 6, 6)
+    block, x = residual.Block(4, 4, stride=1).eval(), torch.rand(2, 4, 6, 6)
     assert block.shortcut is None
     torch.nn.init.zeros_(block.conv_2.weight)
     assert torch.equal(block(x), x)
@@ -78,7 +118,7 @@ def damage(path: Path, what: str) -> None:
         load_file(path),
         {"format": judge.FORMAT, "network": {}, "class_names": ["a", "b"], **PROVENANCE},
     )
-    metadata["network"] = {"image_channels": 3, "image_size": [8, 12], "num_classes": 2, "width": 4, "depth": 1}
+    metadata["network"] = {"image_channels": 3, "image_size": [8, 12], "num_classes": 2, "width": 4, "depth": 2}
     name = "head.weight"
     match what:
         case "text":
@@ -161,15 +201,16 @@ def test_augmentation_moves_and_mirrors_and_nothing_else() -> None:
     torch.manual_seed(0)
     picture = torch.arange(48.0).reshape(1, 1, 6, 8)
     many = picture.expand(200, -1, -1, -1)
-    assert torch.equal(classifier.augmented(many, 0, False), many)
-    moved = classifier.augmented(many, 2, False)
+    nobody = torch.zeros(200, dtype=torch.bool)
+    assert torch.equal(classifier.augmented(many, 0, nobody), many)
+    moved = classifier.augmented(many, 2, nobody)
     middles = {tuple(m[0, 2:4, 3:5].flatten().tolist()) for m in moved}
     y, x = torch.meshgrid(torch.arange(-2, 3), torch.arange(-2, 3), indexing="ij")
     shifts = zip(y.flatten(), x.flatten(), strict=True)
     assert middles == {tuple(picture[0, 0, 2 + b : 4 + b, 3 + a : 5 + a].flatten().tolist()) for b, a in shifts}
-    flipped = classifier.augmented(many, 0, True)
-    mirrored = (flipped == picture.flip(3)).flatten(1).all(1)
-    assert 60 < mirrored.sum() < 140
+    mirrored = torch.rand(200) < 0.5
+    flipped = classifier.augmented(many, 0, mirrored)
+    assert (flipped[mirrored] == picture.flip(3)).all()
     assert (flipped[~mirrored] == picture).all()
 
 
@@ -177,7 +218,7 @@ def test_colours_stay_together_when_images_move() -> None:
     torch.manual_seed(0)
     x = torch.rand(20, 1, 6, 8)
     x = torch.cat([x, x + 1, x + 2], dim=1)
-    moved = classifier.augmented(x, 2, True)
+    moved = classifier.augmented(x, 2, torch.arange(20) % 2 == 0)
     torch.testing.assert_close(moved[:, :1] + torch.tensor([0.0, 1, 2]).reshape(1, 3, 1, 1), moved)
 
 
@@ -235,6 +276,8 @@ def test_the_seed_decides(image_folder: ImageFolder, tmp_path: Path) -> None:
     ("words", "why"),
     [
         (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batch_size", "1"], "--batch_size must be at least 2"),
+        (["--label_smoothing", "1"], "--label_smoothing must be"),
         (["--learning_rate", "nan"], "--learning_rate must be"),
         (["--seed", "-1"], "--seed must be"),
         (["--out", "/nowhere/at/all"], "no folder"),
@@ -263,3 +306,88 @@ def test_images_without_classes_are_refused(
     folder = image_folder(classes=(".",), count=40)
     assert classifier.main(["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors")]) == 2
     assert "class of every image" in capsys.readouterr().err
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(
+    image_folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dataset", str(image_folder()), "--epochs", "4", "--batch_size", "7", "--width", "4", "--flip"]
+    words += ["--device", "cpu", "--out"]
+    assert classifier.main([*words, str(tmp_path / "whole.safetensors")]) == 0
+    steps = []
+
+    def interrupted(images: Tensor, shift: int, mirrored: Tensor) -> Tensor:
+        if len(steps) == 10:  # in the third pass of four steps
+            raise KeyboardInterrupt
+        steps.append(len(images))
+        return augmented(images, shift, mirrored)
+
+    augmented, killed = classifier.augmented, tmp_path / "killed.safetensors"
+    monkeypatch.setattr(classifier, "augmented", interrupted)
+    assert classifier.main([*words, str(killed)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not killed.exists()
+    steps.clear()
+    assert classifier.main([*words, str(killed), "--seed", "1"]) == 130  # another command begins anew
+    steps.clear()
+    assert classifier.main([*words, str(killed)]) == 130
+    (tmp_path / "killed.safetensors.state.part").write_bytes(b"what a crash leaves")
+    steps.clear()
+    assert classifier.main([*words, str(killed)]) == 0
+    assert len(steps) == 8  # the last two passes
+    whole, again = load_file(tmp_path / "whole.safetensors"), load_file(killed)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert sorted(p.name for p in tmp_path.glob("killed*")) == ["killed.safetensors"]
+
+
+def test_every_image_is_mirrored_in_every_second_pass(
+    image_folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(images: Tensor, shift: int, mirrored: Tensor) -> Tensor:
+        seen.append((images, mirrored))
+        return images
+
+    monkeypatch.setattr(classifier, "augmented", spy)
+    words = ["--dataset", str(image_folder(count=16)), "--epochs", "2", "--batch_size", "31", "--width", "4"]
+    words += ["--out", str(tmp_path / "judge.safetensors"), "--device", "cpu"]
+    assert classifier.main(words) == 0
+    assert not torch.cat([mirrored for _, mirrored in seen]).any()
+    seen.clear()
+    assert classifier.main([*words, "--flip"]) == 0
+    first, second = ({i.numpy().tobytes(): bool(m) for i, m in zip(*batch, strict=True)} for batch in seen)
+    assert len(first) == 31
+    assert {image: not mirrored for image, mirrored in first.items()} == second
+    assert 0 < sum(first.values()) < 31
+
+
+def test_the_norms_know_clean_images_at_the_end(network: Classifier) -> None:
+    """In eval mode every norm sees, over the images that settled it, mean 0 and variance 1."""
+    pictures = torch.randint(0, 256, (40, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for norm in (module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.running_mean.fill_(7)
+    classifier.settle(network, pictures)
+    network.eval()
+    norm, seen = network.groups[0].norms[1], []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    network.judge(pictures)
+    torch.testing.assert_close(seen[0].mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-2)
+    torch.testing.assert_close(seen[0].var(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-2)
+
+
+def test_a_small_batch_takes_smaller_steps() -> None:
+    def rates(size: str) -> list[float]:
+        args = classifier.parse(["--dataset", "x", "--out", "x", "--batch_size", size])
+        optimizer = classifier.make_optimizer(Classifier(ClassifierConfig(1, (8, 8), 2)), args)
+        return [group["lr"] for group in optimizer.param_groups]
+
+    assert rates("500") == rates("1000") == pytest.approx([0.75, 48])
+    assert rates("125") == pytest.approx([0.375, 6])
+
+
+def test_the_rate_goes_up_and_down() -> None:
+    rates = [classifier.share_of_rate(i / 100) for i in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[25] == 1
+    assert rates[100] == pytest.approx(0.05)

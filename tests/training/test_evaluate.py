@@ -17,8 +17,8 @@ from model.plan import make_plan
 from model.sampling import sample
 from model.unet import UNet, UNetConfig
 from training import classifier, comparison, data, evaluate, judge
+from training.convnet import Classifier, ClassifierConfig
 from training.data import Images
-from training.judge import Classifier, ClassifierConfig
 from training.statistics import Moments, kernel_distance
 
 Evaluated = Callable[..., dict[str, Any]]

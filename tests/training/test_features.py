@@ -10,7 +10,9 @@ from torch import Tensor
 from model import checkpoint
 from model.sampling import sample
 from training import evaluate, judge
-from training.features import FeatureFile
+from training.convnet import Classifier
+from training.data import Images
+from training.features import FeatureFile, real_features
 
 Evaluated = Callable[..., dict[str, Any]]
 
@@ -128,3 +130,89 @@ def test_another_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="something else"):
         FeatureFile(tmp_path / "x.json", {}, columns=3, batch_size=2)
     assert path.read_text().startswith("something of great value")
+
+
+def split(images: int = 12, seed: int = 0) -> Images:
+    draw = torch.Generator().manual_seed(seed)
+    return Images(torch.randint(0, 256, (images, 1, 8, 8), dtype=torch.uint8, generator=draw), None, (), "x")
+
+
+class Reads:
+    """A judge that counts the images it sees."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images, judged = 0, Classifier.judge
+
+        def counted(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+            self.images += len(images)
+            return judged(network, images)
+
+        monkeypatch.setattr(Classifier, "judge", counted)
+
+
+def test_the_judge_sees_real_images_once_for_all_evaluations(
+    evaluation: list[str], evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Reads(monkeypatch)
+    first = evaluated(evaluation)
+    assert reads.images == 60 + 12 + 15  # both splits, and three batches of samples
+    again = evaluated([*evaluation, "--out", str(tmp_path / "again.json")])
+    assert reads.images == 60 + 12 + 30
+    assert again == first
+    assert len(list(tmp_path.glob("judge-*.real"))) == 2
+    assert sum(p.stat().st_size for p in tmp_path.glob("*.real")) < 4 * (60 + 12) * 15 + 1000  # 12 features, 3 logits
+
+
+def test_real_features_are_those_of_every_image_in_order(save_judge: Callable[..., str], tmp_path: Path) -> None:
+    who, images = judge.load(save_judge()), split()
+    expected = torch.cat(who.network.judge(images.images), dim=1)
+    for _ in range(2):  # made, and read
+        torch.testing.assert_close(real_features(who, images), expected)
+    assert [p.name[:6] for p in tmp_path.glob("*.real*")] == ["judge-"]
+
+
+@pytest.mark.parametrize("what", ["judge", "images", "shape", "cut", "empty"])
+def test_real_features_of_something_else_are_made_anew(
+    what: str, save_judge: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who, images = judge.load(save_judge()), split()
+    real_features(who, images)
+    (kept,) = tmp_path.glob("*.real")
+    match what:
+        case "judge":
+            network = who.network
+            network.head.weight.mul_(2)
+            judge.save(who.path, network, ("cat", "dog", "emu"), {"accuracy": 0})
+            who = judge.load(who.path)
+        case "images":
+            images = split(seed=1)
+        case "shape":
+            images = Images(images.images.reshape(24, 1, 4, 8), None, (), "x")
+        case "cut":
+            kept.write_bytes(kept.read_bytes()[:-4])
+        case "empty":
+            kept.write_bytes(b"")
+    reads = Reads(monkeypatch)
+    expected = torch.cat(who.network.judge(images.images), dim=1)
+    reads.images = 0
+    torch.testing.assert_close(real_features(who, images), expected)
+    assert reads.images == len(images)
+    assert len(list(tmp_path.glob("*.real"))) == (2 if what in ("images", "shape") else 1)
+
+
+def test_where_real_features_cannot_be_kept_they_are_made_all_the_same(
+    save_judge: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    who, images = judge.load(save_judge()), split()
+    expected = real_features(who, images)
+    (kept,) = tmp_path.glob("*.real")
+    kept.unlink()
+
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert torch.equal(real_features(who, images), expected)
+    assert "not kept" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.real*"))
