@@ -3,8 +3,9 @@
 On a CPU most of a network's time is spent around its convolutions. What is done about it, without a compiler:
 
 - Convolutions take weights that oneDNN has packed beforehand, in bfloat16 where asked for.
-- A normalisation becomes one scale and one shift per sample and channel. Whatever is linear around it is folded into
-  them: the bias of time and class, scale and shift of Dhariwal & Nichol 2021. So norm and activation are two passes.
+- On large maps a normalisation becomes one scale and one shift per sample and channel. Whatever is linear around it is
+  folded into them: the bias of time and class, scale and shift of Dhariwal & Nichol 2021. So norm and activation are two
+  passes. On small maps a call costs more than a pass, and PyTorch's own function is one call.
 - Activations lie with their channels last. The residual stream, norms and sums stay in float32.
 - Time and class are embedded once per timestep and class, not once per step.
 
@@ -13,7 +14,6 @@ A row's bits do not depend on what is in the others. On how many they are they m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -26,6 +26,7 @@ from model.unet import UNet
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 CACHE_BYTES = 64 * 2**20  # of embedded timesteps
+SMALL = 1024  # positions; on larger maps PyTorch's group norm splits a row's sums among threads by the number of rows
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: F.silu(x, inplace=True),
@@ -63,22 +64,29 @@ def compile_for_inference(network: UNet, device: torch.device, precision: str) -
 
 
 class Conv:
-    """A convolution with weights packed by oneDNN for `dtype`, where PyTorch has it; a 1×1 one in `dtype` too."""
+    """A convolution in `dtype`, its weights packed by oneDNN, where PyTorch has it, for the size of its first input.
+
+    Packed for another size they may lie as no fast kernel takes them, and a call be 50 times as slow.
+    """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(layer, nn.Conv2d)
         self.stride, self.padding = list(layer.stride), list(map(int, layer.padding))
         self.weight = layer.weight.detach().to(dtype)
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if self.packed:
-            self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                self.weight.to_mkldnn(), self.padding, self.stride, [1, 1], 1
-            )
+        self.packed = False
+
+    def _pack(self, size: torch.Size) -> None:
+        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
+            self.weight.to_mkldnn(), self.padding, self.stride, [1, 1], 1, [1, *size]
+        )
+        self.packed = True
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.packed:
-            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+            if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+                return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+            self._pack(x.shape[1:])
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, self.padding, self.stride, [1, 1], 1, "none", [], None
         )
@@ -118,6 +126,8 @@ class Norm:
         self, x: Tensor, bias: Tensor | None = None, modulation: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """x [N, C, H, W] float32; bias [N, C] before the norm; modulation: (1 + scale, shift) after it, [N, C] each."""
+        if self.groups and x[0, 0].numel() < SMALL:
+            return self._small(x, bias, modulation)
         v = rows_of(x)
         scale, shift = self._affine(v, bias)
         if modulation is not None:
@@ -132,6 +142,14 @@ class Norm:
             out = self.activation(out)
         n, c, h, w = x.shape
         return out.view(n, h, w, c).permute(0, 3, 1, 2)
+
+    def _small(self, x: Tensor, bias: Tensor | None, modulation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The same by PyTorch's own function: one call instead of twenty."""
+        x = x if bias is None else x + bias[:, :, None, None]
+        out = F.group_norm(x, self.groups, self.weight, self.offset, self.eps)
+        if modulation is not None:
+            out = torch.addcmul(modulation[1][:, :, None, None], out, modulation[0][:, :, None, None])
+        return out if self.activation is None else self.activation(out)
 
     def _affine(self, v: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         n, positions, channels = v.shape
@@ -168,14 +186,11 @@ class PackedAttention:
         self.qkv, self.out = Conv(layer.qkv, dtype), Conv(layer.out, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Products and softmax one by one: at these sizes faster than PyTorch's fused attention on a CPU."""
         n, c, h, w = x.shape
-        width = c // self.heads
-        qkv = rows_of(self.qkv(self.norm(x).to(self.dtype))).view(n, h * w, 3, self.heads, width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, n * self.heads, h * w, width).unbind()
-        weights = torch.bmm(q, k.transpose(1, 2)).float().mul_(1 / math.sqrt(width)).softmax(2)
-        y = torch.bmm(weights.to(self.dtype), v).view(n, self.heads, h, w, width).permute(0, 1, 4, 2, 3)
-        y = y.reshape(n, c, h, w).contiguous(memory_format=torch.channels_last)
+        qkv = rows_of(self.qkv(self.norm(x).to(self.dtype))).view(n, h * w, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        y = F.scaled_dot_product_attention(q, k, v)  # [N, heads, HW, width]
+        y = y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
         return x + self.out(y).float()
 
 

@@ -61,8 +61,12 @@ def inputs(config: UNetConfig, n: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 @pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())
+@pytest.mark.parametrize("small", [0, 1024], ids=["large maps", "small maps"])
 @torch.no_grad()
-def test_it_computes_what_the_network_computes(tiny_config: UNetConfig, changes: dict[str, Any]) -> None:
+def test_it_computes_what_the_network_computes(
+    tiny_config: UNetConfig, changes: dict[str, Any], small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.inference.SMALL", small)
     config = replace(tiny_config, **changes)
     network = randomised(config)
     x, t, y = inputs(config, 5)
@@ -101,11 +105,23 @@ def test_the_network_is_left_as_it_was(tiny: UNet) -> None:
 def test_without_onednn_the_same_comes_out(tiny: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     x, t, y = inputs(tiny.config, 2)
     packed = compile_for_inference(tiny, CPU, "fp32")
+    expected = packed(x, t, y)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     plain = compile_for_inference(tiny, CPU, "fp32")
+    assert torch.allclose(plain(x, t, y), expected, atol=1e-5)
     assert isinstance(plain, PackedUNet)
     assert not plain.init_conv.packed
-    assert torch.allclose(plain(x, t, y), packed(x, t, y), atol=1e-5)
+
+
+def test_another_size_than_the_first_one_is_computed_too(tiny: UNet) -> None:
+    """Weights are packed for the first; they have to serve others, if slower."""
+    x, t, y = inputs(tiny.config, 2)
+    forward = compile_for_inference(tiny, CPU, "fp32")
+    for other in (x, x.repeat(1, 1, 2, 3), x[..., :4, :6]):
+        expected = tiny(other, t, y)
+        assert torch.allclose(
+            forward(other, t, y), expected, rtol=2e-4, atol=2e-5 * float(expected.detach().abs().max())
+        )
 
 
 def test_wrong_calls_are_refused(tiny: UNet) -> None:
