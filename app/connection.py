@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
+
+PIECE = 1024  # bytes that are parsed at once
+AHEAD = 65_536  # bytes that are read while earlier requests are answered: enough to see the client leave
+UNSENT = 16_384  # bytes that the kernel holds for a client beyond those on their way, where it would hold megabytes
+LOOKS = 4  # at a client that takes nothing, before it is cut off
 
 
 @dataclass
@@ -23,14 +29,46 @@ class Limits:
     idle: dict[Connection, None] = field(default_factory=dict)  # those without a request; longest first
 
 
+class ClientTransport:
+    """A transport that knows how many bytes its client has `taken`, and reads none while it is `crowded`."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._written = 0
+        self.crowded = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """As the transport's own."""
+        self._written += len(data)
+        self._transport.write(data)
+
+    def resume_reading(self) -> None:
+        """As the transport's own, which uvicorn calls at every request and every answer."""
+        if not self.crowded:
+            self._transport.resume_reading()
+
+    @property
+    def taken(self) -> int:
+        """Bytes that were written and do not wait here any more."""
+        return self._written - self._transport.get_write_buffer_size()
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol. A message is read within `read_s` for its head and again for its body, or the connection
     ends; so it does if the client takes nothing of an answer for `write_s`. Where there are too many, the longest
-    idle one makes room, which is what a client that sends its head drop by drop is, too."""
+    idle one makes room, which is what a client that sends its head drop by drop is, too. Requests that come before
+    the answer to an earlier one wait as bytes, few of them, in which uvicorn would queue as many as are sent."""
+
+    transport: ClientTransport  # type: ignore[assignment]
 
     def __init__(self, limits: Limits, **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
         self._limits = limits
+        self._held = bytearray()  # read, and not parsed yet
+        self._answered: RequestResponseCycle | None = None  # the request that is, or was last
         self._part = "none"  # of a message that is being read: none, head or body
         self._unparsed = 0  # bytes since the last complete head or body
         self._refusal: ServiceError = BadRequest("this is not well-formed HTTP")
@@ -39,7 +77,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there: makes room for it, or refuses it where all are busy."""
-        super().connection_made(transport)
+        super().connection_made(ClientTransport(transport))  # type: ignore[arg-type]
+        if limited := getattr(socket, "TCP_NOTSENT_LOWAT", None):  # Linux and macOS
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, limited, UNSENT)
         idle = self._limits.idle
         if len(self.connections) > self._limits.connections:
             if not idle:
@@ -57,21 +97,38 @@ class Connection(HttpToolsProtocol):
         for timer in (self._read_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
+        if self._answered is not None:  # uvicorn tells the newest, which may be another that waits behind it
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     # Reading
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of a message, or of several."""
+        self._held += data
+        self._parse()
+
+    def _parse(self) -> None:
+        while self._held and not self.pipeline and not self.transport.is_closing():
+            piece = bytes(self._held[:PIECE])
+            del self._held[:PIECE]
+            if self._read_timer is None:
+                self._expect()
+            if self._part != "body":
+                self._unparsed += len(piece)
+            super().data_received(piece)
+            if self._part != "body" and self._unparsed > self._limits.header_bytes:
+                self._refuse(self._too_large())
         if self.transport.is_closing():
-            return
-        if self._read_timer is None:
-            self._expect()
-        if self._part != "body":
-            self._unparsed += len(data)
-        super().data_received(data)
-        if self._part != "body" and self._unparsed > self._limits.header_bytes:
-            self._refuse(self._too_large())
+            self._held.clear()
+        elif not self.transport.crowded and len(self._held) > AHEAD:
+            self.transport.crowded = True
+            self.transport.pause_reading()
+        elif self.transport.crowded and len(self._held) <= AHEAD:
+            self.transport.crowded = False
+            if not self.flow.read_paused:
+                self.transport.resume_reading()
 
     def on_message_begin(self) -> None:
         """The first byte of a request line."""
@@ -95,6 +152,8 @@ class Connection(HttpToolsProtocol):
         self._limits.idle.pop(self, None)
         self._expect()
         super().on_headers_complete()
+        if self.pipeline:  # uvicorn reads no more then, and would not see that the client leaves
+            self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         """Head and body are here."""
@@ -107,13 +166,19 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The answer was handed over for writing."""
         super().on_response_complete()
-        if self.cycle.response_complete and not self.transport.is_closing():  # and no pipelined one goes on
+        if self._held and not self.transport.is_closing():
+            self.loop.call_soon(self._parse)
+        elif self.cycle.response_complete and not self.transport.is_closing():  # and no pipelined one goes on
             self._limits.idle[self] = None
         self._watch_writing()
 
     def send_400_response(self, msg: str) -> None:
         """The parser refused; uvicorn calls it."""
         self._refuse(self._refusal)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _expect(self) -> None:
         if self._read_timer is not None:
@@ -160,12 +225,17 @@ class Connection(HttpToolsProtocol):
         self._watch_writing()
 
     def _watch_writing(self) -> None:
-        if self._write_timer is None and (left := self.transport.get_write_buffer_size()):
-            self._write_timer = self.loop.call_later(self._limits.write_s, self._check_writing, left)
+        if self._write_timer is None and self.transport.get_write_buffer_size():
+            self._look_again(self.transport.taken, LOOKS)
 
-    def _check_writing(self, before: int) -> None:
+    def _look_again(self, taken: int, looks: int) -> None:
+        self._write_timer = self.loop.call_later(self._limits.write_s / LOOKS, self._check_writing, taken, looks)
+
+    def _check_writing(self, taken: int, looks: int) -> None:
         self._write_timer = None
-        if self.transport.get_write_buffer_size() >= before:
-            self.transport.abort()
-        else:
+        if self.transport.taken > taken:
             self._watch_writing()
+        elif looks > 1:  # several, for a process that stood still may look before the client was asked
+            self._look_again(taken, looks - 1)
+        else:
+            self.transport.abort()

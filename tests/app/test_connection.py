@@ -6,13 +6,16 @@ import hashlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.app.processes import PATIENCE, ServerProcess, wait_for
+from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
 ALICE, CAROL = "alice-0123456789abcdef", "carol-0123456789abcdef"
 AUTH = f"Authorization: Bearer {ALICE}"
@@ -37,9 +40,22 @@ def guarded(grey_checkpoint: Path, keys_file: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def connect(server: ServerProcess) -> socket.socket:
+def operations(server: ServerProcess) -> str:
+    """The address of its --metrics-port."""
+    urls = [line["message"].split()[3] for line in server.logs() if "running on http" in line["message"]]
+    assert len(urls) == 2
+    return urls[1]
+
+
+def connect(server: ServerProcess, holding: int = 0) -> socket.socket:
+    """`holding` is the size of the client's buffer, in bytes."""
     host, _, port = server.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=PATIENCE)
+    connection = socket.socket()
+    if holding:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, holding)
+    connection.settimeout(PATIENCE)
+    connection.connect((host, int(port)))
+    return connection
 
 
 def ended(connection: socket.socket) -> bytes:
@@ -186,13 +202,12 @@ def test_cors_is_for_the_origins_named_and_without_credentials(guarded: ServerPr
 
 
 def test_metrics_have_a_port_of_their_own(guarded: ServerProcess) -> None:
-    urls = [line["message"].split()[3] for line in guarded.logs() if "running on http" in line["message"]]
-    assert len(urls) == 2
-    own = httpx.get(urls[1] + "/metrics")
+    url = operations(guarded)
+    own = httpx.get(url + "/metrics")
     assert own.status_code == 200
     assert "ddpm_ready 1.0" in own.text
-    assert httpx.get(urls[1] + "/readyz").status_code == 200
-    assert httpx.get(urls[1] + "/models").status_code == 404
+    assert httpx.get(url + "/readyz").status_code == 200
+    assert httpx.get(url + "/models").status_code == 404
     assert httpx.get(guarded.url + "/metrics", headers={"Authorization": f"Bearer {ALICE}"}).status_code == 404
 
 
@@ -245,11 +260,51 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(guarded: ServerProcess) -> No
             return True
         return False
 
-    with connect(guarded) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with connect(guarded, holding=4096) as connection:
         connection.settimeout(0.5)
         wait_for(reset, "the end")
     assert status(raw(guarded, AUTH)) == 200
+
+
+def test_who_takes_an_answer_little_by_little_is_not_cut_off(guarded: ServerProcess) -> None:
+    """For some times of --write-timeout-s, in which there is always more for it than it takes."""
+    many = f"GET /openapi.json HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode() * 1000
+    with connect(guarded, holding=4096) as connection:
+        connection.sendall(many)
+        started = last = time.monotonic()
+        while last < started + 5:
+            time.sleep(0.02)
+            assert connection.recv(8192), "cut off"
+            if time.monotonic() > last + 0.5:  # it stood still itself: what was before does not count
+                started = time.monotonic()
+            last = time.monotonic()
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_requests_that_come_before_an_answer_do_not_pile_up(guarded: ServerProcess, takes: bool) -> None:
+    request = f"GET /livez HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode()
+
+    def resident() -> float:
+        return metric(httpx.get(operations(guarded) + "/metrics").text, "process_resident_memory_bytes")
+
+    def take(connection: socket.socket) -> None:
+        with suppress(OSError):
+            while connection.recv(2**20):
+                pass
+
+    before = resident()
+    with connect(guarded) as flood, ThreadPoolExecutor(1) as pool:
+        flood.settimeout(2)
+        if takes:
+            pool.submit(take, flood)
+        with suppress(OSError):  # it reads no more, as it should
+            flood.sendall(request * 10**6)
+        assert resident() < before + 30 * 2**20
+        with connect(guarded) as other:
+            other.sendall(request * 299 + request.replace(b"Host: x", b"Connection: close"))
+            assert ended(other).count(b"HTTP/1.1 200 OK") == 300
+        with suppress(OSError):
+            flood.shutdown(socket.SHUT_RDWR)  # for the one who takes
 
 
 def test_an_upgrade_leads_nowhere(guarded: ServerProcess) -> None:

@@ -103,6 +103,21 @@ def test_a_client_that_leaves_frees_its_places_at_the_next_step(
     assert grown("ddpm_requests_total", endpoint=endpoint) == 1
 
 
+def test_a_client_that_leaves_with_requests_behind_the_first_frees_its_place(faulty: ServerProcess) -> None:
+    body = json.dumps({"n": 20, "steps": 1000, "seed": SLOW})
+    head = "POST /generate HTTP/1.1\r\nHost: here\r\nContent-Type: application/json"
+    message = f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    images = faulty.metric("ddpm_images_total")
+    host, port = faulty.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as client:
+        client.sendall(message.encode())
+        wait_for(lambda: faulty.rows() == 20, "the work")
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n" * 100)
+    wait_for(lambda: faulty.rows() == 0, "free places")
+    assert faulty.metric("ddpm_images_total") == images
+    assert not [line for line in faulty.logs() if line.get("outcome") == "internal_error"]
+
+
 def test_half_of_the_clients_leave_and_the_other_half_is_served(faulty: ServerProcess) -> None:
     bodies = [{"n": 2, "steps": 30, "seed": SLOW, "index": 10 * i, "class_label": i % 3} for i in range(8)]
     alone = [generate(faulty, **body).content for body in bodies[1::2]]
