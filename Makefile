@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # With an NVIDIA GPU: PyPI's CUDA build. Without: a CPU wheel at hand (pip's find-links), else PyTorch's CPU index.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types clean up down lock check-images check-manifests compose-test
+.PHONY: serve test lint types bench clean up down lock check-images check-manifests compose-test
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m app
@@ -20,6 +20,20 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+# Our server beside others, each in an environment of its own that sees this one. ARGS: --quick, --sweep, --only NAMES
+PEERS := $(VENV)/peers
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+bench: $(PEERS)/.done
+	$(BIN)/python -m tests.bench.serving --venvs $(PEERS) --out docs/serving $(ARGS)
+
+$(PEERS)/.done: $(VENV)/.test $(wildcard tests/bench/serving/peers/*.txt)
+	mkdir -p $(PEERS)
+	for peer in litserve rayserve bentoml mosec; do \
+	  $(BIN)/python -m venv $(PEERS)/$$peer && python=$(PEERS)/$$peer/bin/python \
+	  && $(BIN)/python -c '$(PURELIB)' > $$($$python -c '$(PURELIB)')/project.pth \
+	  && $$python -m pip install -q -r tests/bench/serving/peers/$$peer.txt || echo "$$peer cannot be installed"; done
+	@touch $@
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,247 @@
+"""Which scheduling policy? Arrivals replayed through the engine's real scheduler, and through others, in virtual time.
+
+    python -m tests.bench.policies [--threads 2] [--caps 4,8,16] [--out docs/serving]
+
+No network runs but to measure how long a step of 1 … 16 images takes (by the real runner). Then a step of so many rows
+takes that long in virtual time, and nothing else takes any. Loads are fractions of the best rate among the step times.
+The traces are the workloads of `tests.bench.serving`, long enough that p95 is steady.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from app.engine.request import Request, Sample
+from app.engine.runner import Runner
+from app.engine.scheduler import Scheduler
+from model import checkpoint
+from model.inference import best_precision
+from model.plan import Plan, make_plan
+from tests.bench.serving.numbers import percentile
+from tests.bench.serving.workloads import KINDS, Arrival, poisson
+from tests.bench.timing import processor
+
+CPU = torch.device("cpu")
+LOADS = (0.75, 0.95)
+CHUNK = 8
+QUANTUM = 20  # of deficit round robin, in rows: the work of the usual request
+
+
+class RoundRobin(Scheduler):
+    """Every request in turn gives one image."""
+
+    def schedule(self) -> list[Sample]:
+        return self._round_robin()
+
+
+class LeastWork(Scheduler):
+    """Those with the least left to do."""
+
+    def schedule(self) -> list[Sample]:
+        return self._least_work_first()
+
+
+class InOrder(Scheduler):
+    """Those that came first, as engines for language models do (continuous batching)."""
+
+    def key(self, request: Request) -> tuple[float, ...]:
+        return (request.number,)
+
+    def schedule(self) -> list[Sample]:
+        batch: list[Sample] = []
+        for request in sorted(self, key=self.key):
+            batch += request.samples[: self.max_rows - len(batch)]
+        return batch
+
+
+class LeastServed(InOrder):
+    """Those that have had the least so far: what one can do who does not know how long a request is."""
+
+    def key(self, request: Request) -> tuple[float, ...]:
+        return (request.steps_done, request.number)
+
+
+class Deficit(InOrder):
+    """Deficit round robin by work: in turn each request may run `QUANTUM` rows, all its images at once."""
+
+    def __init__(self, max_rows: int) -> None:
+        super().__init__(max_rows)
+        self._rounds: dict[Request, tuple[int, int]] = {}  # when its turn is, and what it may still run
+
+    def schedule(self) -> list[Sample]:
+        there = list(self)
+        last = max((turn for turn, _ in self._rounds.values()), default=0)
+        self._rounds = {r: self._rounds.get(r, (last, QUANTUM)) for r in there}
+        batch: list[Sample] = []
+        for request in sorted(there, key=lambda r: (self._rounds[r][0], r.number)):
+            samples = request.samples[: self.max_rows - len(batch)]
+            if samples:
+                turn, left = self._rounds[request]
+                left -= len(samples)
+                self._rounds[request] = (turn, left) if left > 0 else (turn + 1, left + QUANTUM)
+                batch += samples
+        return batch
+
+
+class WholeRequests(InOrder):
+    """Not of steps: requests of one plan that are there when the batch before is done, each until its end."""
+
+    _batch: tuple[Sample, ...] = ()
+
+    def schedule(self) -> list[Sample]:
+        batch = [sample for sample in self._batch if not sample.finished]
+        first = min(self, key=lambda r: r.number)
+        for request in [] if batch else sorted(self, key=lambda r: r.number):
+            fresh = [sample for sample in request.samples if sample.step == 0]
+            if len(request.plan) == len(first.plan) and (not batch or len(batch) + len(fresh) <= self.max_rows):
+                batch += fresh[: self.max_rows]
+        self._batch = tuple(batch)
+        return batch
+
+
+POLICIES: dict[str, type[Scheduler]] = {
+    "the engine's: half and half": Scheduler,
+    "round robin": RoundRobin,
+    "least work first": LeastWork,
+    "deficit round robin, by work": Deficit,
+    "least served first": LeastServed,
+    "in order of arrival": InOrder,
+    "whole requests, in order": WholeRequests,
+}
+
+
+@dataclass
+class Outcome:
+    """Of every request: its latency, that over what it takes alone, and the longest time in which it got no step."""
+
+    latency: np.ndarray
+    slowdown: np.ndarray
+    starved: np.ndarray
+
+
+def step_times(threads: int, most: int, seconds: float) -> list[float]:
+    """Seconds of a step with 0 … `most` rows: the least of several rounds over all of them, by the real runner."""
+    torch.set_num_threads(threads)
+    loaded = checkpoint.load("mnist")
+    runner = Runner(loaded, CPU, CHUNK, threads, "torch", best_precision(CPU))
+    runner.warm_up(most)
+    plan = make_plan(loaded.diffusion, "ddim", 1000)
+    times: list[list[float]] = [[0.0], *([] for _ in range(most))]
+    request = Request(plan, 0, 0, most, (0,) * most, 0.0, None)  # type: ignore[arg-type]
+    runner.start(request.samples)
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(times[most]) < 5:
+        for rows in range(1, most + 1):
+            started = time.perf_counter()
+            runner.step(request.samples[:rows])
+            times[rows].append(time.perf_counter() - started)
+            for sample in request.samples:
+                sample.step = 0
+    return [statistics.median(values) for values in times]
+
+
+def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], step_s: list[float]) -> Outcome:
+    """The engine's loop without an engine."""
+    now, done = 0.0, 0
+    waiting = [(a.at, i) for i, a in enumerate(trace)]
+    heapq.heapify(waiting)
+    number: dict[Request, int] = {}
+    ended, seen, gap = (np.zeros(len(trace)) for _ in range(3))
+    while done < len(trace):
+        if not len(scheduler):
+            now = max(now, waiting[0][0])
+        while waiting and waiting[0][0] <= now:
+            at, i = heapq.heappop(waiting)
+            asked = trace[i]
+            request = Request(plans[asked.steps], 0, 0, asked.n, None, 0.0, None)  # type: ignore[arg-type]
+            number[request], seen[i] = i, at
+            scheduler.add(request)
+        batch = scheduler.schedule()
+        assert 0 < len(batch) <= scheduler.max_rows, "a policy gave no batch, or too large a one"
+        requests = {sample.request for sample in batch}
+        for request in requests:
+            i = number[request]
+            gap[i] = max(gap[i], now - seen[i])
+        now += step_s[len(batch)]
+        for sample in batch:
+            sample.step += 1
+            sample.request.work_left -= 1
+            sample.request.steps_done += 1
+        for request in requests:
+            i = number[request]
+            seen[i] = now
+            request.samples = [sample for sample in request.samples if not sample.finished]
+            if not request.samples:
+                scheduler.remove(request)
+                ended[i], done = now, done + 1
+    latency = ended - np.array([a.at for a in trace])
+    cap = scheduler.max_rows
+    alone = np.array([a.steps * (a.n // cap * step_s[cap] + step_s[a.n % cap]) for a in trace])
+    return Outcome(latency, latency / alone, gap)
+
+
+def table(step_s: list[float], caps: list[int], requests: int) -> str:
+    """Markdown: one table for each workload, load and batch cap."""
+    diffusion = checkpoint.load("mnist").diffusion
+    plans = {steps: make_plan(diffusion, "ddim", steps) for kinds in KINDS.values() for _, steps in kinds}
+    capacity = max(rows / step_s[rows] for rows in range(1, len(step_s)))
+    parts = []
+    for kind in KINDS:
+        for load in LOADS:
+            rate = load * capacity
+            work = sum(n * steps for n, steps in KINDS[kind]) / len(KINDS[kind])
+            trace = poisson(kind, rate, requests * work / rate, seed=1)
+            lines = [
+                f"| {kind}, {load:.0%} of capacity | cap | p50 s | p95 s | p50 slowdown | p95 slowdown | starved s |",
+                "|---|---:|---:|---:|---:|---:|---:|",
+            ]
+            for cap in caps:
+                for name, policy in POLICIES.items():
+                    found = replay(policy(cap), trace, plans, step_s)
+                    cells = [percentile(v, p) for v in (found.latency, found.slowdown) for p in (50, 95)]
+                    cells.append(float(found.starved.max()))
+                    lines.append(f"| {name} | {cap} | {' | '.join(f'{cell:.3g}' for cell in cells)} |")
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--threads", type=int, default=2)
+    add("--caps", default="4,8,16", help="batch caps (default: 4,8,16)")
+    add("--requests", type=int, default=2000, help="in each trace")
+    add("--seconds", type=float, default=10.0, help="for the step times")
+    add("--step_ms", help="step times for 1, 2, … rows by commas, instead of measuring them")
+    add("--out", type=Path, help="folder that gets policies.md")
+    args = parser.parse_args()
+    caps = [int(cap) for cap in args.caps.split(",")]
+    if args.step_ms:
+        step_s = [0.0, *(float(ms) / 1e3 for ms in args.step_ms.split(","))]
+    else:
+        step_s = step_times(args.threads, max(caps), args.seconds)
+    times = ",".join(f"{1e3 * s:.3g}" for s in step_s[1:])
+    text = f"""# Scheduling policies, compared
+
+`python -m tests.bench.policies`, in virtual time. Milliseconds of a step with 1, 2, … images on {args.threads} threads
+of an {processor()}: {times}. Traces of {args.requests} requests, the same for all; slowdown is latency over what the
+request takes alone, starved is the longest time in which a request got no step. The cap is that of a step's images.
+
+{table(step_s, caps, args.requests)}
+"""
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "policies.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

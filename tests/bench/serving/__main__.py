@@ -1,0 +1,167 @@
+"""Our server and what people would use instead, under the same arrivals: measures, tables, plots.
+
+    python -m tests.bench.serving --out docs/serving                    # half an hour; the machine must be quiet
+    python -m tests.bench.serving --out docs/serving --sweep            # batch size × wait of each peer, ten minutes
+    python -m tests.bench.serving --quick                               # does each contender give the right images?
+    python -m tests.bench.serving --out docs/serving --only litserve    # one of them again
+    python -m tests.bench.serving --out docs/serving --tables           # the tables and plots again, from results.json
+
+Each peer has a virtual environment DIR/NAME of its own under `--venvs DIR`, with peers/NAME.txt installed and this
+project's dependencies visible: `make bench` makes them. Where there is none, the Python that runs this must have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tests.bench.serving import report
+from tests.bench.serving.contenders import CONTENDERS, python_of
+from tests.bench.serving.numbers import score
+from tests.bench.serving.phases import Course, Plan, sweep
+from tests.bench.serving.server import ROOT
+from tests.bench.serving.settings import Settings
+from tests.bench.serving.workloads import save
+
+SWEPT_BATCHES = (4, 8, 16)
+UNSWEPT = 8  # the batch; the wait is the contender's second
+
+
+def say(line: str) -> None:
+    """To whoever waits."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def measure_naive(told: Settings, seconds: float) -> dict[str, Any]:
+    """Runs `naive` in a process of its own. `seconds` for each batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "naive.json"
+        environment = os.environ | replace(told, wait_ms=1e3 * seconds, counter=f"{folder}/counter").variables()
+        command = [sys.executable, "-m", "tests.bench.serving.naive", str(result)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+
+
+def tuned(told: Settings, name: str, swept: dict[str, Any]) -> Settings:
+    """With the contender's best settings of the sweep."""
+    contender = CONTENDERS[name]
+    rows = [row for row in swept.get(name, []) if math.isfinite(score(row))]
+    if rows:
+        best = min(rows, key=score)
+        return replace(told, batch=best["batch"], wait_ms=best["wait_ms"])
+    return replace(told, batch=UNSWEPT, wait_ms=contender.waits_ms[1])
+
+
+def options() -> argparse.Namespace:
+    """From the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of results.json, traces.json, sweep.json, README.md and the plots")
+    add("--threads", type=int, default=2, help="of torch, in every contender (default: 2)")
+    add("--checkpoint", default="mnist")
+    add("--only", default=",".join(CONTENDERS), help="contenders, by commas; the others keep what --out has of them")
+    add("--seconds", type=float, default=36.0, help="of the longest workload; the others are shares of it")
+    add("--venvs", type=Path, help="folder of virtual environments, one for each peer")
+    add("--sweep", action="store_true", help="only the sweep: batch size × wait of each peer")
+    add("--quick", action="store_true", help="only: right images, and a few seconds of load")
+    add("--tables", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    args.only = args.only.split(",")
+    if unknown := set(args.only) - set(CONTENDERS):
+        parser.error(f"no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
+    if args.out is None and not args.quick:
+        parser.error("--out is needed; only --quick leaves nothing behind")
+    return args
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON file, or nothing."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def main() -> None:
+    """Runs what was asked for. A signal ends the servers too."""
+    args = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.tables:
+        return report.write(load(args.out / "results.json"), load(args.out / "sweep.json"), args.out)
+    results = load(args.out / "results.json") if args.out and not (args.quick or args.sweep) else {}
+    told = Settings(
+        0, args.checkpoint, args.threads, rows=16, batch=1, wait_ms=0, queue=1000, deadline_s=600, counter=""
+    )
+    say("the naive loop")
+    naive = measure_naive(told, 0.3 if args.quick else 1.5)
+    if results and set(args.only) != set(CONTENDERS):  # the others ran at this load, so these do
+        naive |= {key: results["naive"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
+        args.seconds = results["circumstances"]["seconds"]
+    told = replace(told, rows=naive["knee"])
+    say(f"capacity {naive['capacity']:.0f} image-steps/s at the knee, {naive['knee']} images; {naive['precision']}")
+    plan = Plan(naive, 4.0 if args.quick else args.seconds)
+    circumstances = {
+        "date": date.today().isoformat(),
+        "threads": args.threads,
+        "cores": len(os.sched_getaffinity(0)),
+        "seconds": plan.seconds,
+        "deadline_s": plan.deadline_s,
+        "overload_s": plan.overload_s,
+    }
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    swept = load(args.out / "sweep.json") if args.out else {}
+    if args.sweep:
+        for name in args.only:
+            contender = CONTENDERS[name]
+            if contender.batching:
+                say(f"sweep of {contender.title}")
+                python = python_of(contender, sys.executable, args.venvs)
+                swept[name] = sweep(contender, python, told, plan, SWEPT_BATCHES, say)
+        swept["naive"], swept["circumstances"] = without_pictures(naive), circumstances
+        (args.out / "sweep.json").write_text(json.dumps(swept, indent=1))
+        return
+    contenders: dict[str, Any] = results.get("contenders", {})
+    results = {"naive": without_pictures(naive), "circumstances": circumstances, "contenders": contenders}
+    for name in args.only:
+        contender = CONTENDERS[name]
+        chosen = tuned(told, name, swept)
+        say(contender.title + (f", batch {chosen.batch}, wait {chosen.wait_ms:g} ms" if contender.batching else ""))
+        course = Course(contender, python_of(contender, sys.executable, args.venvs), chosen, plan, say)
+        contenders[name] = course.run(args.quick) | {"batch": chosen.batch, "wait_ms": chosen.wait_ms}
+        if args.quick:
+            say(f"  pictures: {contenders[name].get('pictures')}")
+        else:
+            keep(results, plan, args.out)
+    if args.quick:
+        failed = [name for name in args.only if "unavailable" in contenders[name]]
+        sys.exit(f"not available: {', '.join(failed)}" if failed else 0)
+    results["naive"]["capacity_after"] = measure_naive(told, 1.0)["capacity"]
+    say(f"capacity at the end: {results['naive']['capacity_after']:.0f} image-steps/s")
+    keep(results, plan, args.out)
+    report.write(results, swept, args.out)
+
+
+def keep(results: dict[str, Any], plan: Plan, out: Path) -> None:
+    """After every contender, so that an interrupted run loses one."""
+    save(plan.traces, out / "traces.json")
+    (out / "results.json").write_text(json.dumps(results, separators=(",", ":")).replace("]],", "]],\n") + "\n")
+
+
+def without_pictures(naive: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of the naive loop's measurements."""
+    return {key: value for key, value in naive.items() if key not in ("pictures", "requests")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Two pictures: how latency is distributed at 75 % load, and what overload does to goodput."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from tests.bench.serving.contenders import CONTENDERS
+from tests.bench.serving.numbers import goodput, latencies, slowdowns
+from tests.bench.serving.workloads import Arrival
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+STYLES = {name: {"color": f"C{i}", "linewidth": 2.5 if name == "ours" else 1.2} for i, name in enumerate(CONTENDERS)}
+
+
+def latency(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Path) -> None:
+    """Latency and slowdown of both mixed workloads: the share of requests that took longer."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey=True, layout="constrained")
+    for row, kind in zip(axes, ("mixed steps", "mixed n"), strict=True):
+        for name, result in results["contenders"].items():
+            if kind not in result:
+                continue
+            slow = slowdowns(traces[kind], result[kind], results["naive"]["alone_s"])
+            for axis, values in zip(row, (latencies(result[kind]), slow), strict=True):
+                values = np.sort(values)
+                share = 1 - np.arange(len(values)) / len(values)
+                axis.plot(values, share, drawstyle="steps-post", label=CONTENDERS[name].title, **STYLES[name])
+        for axis, what in zip(row, ("latency, s", "slowdown"), strict=True):
+            axis.set(xscale="log", yscale="log", xlabel=what, title=f"{kind}, 75 % of capacity")
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("share of requests that took longer")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def overload(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Path) -> None:
+    """Goodput over offered load, both as fractions of the naive loop's capacity."""
+    where, capacity = results["circumstances"], results["naive"]["capacity"]
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, result in results["contenders"].items():
+        levels = [trace for trace in traces if trace.startswith("overload") and trace in result]
+        offered = [float(level.split()[1]) for level in levels]
+        good = [goodput(traces[x], result[x], where["deadline_s"], where["overload_s"]) / capacity for x in levels]
+        axis.plot(offered, good, marker="o", label=CONTENDERS[name].title, **STYLES[name])
+    axis.plot([0.5, 1, 3], [0.5, 1, 1], color="grey", linestyle=":", label="as much as there is")
+    axis.set(xlabel="offered load, of capacity", ylabel="goodput, of capacity", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

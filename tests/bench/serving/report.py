@@ -1,0 +1,302 @@
+"""Tables in Markdown, and the plots beside them, from what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench.serving import plots
+from tests.bench.serving.contenders import CONTENDERS
+from tests.bench.serving.numbers import (
+    first_pictures,
+    goodput,
+    latencies,
+    outcomes,
+    percentile,
+    recovery,
+    score,
+    summary,
+)
+from tests.bench.serving.workloads import Arrival, load
+
+MIXED = ("mixed steps", "mixed n")
+TITLES = {
+    "uniform": "Uniform: one image, 20 steps",
+    "mixed steps": "Mixed steps: one image, 10, 20, 50 or 200 steps, as often",
+    "mixed n": "Mixed n: one image or 16, 20 steps, as often",
+}
+BARS = {"p50": ("median latency", 0.5), "slow95": ("p95 slowdown", 0.25), "p95": ("p95 latency", 1.0)}
+
+Traces = dict[str, list[Arrival]]
+Results = dict[str, Any]
+
+
+def write(results: Results, swept: Results, out: Path) -> None:
+    """README.md, latency.png and overload.png in `out`."""
+    traces = load(out / "traces.json")
+    plots.latency(results, traces, out / "latency.png")
+    plots.overload(results, traces, out / "overload.png")
+    sections = [_head(results), _bar(results, traces)]
+    for name in ("uniform", *MIXED):
+        sections.append(f"## {TITLES[name]}\n\n{_workload(results, traces, name)}")
+    sections += [_own(results, traces), _bursts(results, traces), _overload(results, traces), _frames(results, traces)]
+    sections += [_cancels(results), _idle(results), _sweep(swept)]
+    (out / "README.md").write_text("\n\n".join(sections) + "\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Three digits; — for what never came."""
+    if not math.isfinite(value):
+        return "—"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def title(name: str, results: Results) -> str:
+    """In bold: ours; with the settings: those that batch."""
+    contender, found = CONTENDERS[name], results["contenders"][name]
+    if contender.batching:
+        return f"{contender.title} ({found['batch']}, {found['wait_ms']:g} ms)"
+    return f"**{contender.title}**" if name == "ours" else contender.title
+
+
+def rows(results: Results, key: str, cells: Callable[[Any, str], list[str]], columns: int) -> list[list[str]]:
+    """One for each contender; where it has nothing under `key`, the reason."""
+    found = []
+    for name, result in results["contenders"].items():
+        if key in result:
+            found.append([title(name, results), *cells(result[key], name)])
+        else:
+            reason = result.get("unavailable", "not measured").replace("|", "/")[:160]
+            found.append([CONTENDERS[name].title, reason, *[""] * (columns - 1)])
+    return found
+
+
+def _head(results: Results) -> str:
+    naive, where = results["naive"], results["circumstances"]
+    steps = table(
+        ["images in the batch", *naive["step_s"]],
+        [
+            ["ms a step", *(number(1e3 * s) for s in naive["step_s"].values())],
+            ["image-steps/s", *(number(int(n) / s) for n, s in naive["step_s"].items())],
+        ],
+    )
+    pictures = [r["pictures"] for r in results["contenders"].values() if "pictures" in r]
+    worst = max((p["mean_levels"] for p in pictures), default=0), max((p["far_share"] for p in pictures), default=0)
+    return f"""# Serving, compared
+
+`python -m tests.bench.serving --out docs/serving` made this page on {where["date"]}. Machine: {where["cores"]} cores
+of an {naive["processor"]}, no GPU; torch {naive["torch"]}, {where["threads"]} threads in every contender,
+{naive["precision"]}, checkpoint {naive["checkpoint"][:8]}…, DDIM without guidance. Everything that was sent is in
+`traces.json`, every answer's times in `results.json`.
+
+- **Arrivals** are an open loop: the generator, a process of its own, does not wait for answers, and latencies count
+  from the moment when a request was meant to be sent. All contenders get the same trace, seeds and all.
+- **Capacity** is that of `model.sampling.sample` in a loop at its knee batch, {naive["knee"]} images, without a
+  server: {number(naive["capacity"])} image-steps/s before the run, and after it
+  {number(naive.get("capacity_after", math.nan))}. Loads are fractions of it.
+- **Slowdown** is latency over what the naive loop takes for the request alone, the same for all.
+- A request without an answer took infinitely long (—) and counts in every percentile.
+- **Peers** run the same network function, weights, loop and precision, and group a batch by plan: see
+  `tests/bench/serving/backend.py`. In brackets: batch size and wait, the best of the sweep below. *Ours, batching
+  requests* is our server with another scheduler: whole requests of one plan.
+- **Pictures**: before anything is timed, each contender must give those of the naive loop, asked for all at once. The
+  furthest was {worst[0]:.2f} grey levels off in the mean of a picture, with {worst[1]:.1%} of its pixels off by more
+  than two.
+
+{steps}"""
+
+
+def _summaries(results: Results, traces: Traces, name: str, trace: str | None = None) -> dict[str, dict[str, float]]:
+    alone = results["naive"]["alone_s"]
+    return {
+        who: summary(traces[trace or name], result[name], alone)
+        for who, result in results["contenders"].items()
+        if name in result
+    }
+
+
+def _bar(results: Results, traces: Traces) -> str:
+    lines = []
+    for name in MIXED:
+        found = _summaries(results, traces, name)
+        peers = {who: s for who, s in found.items() if CONTENDERS[who].batching}
+        if "ours" not in found or not peers:
+            continue
+        for key, (what, bar) in BARS.items():
+            best = min(peers, key=lambda who: peers[who][key])
+            ratio = found["ours"][key] / peers[best][key]
+            lines.append(
+                [f"{name}: {what}", number(ratio), f"≤ {bar:g}", _verdict(ratio <= bar), CONTENDERS[best].title]
+            )
+        best = max(peers, key=lambda who: peers[who]["images_s"])
+        ratio = found["ours"]["images_s"] / peers[best]["images_s"]
+        lines.append([f"{name}: images/s", number(ratio), "≥ 1", _verdict(ratio >= 0.995), CONTENDERS[best].title])
+    ours, where = results["contenders"].get("ours", {}), results["circumstances"]
+    capacity = results["naive"]["capacity"]
+    ratios = {}
+    if "overload 2" in ours:
+        good = goodput(traces["overload 2"], ours["overload 2"], where["deadline_s"], where["overload_s"])
+        ratios["goodput at 2× overload over the naive loop's capacity"] = good / capacity
+        ratios["goodput at 2× overload over its own capacity"] = good / ours["capacity"]["uniform"]
+    if "capacity" in ours:
+        ratios["images/s through HTTP over the naive loop's, saturated"] = ours["capacity"]["uniform"] / capacity
+    lines += [[what, number(ratio), "≥ 0.95", _verdict(ratio >= 0.95), ""] for what, ratio in ratios.items()]
+    head = ["at 75 % load, ours over the best batching peer's", "ratio", "bar", "", "the best peer"]
+    return f"## The bar\n\n{table(head, lines)}\n\n![latency](latency.png)"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**not met**"
+
+
+def _workload(results: Results, traces: Traces, name: str, trace: str | None = None) -> str:
+    found = _summaries(results, traces, name, trace)
+
+    def cells(_: Any, who: str) -> list[str]:
+        s = found[who]
+        times = [number(1e3 * s[key]) for key in ("p50", "p95", "p99")]
+        slow = [number(s["slow50"]), number(s["slow95"])]
+        return [number(s["images_s"]), *times, *slow, f"{s['failed']:.0f} of {s['requests']:.0f}"]
+
+    head = ["75 % of capacity", "images/s", "p50 ms", "p95 ms", "p99 ms", "p50 slowdown", "p95 slowdown", "unanswered"]
+    return table(head, rows(results, name, cells, 7))
+
+
+def _own(results: Results, traces: Traces) -> str:
+    parts = []
+    for kind in MIXED:
+        found = {}
+        for who, result in results["contenders"].items():
+            if f"own {kind}" in result:
+                stretch = results["naive"]["capacity"] / result["capacity"][kind]
+                trace = [Arrival(**{**a.__dict__, "at": a.at * stretch}) for a in traces[f"own {kind}"]]
+                found[who] = summary(trace, result[f"own {kind}"], results["naive"]["alone_s"])
+
+        def cells(_: Any, who: str, kind: str = kind, found: Results = found) -> list[str]:
+            s, own = found[who], results["contenders"][who]["capacity"][kind] / results["naive"]["capacity"]
+            return [
+                f"{own:.2f}",
+                number(s["images_s"]),
+                *(number(1e3 * s[key]) for key in ("p50", "p95")),
+                number(s["slow95"]),
+            ]
+
+        head = [kind, "its capacity (naive: 1)", "images/s", "p50 ms", "p95 ms", "p95 slowdown"]
+        parts.append(table(head, rows(results, f"own {kind}", cells, 5)))
+    note = "Capacity is what a backlog of the workload runs at; each contender then gets 75 % of its own."
+    return "\n\n".join(["## Each at 75 % of its own capacity", note, *parts])
+
+
+def _bursts(results: Results, traces: Traces) -> str:
+    found = _summaries(results, traces, "bursts")
+
+    def cells(_: Any, who: str) -> list[str]:
+        return [*(number(1e3 * found[who][key]) for key in ("p50", "p95", "p99")), number(found[who]["slow95"])]
+
+    every = results["circumstances"]["seconds"] / 15
+    note = f"Half of capacity, but the uniform requests of every {every:g} s come at one moment."
+    head = ["", "p50 ms", "p95 ms", "p99 ms", "p95 slowdown"]
+    return f"## Bursts\n\n{note}\n\n{table(head, rows(results, 'bursts', cells, 4))}"
+
+
+def _overload(results: Results, traces: Traces) -> str:
+    where, capacity = results["circumstances"], results["naive"]["capacity"]
+    late, until = where["deadline_s"], where["overload_s"]
+    levels = [name for name in traces if name.startswith("overload")]
+
+    def good(name: str) -> Callable[[Any, str], list[str]]:
+        return lambda records, _: [f"{goodput(traces[name], records, late, until) / capacity:.2f}"]
+
+    lines = []
+    for who, result in results["contenders"].items():
+        line = [title(who, results)]
+        for name in levels:
+            line += good(name)(result[name], who) if name in result else ["not measured"]
+        worst = [name for name in ("overload 2", "overload 3") if name in result]
+        if worst:
+            records, trace = result[worst[0]], traces[worst[0]]
+            within = latencies([r for a, r in zip(trace, records, strict=True) if a.at < until and r[0] == 200])
+            refused, silent = outcomes([r for a, r in zip(trace, records, strict=True) if a.at < until])
+            back = recovery(trace, records, late, until)
+            line += [number(1e3 * percentile(within, 95)) if len(within) else "—"]
+            line += [f"{refused:.0%}", f"{silent:.0%}", number(back) if math.isfinite(back) else "not in time"]
+        else:
+            line += [""] * 4
+        lines.append(line)
+    head = ["goodput, of capacity", *(f"{name.split()[1]}×" for name in levels)]
+    head += ["at 2×: p95 ms of the answered", "refused", "given up", "recovery, s"]
+    note = f"""Uniform requests, worth nothing after {late:g} s: then the client leaves. Goodput is the work of the
+images that came in time, from {late:g} s to {until:g} s after the start, over the naive loop's
+capacity. Recovery is counted from the end of the overload, at half of capacity, to the last request
+that is not answered in time. Ours is told the deadline by the client (`timeout_s`); LitServe, Ray
+Serve, BentoML and mosec are told it by their settings, and with it how many requests to hold where
+they have a setting for it."""
+    return f"## Overload\n\n{note}\n\n{table(head, lines)}\n\n![goodput](overload.png)"
+
+
+def _frames(results: Results, traces: Traces) -> str:
+    def cells(records: Any, who: str) -> list[str]:
+        first, whole = first_pictures(records), latencies(records)
+        times = [number(1e3 * percentile(v, p)) for v in (first, whole) for p in (50, 95)]
+        return ["5 frames" if CONTENDERS[who].stream else "the whole answer", *times]
+
+    note = """Uniform requests at half of capacity; who can shows five predictions of the image on the way.
+LitServe, Ray Serve and mosec have streams too; they are not used, as a batch is carried out plan
+after plan in one call."""
+    head = ["", "first picture is", "first p50 ms", "first p95 ms", "last p50 ms", "last p95 ms"]
+    return f"## Time to the first frame\n\n{note}\n\n{table(head, rows(results, 'frames', cells, 5))}"
+
+
+def _cancels(results: Results) -> str:
+    def cells(found: Any, who: str) -> list[str]:
+        wasted = found["computed"] - found["wanted"]
+        share = wasted / found["asked_of_those"] if found["asked_of_those"] else 0.0
+        metric = f"{found['metric']:.0f}" if "metric" in found else ""
+        return [f"{found['left']}", f"{found['asked_of_those']}", f"{wasted}", f"{share:.0%}", metric]
+
+    note = "Mixed steps at half of capacity; every other client leaves early. Wasted is what was computed for nobody."
+    head = ["", "clients that left", "image-steps they asked for", "wasted", "share", "by our metric"]
+    return f"## Clients that leave\n\n{note}\n\n{table(head, rows(results, 'cancels', cells, 5))}"
+
+
+def _idle(results: Results) -> str:
+    kinds = list(results["naive"]["alone_s"])
+    naive = ["the naive loop", *(number(1e3 * results["naive"]["alone_s"][kind]) for kind in kinds)]
+
+    def cells(found: Any, who: str) -> list[str]:
+        return [number(1e3 * found[kind]) for kind in kinds]
+
+    head = ["ms", *(f"{k.split('x')[0]} of {k.split('x')[1]} steps" for k in kinds)]
+    return f"## Alone on an idle server\n\n{table(head, [naive, *rows(results, 'idle_s', cells, len(kinds))])}"
+
+
+def _sweep(swept: Results) -> str:
+    lines = []
+    for name, settings in swept.items():
+        if name not in CONTENDERS:
+            continue
+        best = min(settings, key=score)
+        for row in settings:
+            mark = "**" if row is best and "unavailable" not in row else ""
+            line = [f"{mark}{CONTENDERS[name].title}{mark}", str(row["batch"]), f"{row['wait_ms']:g}"]
+            if "unavailable" in row:
+                lines.append([*line, row["unavailable"].replace("|", "/")[:160], *[""] * 4])
+                continue
+            for kind in MIXED:
+                line += [number(1e3 * row[kind]["p50"]), number(1e3 * row[kind]["p95"])]
+            lines.append([*line, number(1e3 * score(row))])
+    head = ["", "batch", "wait ms", "steps: p50 ms", "p95 ms", "n: p50 ms", "p95 ms", "geometric mean"]
+    note = """`python -m tests.bench.serving --out docs/serving --sweep`: both mixed workloads at 75 % of the naive
+loop's capacity. The best, in bold, is that of the least geometric mean. BentoML's wait is
+`max_latency_ms`, within which it decides itself."""
+    ran = swept.get("circumstances", {})
+    when = f" On {ran['date']}; capacity {number(swept['naive']['capacity'])} image-steps/s." if ran else ""
+    return f"## The sweep\n\n{note}{when}\n\n{table(head, lines)}" if lines else "## The sweep\n\nNot run."

@@ -1,0 +1,196 @@
+"""The instruments of `tests.bench.serving` and `tests.bench.policies`; nothing here is timed."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from app.engine.scheduler import Scheduler
+from model import checkpoint
+from model.images import to_uint8
+from model.plan import make_plan
+from model.sampling import sample
+from tests.bench.policies import POLICIES, InOrder, replay
+from tests.bench.serving import generator, numbers, workloads
+from tests.bench.serving.backend import Backend
+from tests.bench.serving.contenders import CONTENDERS
+from tests.bench.serving.server import MARK, kill
+from tests.bench.serving.settings import Settings
+from tests.bench.serving.workloads import Arrival
+
+INF = math.inf
+
+
+def test_a_trace_is_as_heavy_as_it_was_meant_to_be_and_the_same_again(tmp_path: Path) -> None:
+    trace = workloads.poisson("mixed steps", rate=700, seconds=10, seed=1)
+    assert sum(a.work for a in trace) == 7000
+    assert {a.steps for a in trace} == set(workloads.STEPS)
+    assert all(0 <= a.at < 10 for a in trace)
+    assert trace == sorted(trace, key=lambda a: a.at)
+    workloads.save({"it": trace}, tmp_path / "traces.json")
+    assert workloads.load(tmp_path / "traces.json")["it"] == workloads.poisson("mixed steps", 700, 10, seed=1)
+    assert trace != workloads.poisson("mixed steps", 700, 10, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", (200, b"abc")),
+        (b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", (503, b"abc")),
+        (b"HTTP/1.1 200 OK\r\n\r\nabc", (200, b"abc")),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nabc", None),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n", None),
+        (b"", None),
+    ],
+)
+def test_answers_are_read_and_those_cut_off_are_none(answer: bytes, expected: tuple[int, bytes] | None) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match=r"cut off|without an answer|invalid literal"):
+            generator.parse(answer)
+    else:
+        assert generator.parse(answer) == expected
+
+
+def test_a_slow_server_delays_nobodys_sending_and_who_loses_patience_is_gone() -> None:
+    first, gone, second, begun = asyncio.run(three_clients())
+    assert first["status"] == second["status"] == 200
+    assert first["done"] >= 0.6
+    assert (gone["status"], gone["error"], gone["done"]) == (0, "left", None)
+    assert 0.1 <= begun <= second["done"] + 0.1
+    assert second["late"] >= 0
+
+
+async def three_clients() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]:
+    """The records of a slow request, one given up, and one sent 0.1 s after them; and when that one was received."""
+    begun: list[float] = []
+    start = asyncio.get_running_loop().time() + 0.1
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begun.append(asyncio.get_running_loop().time() - start)
+        if (await reader.readline()).startswith(b"GET"):
+            await asyncio.sleep(0.6)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.close()
+
+    async with await asyncio.start_server(slow, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+
+        def asked(at: float, method: str, leaves: float | None = None) -> dict[str, object]:
+            raw = f"{method} / HTTP/1.1\r\n\r\n"
+            return {"at": at, "raw": raw, "patience": 30.0, "leaves": leaves, "keep": False}
+
+        requests = [asked(0.0, "GET"), asked(0.0, "GET", leaves=0.2), asked(0.1, "POST")]
+        first, gone, second = await asyncio.gather(
+            *(generator.ask("127.0.0.1", port, request, start) for request in requests)
+        )
+    return first, gone, second, begun[-1]
+
+
+def test_an_answer_that_never_came_is_in_every_percentile() -> None:
+    records = [[200, 1.0, 1.0, 0.0, None], [200, 3.0, 3.0, 0.0, None], [0, None, None, 0.0, "timeout"]]
+    trace = [Arrival(0.0, 1, 20, 0, 0), Arrival(0.0, 1, 20, 0, 0), Arrival(1.0, 4, 20, 0, 0)]
+    found = numbers.summary(trace, records, {"1x20": 0.5, "4x20": 2.0})
+    assert (found["p50"], found["p95"], found["slow50"], found["failed"]) == (3.0, INF, 6.0, 1)
+    assert found["images_s"] == pytest.approx(2 / 3)
+
+
+def test_goodput_and_recovery() -> None:
+    """Deadline 2 s, overload until 6 s: what came early, late, or after it does not count."""
+    ends = [(0.0, 1.0), (1.0, 1.5), (3.0, 1.0), (3.0, 2.5), (5.5, 1.0), (6.5, 3.0), (7.0, 1.0), (8.0, 1.0)]
+    trace = [Arrival(at, 1, 20, 0, 0) for at, _ in ends]
+    records = [[200, done, done, 0.0, None] for _, done in ends]
+    assert numbers.goodput(trace, records, deadline_s=2, until=6) == pytest.approx(2 * 20 / 4)
+    assert numbers.recovery(trace, records, deadline_s=2, until=6) == pytest.approx(0.5)
+    assert numbers.recovery(trace[:6], records[:6], deadline_s=2, until=6) == INF
+
+
+def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:
+    told = Settings(0, "mnist", 1, rows=2, batch=4, wait_ms=0, queue=4, deadline_s=1, counter=str(tmp_path / "counter"))
+    backend = Backend(told)
+    before = backend.steps_done
+    asked = [
+        {"class_label": 3, "n": 1, "seed": 5, "steps": 3},
+        {"class_label": 7, "n": 3, "seed": 6, "steps": 2},
+        {"class_label": 1, "n": 1, "seed": 7, "steps": 3},
+    ]
+    pictures = [np.asarray(Image.open(io.BytesIO(png))) for png in backend.generate(asked)]
+    assert int((tmp_path / "counter").read_text()) - before == 3 + 3 * 2 + 3
+    loaded = checkpoint.load("mnist")
+    for request, picture in zip(asked, pictures, strict=True):
+        plan = make_plan(loaded.diffusion, "ddim", request["steps"])
+        n, seed, label = request["n"], request["seed"], request["class_label"]
+        with torch.inference_mode():
+            right = to_uint8(sample(loaded.network, plan, (1, 28, 28), [seed] * n, range(n), [label] * n)).numpy()
+        for i in range(n):
+            column, row = (i % 2, i // 2) if n > 1 else (0, 0)
+            tile = picture[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
+            assert np.abs(tile.astype(int) - right[i, 0]).mean() < 1  # of 255; another class or seed is 20 off
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_serves_everybody(policy: str) -> None:
+    """No image twice in a step, none beyond the cap (`replay` asserts it), and nothing is faster than alone."""
+    plans = {steps: make_plan(checkpoint.load("mnist").diffusion, "ddim", steps) for steps in workloads.STEPS}
+    trace = workloads.poisson("mixed steps", 1000, 4, seed=1)
+    found = replay(POLICIES[policy](4), trace, plans, [0.0, 1e-3, 2e-3, 3e-3, 4e-3])
+    assert (found.latency > 0).all()
+    assert found.slowdown.min() >= 1 - 1e-9
+    assert found.starved.max() >= 0
+
+
+def test_in_order_means_in_order() -> None:
+    plans = {20: make_plan(checkpoint.load("mnist").diffusion, "ddim", 20)}
+    trace = [Arrival(0.0, 16, 20, 0, 0), Arrival(0.01, 1, 20, 0, 0)]
+    step_s = [0.0, 0.01, 0.01, 0.01, 0.01]
+    crowd_first = replay(InOrder(4), trace, plans, step_s).latency
+    assert crowd_first.tolist() == pytest.approx([0.8, 0.99])
+    passed = replay(Scheduler(4), trace, plans, step_s).latency
+    assert passed[1] < 0.5
+
+
+def test_processes_are_found_by_their_mark_wherever_they_went() -> None:
+    """One that left its session and its parent, as some servers' workers do."""
+    stray_code = "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {stray_code!r}], stdout=-1)"
+    code += "; sys.stdout.buffer.write(p.stdout.readline()); sys.stdout.flush(); import os; os._exit(0)"
+    mark = f"test-{os.getpid()}"
+    environment = os.environ | {MARK: mark}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True)
+    stray = int(found.stdout)
+    assert alive(stray)
+    kill(mark)
+    until = time.monotonic() + 10  # killed; the system may take a moment to bury it
+    while alive(stray) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not alive(stray)
+
+
+def alive(process: int) -> bool:
+    """Whether it runs: neither gone nor a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_our_own_requests_carry_the_clients_deadline_and_the_peers_do_not() -> None:
+    arrival = Arrival(0, 2, 20, 7, 3)
+    assert '"timeout_s": 2.5' in CONTENDERS["ours"].request(arrival, timeout_s=2.5)
+    for contender in CONTENDERS.values():
+        text = contender.request(arrival, timeout_s=2.5)
+        head, _, body = text.partition("\r\n\r\n")
+        assert f"Content-Length: {len(body)}" in head
+        assert '"steps": 20' in body
+        assert ("timeout_s" in body) == contender.ours
