@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import torch
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -87,11 +88,11 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.service, app.state.keys = Service(settings, loaded, engine, metrics, runs_on), keys
-    for routes in (generate, sequence, status, page, docs):
-        app.include_router(routes.router)
-    app.include_router(status.health)
+    routers = [module.router for module in (generate, sequence, status, page, docs)] + [status.health]
     if settings.metrics_port < 0:
-        app.include_router(status.operations)
+        routers.append(status.operations)
+    for router in routers:
+        app.include_router(router)
     _handle_errors(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
     if keys.required:
@@ -108,7 +109,7 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         {"Cross-Origin-Resource-Policy": "cross-origin"} if settings.cors_origins else {}
     )
     app.add_middleware(SecurityHeaders, headers=app.state.headers)
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics, paths=_paths(*routers))
     return app
 
 
@@ -120,8 +121,12 @@ def create_operations_app(service: Service) -> FastAPI:
     app.include_router(status.operations)
     _handle_errors(app)
     app.add_middleware(SecurityHeaders, headers=app.state.headers)
-    app.add_middleware(RequestLog, metrics=service.metrics)
+    app.add_middleware(RequestLog, metrics=service.metrics, paths=_paths(status.health, status.operations))
     return app
+
+
+def _paths(*routers: APIRouter) -> frozenset[str]:
+    return frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
 
 
 def _handle_errors(app: FastAPI) -> None:

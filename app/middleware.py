@@ -29,8 +29,8 @@ class RequestLog:
     leave the checkpoint's name in `scope["state"]["model"]`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self.app, self.metrics, self.paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +60,8 @@ class RequestLog:
             status = status or 500  # which Starlette sends, outside of this
             raise
         finally:
-            endpoint = getattr(scope.get("route"), "path", "other")
+            path = scope["path"] if scope["path"] in self.paths else "other"  # where it was refused before its route
+            endpoint = getattr(scope.get("route"), "path", path)
             seconds = time.perf_counter() - started
             labels = endpoint, state["model"], state["outcome"]
             self.metrics.requests.labels(*labels).inc()

@@ -163,6 +163,11 @@ def test_a_key_has_only_so_many_requests_under_way(held: HeldRunner, grey_checkp
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
         assert answer.headers["retry-after"] == "1"
         assert client.post("/generate", json={"steps": 1}, headers=bearer(BOB)).status_code == 200
+        text = client.get("/metrics", headers=bearer(BOB)).text
+        assert metric(text, "ddpm_requests_total", endpoint="/generate", outcome="overloaded") == 1
+        assert client.get("/no-such-path", headers=bearer(ALICE)).status_code == 429
+        text = client.get("/metrics", headers=bearer(BOB)).text
+        assert metric(text, "ddpm_requests_total", endpoint="other", outcome="overloaded") == 1
         held.released.set()
         worker.join()
         for _ in range(3):  # every ending gives the place back, an error's too
