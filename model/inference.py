@@ -4,8 +4,8 @@ On a CPU most of a network's time is spent around its convolutions. What is done
 
 - Convolutions take weights that oneDNN has packed beforehand, in bfloat16 where asked for.
 - On large maps a normalisation becomes one scale and one shift per sample and channel. Whatever is linear around it is
-  folded into them: the bias of time and class, scale and shift of Dhariwal & Nichol 2021. So norm and activation are two
-  passes. On small maps a call costs more than a pass, and PyTorch's own function is one call.
+  folded into them: the bias of time and class, scale and shift of Dhariwal & Nichol 2021. So norm and activation are
+  two passes. On small maps a call costs more than a pass, and PyTorch's own function is one call.
 - Activations lie with their channels last. The residual stream, norms and sums stay in float32.
 - Time and class are embedded once per timestep and class, not once per step.
 

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 NOISE, CLASS = 0, 1  # the fourth counter word: what the numbers are for
 
+Word = TypeVar("Word", Tensor, int)
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: Sequence[Word], key: Sequence[Word]) -> tuple[Word, Word, Word, Word]:
     """Philox-4x32-10: four counter words and two key words → four random words.
 
-    All tensors are int64 holding values in [0, 2³²) and broadcast against each other. The product of two
+    All are ints in [0, 2³²), or int64 tensors of such that broadcast against each other. The product of two
     words overflows int64, which wraps: the low 64 bits, all that is needed, are right.
     """
     c0, c1, c2, c3 = counter
@@ -73,6 +76,5 @@ def normal(seed: int, index: int, step: int, shape: tuple[int, ...]) -> Tensor:
 
 def draw_class(seed: int, index: int, num_classes: int) -> int:
     """The class of image `index` of `seed` when none was asked for: uniform over [0, num_classes)."""
-    counter = [torch.tensor(c) for c in (0, 0, index, CLASS)]
-    key = [torch.tensor(k) for k in (seed & _WORD, seed >> 32)]
-    return (int(philox(counter, key)[0]) * num_classes) >> 32
+    word = philox((0, 0, index, CLASS), (seed & _WORD, seed >> 32))[0]
+    return (word * num_classes) >> 32
