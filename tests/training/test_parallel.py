@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from training import parallel
 from training.config import TrainConfig
 from training.parallel import Ranks, joined
 from training.train import train
@@ -122,7 +123,21 @@ def test_a_signal_to_one_process_stops_both_and_leaves_a_checkpoint(
     os.kill(max(children), signal.SIGTERM)  # the one started last
     assert "Stopped at iteration" in finished(process)
     (state,) = run.glob("state-*.pt")
-    assert torch.load(state, weights_only=True)["iteration"] > 0
+    iteration = torch.load(state, weights_only=True)["iteration"]
+    assert iteration > 0
+    again = torchrun("--resume", str(run), "--iterations", str(iteration + 3), "--checkpoint_rate", "100")
+    assert "Done: " in finished(again)  # the second process has the state as well, though only the first one reads it
+    assert (run / f"state-{iteration + 3:07d}.pt").exists()
+
+
+@pytest.mark.parametrize(("name", "why"), [("cuda:1", "each process has its own"), ("cuda", "than the 0 GPUs")])
+def test_each_process_has_a_gpu_of_its_own(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(parallel, "torch_device", torch.device)  # as if there were GPUs
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=why), joined(name):
+        pass
 
 
 def test_alone_there_is_nobody_to_wait_for() -> None:

@@ -83,8 +83,45 @@ def test_bf16_is_computed_in_bfloat16_and_nearly_the_same(tiny: UNet) -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0)
 
 
-def test_importance_remembers_losses_without_their_weights(
-    tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+def test_accumulated_parts_are_as_small_as_asked_for(tiny: UNet) -> None:
+    sizes: list[int] = []
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        sizes.append(len(x))
+        out: Tensor = tiny(x, t, y)
+        return out
+
+    batch = Batch(torch.rand(8, 1, 8, 8), torch.zeros(8).long(), torch.randn(8, 1, 8, 8), torch.rand(8))
+    config = TrainConfig(batch_size=8, accumulate=4)
+    backward(network, GaussianDiffusion(DiffusionConfig()), batch, torch.arange(8), torch.ones(8), config)
+    assert sizes == [2, 2, 2, 2]
+
+
+def test_the_seed_makes_the_first_weights(tiny_options: Options) -> None:
+    def weights(seed: int) -> Tensor:
+        config = TrainConfig(**tiny_options | {"seed": seed})
+        return TrainState(config, (1, 8, 12), 2, torch.device("cpu")).network.init_conv.weight.detach()
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_timesteps_drawn_by_importance_have_its_weights(tiny_options: Options) -> None:
+    config = TrainConfig(
+        **tiny_options | {"timestep_sampler": "loss_second_moment", "schedule": "cosine", "num_timesteps": 4}
+    )
+    state = TrainState(config, (1, 8, 12), 2, torch.device("cpu"))
+    assert state.importance is not None
+    for _ in range(10):
+        state.importance.update(torch.arange(4), torch.tensor([8.0, 4.0, 2.0, 1.0]))
+    t, weights = state.timesteps(torch.linspace(0, 0.999, 400))
+    assert t.bincount(minlength=4).argmax() == 0
+    assert float(weights.mean()) == pytest.approx(1, abs=0.02)  # so that the loss stays what it is
+    assert weights[t == 0].max() < weights[t == 3].min()
+
+
+def test_importance_remembers_losses_without_their_weights_and_the_log_has_them_with(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch, read_log: ReadLog
 ) -> None:
     losses: list[Tensor] = []
     remembered: list[Tensor] = []
@@ -99,8 +136,9 @@ def test_importance_remembers_losses_without_their_weights(
     monkeypatch.setattr(GaussianDiffusion, "loss", spy)
     monkeypatch.setattr(LossSecondMoment, "draw", lambda self, u: ((u * 1000).long(), torch.full_like(u, 7.0)))
     monkeypatch.setattr(LossSecondMoment, "update", lambda self, t, losses: remembered.append(losses))
-    train(TrainConfig(**tiny_options | {"timestep_sampler": "loss_second_moment", "iterations": 2}))
+    run = train(TrainConfig(**tiny_options | {"timestep_sampler": "loss_second_moment", "iterations": 2}))
     assert len(losses) == 2
+    assert read_log(run)[0]["train_loss"] == pytest.approx(7 * float(torch.stack(losses).mean()))
     assert all(torch.equal(a, b) for a, b in zip(losses, remembered, strict=True))
 
 

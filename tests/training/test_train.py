@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from training import data
 from training import train as module
 from training.batches import Batches
 from training.config import TrainConfig
@@ -57,6 +58,7 @@ def test_every_line_of_the_log_is_json_and_finite(tiny_options: Options) -> None
 
 def test_a_checkpoint_knows_what_it_is(read_log: ReadLog, tiny_options: Options) -> None:
     options = {"label_dropout": 0.1, "schedule": "cosine", "sampler": "ddim", "guidance_scale": 1.5, "keep": 1}
+    options |= {"seed": 5}
     config = TrainConfig(**tiny_options | options)
     run = train(config)
     assert len(list(run.glob("checkpoint-*"))) == len(list(run.glob("state-*"))) == 1
@@ -69,6 +71,9 @@ def test_a_checkpoint_knows_what_it_is(read_log: ReadLog, tiny_options: Options)
     provenance = loaded.config.provenance
     assert (provenance["dataset"], provenance["iterations"], provenance["images_seen"]) == ("pictures", 8, 64)
     assert provenance["command"].startswith("python -m training.train --dataset ")
+    assert (provenance["seed"], provenance["git_revision"]) == (5, "0123")
+    assert provenance["machine"].startswith("cpu, ")
+    assert provenance["machine"].endswith(f"torch {torch.__version__}")
     assert provenance["metrics"]["train_loss"] == read_log(run)[-2]["train_loss"]
     assert provenance["metrics"]["validation_loss"] == read_log(run)[-1]["validation_loss"]
 
@@ -81,6 +86,41 @@ def test_a_checkpoint_holds_the_average_and_the_state_the_weights(tiny_options: 
     for name, average in averages.items():
         assert torch.equal(served[name], average), name
     assert not torch.equal(served["out_conv.bias"], state["network"]["out_conv.bias"])
+
+
+def test_what_is_validated_and_shown_is_the_average_in_eval_mode(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool, Tensor]] = []
+    told: dict[str, tuple[Any, ...]] = {}
+
+    def spied(name: str) -> None:
+        original = getattr(module, name)
+
+        def spy(network: torch.nn.Module, *arguments: Any) -> Any:
+            seen.append((name, network.training, network.state_dict()["out_conv.bias"].clone()))
+            told[name] = arguments
+            return original(network, *arguments)
+
+        monkeypatch.setattr(module, name, spy)
+
+    for name in ("validation_loss", "sample_grid", "sequence"):
+        spied(name)
+    config = TrainConfig(**tiny_options | {"dropout": 0.3, "precision": "bf16"})
+    run = train(config)
+    assert [name for name, _, _ in seen] == 2 * ["validation_loss", "sample_grid", "sequence"]
+    assert not any(training for _, training, _ in seen)
+    for at, some in (("0000004", seen[:3]), ("0000008", seen[3:])):
+        served = checkpoint.load(run / f"checkpoint-{at}.safetensors").network.state_dict()["out_conv.bias"]
+        raw = torch.load(run / f"state-{at}.pt", weights_only=True)["network"]["out_conv.bias"]
+        assert not torch.equal(served, raw)
+        assert all(torch.equal(bias, served) for _, _, bias in some)
+    _, images, precision = told["validation_loss"]
+    _, held_out = data.load(config.dataset)
+    assert (len(held_out), precision) == (1, "bf16")
+    assert (images.images == held_out.images).all()
+    _, settings, indices, classes = told["sequence"]
+    assert (settings, list(indices), list(classes)) == (config.sampling(), [0, 1], [0, 1])  # an image of either class
 
 
 def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(
@@ -200,6 +240,27 @@ def test_validation_is_always_the_same_over_all_classes_and_all_t(count: int) ->
     assert first == pytest.approx([1.0] * 4, abs=0.2)  # the mean square of eps
     assert network.classes.count(0) == network.classes.count(1) == 64
     assert [np.histogram(network.t, 4, (0, 1000))[0].tolist()] == [[32] * 4]
+    first_class = [t for t, y in zip(network.t, network.classes, strict=True) if y == 0]
+    assert min(np.histogram(first_class, 4, (0, 1000))[0]) >= 8  # t does not go with the class
+
+
+def test_validation_is_by_quartile_of_t_and_in_the_precision_of_the_run() -> None:
+    """A network that answers 10·t/T to noise of variance 1 has a loss of 1 + (10·t/T)²."""
+    autocast: list[bool] = []
+
+    class Later(Listener):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            autocast.append(torch.is_autocast_enabled("cpu"))
+            return (t / 100).reshape(-1, 1, 1, 1).expand_as(x)
+
+    images, diffusion = chosen(many(100), torch.device("cpu")), GaussianDiffusion(DiffusionConfig())
+    found = validation_loss(Later(), diffusion, images, "fp32")
+    expected = [1 + ((2.5 * (i + 1)) ** 3 - (2.5 * i) ** 3) / 7.5 for i in range(4)]
+    assert found == pytest.approx(expected, rel=0.15)
+    assert not any(autocast)
+    autocast.clear()
+    validation_loss(Later(), diffusion, images, "bf16")
+    assert all(autocast)
 
 
 @pytest.mark.parametrize("log_rate", ["1", "100"])  # found by the log; found by the last checkpoint
