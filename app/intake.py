@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from urllib.parse import quote
 
 import numpy as np
@@ -31,6 +31,7 @@ class Job:
     class_label: int | None
     sampling: SamplingDefaults
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
+    encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
     def provenance(self) -> dict[str, str]:
         """For response headers and PNG text: what to send again for the same images."""

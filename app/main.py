@@ -23,6 +23,7 @@ from app.middleware import SECURITY_HEADERS, Access, BodyLimit, RequestLog, Secu
 from app.routes import docs, generate, page, sequence, status
 from app.routes.common import Service
 from app.settings import Settings
+from app.tracing import Tracer, Traces
 from model import checkpoint
 from model.inference import best_precision
 
@@ -42,6 +43,7 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     `runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
     """
     keys = Keys(settings)
+    tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
     # OpenMP keeps a team of threads for every thread that used it, and two teams on the same cores hinder each other:
     # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
     threads = settings.threads or torch.get_num_threads()
@@ -78,6 +80,8 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         engine.drain(0)
         if engine.failure is None:
             await asyncio.to_thread(engine.join, 10)
+        if tracer:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="ddpm-serve",
@@ -110,6 +114,8 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     )
     app.add_middleware(SecurityHeaders, headers=app.state.headers)
     app.add_middleware(RequestLog, metrics=metrics, paths=_paths(*routers))
+    if tracer:
+        app.add_middleware(Traces, tracer=tracer)
     return app
 
 

@@ -107,6 +107,9 @@ class Settings(BaseSettings):
         le=3600,
         description="a denoising step that takes longer, and twice what makes the server not ready, ends the process",
     )
+    otlp_endpoint: str = Field(
+        "", description="OpenTelemetry collector for spans of requests, such as http://localhost:4318; empty: none"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     @field_validator("cors_origins")

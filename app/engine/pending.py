@@ -56,7 +56,7 @@ class Pending:
         with self.changed:
             if request.answered:
                 return
-            request.answered = True
+            request.answered, request.answered_at = True, time.monotonic()
             self._requests.discard(request)
             self._outbox.append((request.mailbox, answer))
         if isinstance(answer, ServiceError):

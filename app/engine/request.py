@@ -128,6 +128,7 @@ class Request:
     cancelled_at: float | None = None
     steps_done: int = 0  # over all images, for what a cancel wasted
     answered: bool = False
+    answered_at: float | None = None
 
     def __post_init__(self) -> None:
         self.samples = [Sample(self, i) for i in range(self.n)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -49,10 +50,15 @@ class Service:
     metrics: Metrics
     runs_on: dict[str, str]  # device, runtime, precision
 
-    async def encode(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def encode(self, job: Job, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""
-        with self.metrics.encode_seconds.time():
+        begin = time.monotonic()
+        try:
             return await asyncio.to_thread(function, *args, **kwargs)
+        finally:
+            end = time.monotonic()
+            self.metrics.encode_seconds.observe(end - begin)
+            job.encodings.append((begin, end))
 
 
 def service(request: Request) -> Service:
@@ -70,6 +76,7 @@ async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[N
     http.state.log = {"n": job.request.n, "steps": len(job.request.plan), "sampler": job.request.plan.sampler}
     http.state.model = job.checkpoint.name
     service.engine.submit(job.request)
+    http.state.job = job
     watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
     try:
         yield

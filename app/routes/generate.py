@@ -39,7 +39,7 @@ async def generate(body: GenerateBody, http: Request, service: TheService) -> Re
     job = make_job(body, service.checkpoint, service.settings)
     async with admitted(service, http, job):
         pictures = await job.request.mailbox.answer()
-    content = await service.encode(_encode, media_type, job, pictures, body.columns)
+    content = await service.encode(job, _encode, media_type, job, pictures, body.columns)
     return Response(content, media_type=media_type, headers={**headers(job.provenance()), "Vary": "Accept"})
 
 

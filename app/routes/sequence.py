@@ -62,7 +62,7 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
         grids = [grid(frame.images, query.columns) for frame in frames]
         service.metrics.frames_sent.labels(job.request.model).inc(len(grids))
         return Response(
-            await service.encode(images.animation, grids, query.format),
+            await service.encode(job, images.animation, grids, query.format),
             media_type=MEDIA_TYPES[query.format],
             headers=extra,
         )
@@ -139,7 +139,7 @@ async def _frames(service: Service, job: Job, columns: int | None) -> AsyncItera
 
 
 async def _png(service: Service, job: Job, pictures: Image, columns: int | None) -> bytes:
-    return await service.encode(images.png, grid(pictures, columns), job.provenance())
+    return await service.encode(job, images.png, grid(pictures, columns), job.provenance())
 
 
 def _event(name: str, data: object, id: int | None = None) -> bytes:

@@ -1,0 +1,142 @@
+"""Spans of a real server, as a collector receives them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.main import create_app
+from app.settings import Settings
+from tests.app.processes import ROOT, ServerProcess
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+class Collector(ThreadingHTTPServer):
+    """Takes OTLP over HTTP, and keeps the spans."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.spans: list[Any] = []
+        self.services: set[str] = set()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.path == "/v1/traces":
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                self.server.services |= {
+                    a.value.string_value for a in resource.resource.attributes if a.key == "service.name"
+                }
+                for scope in resource.scope_spans:
+                    self.server.spans += scope.spans
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
+    with Collector() as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        yield collector
+        collector.shutdown()
+        thread.join()
+
+
+def attributes(span: Any) -> dict[str, Any]:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+
+
+def test_a_request_is_a_span_with_its_queue_its_steps_and_its_encodings_within(
+    grey_checkpoint: Path, collector: Collector
+) -> None:
+    argv = ["--checkpoint", str(grey_checkpoint), "--otlp-endpoint", collector.url]
+    with ServerProcess("app", *argv, OTEL_SERVICE_NAME="a-name", OTEL_BSP_SCHEDULE_DELAY="100") as server:
+        of_a_client = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
+        body = {"n": 2, "steps": 3, "sampler": "ddim"}
+        server.client.post("/generate", json=body, headers=of_a_client).raise_for_status()
+        server.client.post("/generate", json={"n": 0})
+        stream = server.client.get("/diffusion-sequence", params={"steps": 3, "frames": 3, "format": "sse"}).text
+        server.client.get("/metrics")
+        server.terminate()  # it sends what is left before it ends
+        assert server.exit_code() == 0
+    assert collector.services == {"a-name"}
+    roots = {span.name: span for span in collector.spans if attributes(span).get("ddpm.request_id") == "mine"}
+    assert list(roots) == ["POST /generate"]
+    root = roots["POST /generate"]
+    assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE, PARENT)
+    assert (
+        attributes(root).items()
+        >= {
+            "http.route": "/generate",
+            "http.response.status_code": 200,
+            "ddpm.model": "grey",
+            "ddpm.n": 2,
+            "ddpm.steps": 3,
+            "ddpm.sampler": "ddim",
+            "ddpm.outcome": "ok",
+        }.items()
+    )
+    children = [span for span in collector.spans if span.parent_span_id == root.span_id]
+    assert [child.name for child in children] == ["queue", "steps", "encode"]
+    times = [root.start_time_unix_nano]
+    for child in children:
+        assert child.trace_id == root.trace_id
+        times += [child.start_time_unix_nano, child.end_time_unix_nano]
+    times.append(root.end_time_unix_nano)
+    assert times == sorted(times)
+    assert times[3] < times[4], "steps take time"
+
+    failed = [span for span in collector.spans if attributes(span).get("ddpm.outcome") == "invalid_request"]
+    assert [attributes(span)["http.response.status_code"] for span in failed] == [422]
+    assert not [span for span in collector.spans if span.parent_span_id == failed[0].span_id], (
+        "it never was in the queue"
+    )
+    (sequence,) = [span for span in collector.spans if span.name == "GET /diffusion-sequence"]
+    names = [span.name for span in collector.spans if span.parent_span_id == sequence.span_id]
+    assert names == ["queue", "steps"] + ["encode"] * (stream.count("event: frame") + 1)
+    assert len(collector.spans) == 3 + 3 + len(names), "and probes and scrapes have none"
+
+
+def test_a_collector_that_is_not_there_costs_no_answer(grey_checkpoint: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
+    argv = ["--checkpoint", str(grey_checkpoint), "--otlp-endpoint", "http://127.0.0.1:9"]
+    with ServerProcess("app", *argv, OTEL_BSP_SCHEDULE_DELAY="10") as server:
+        for _ in range(5):
+            server.client.post("/generate", json={"steps": 1}).raise_for_status()
+        server.terminate()
+        assert server.exit_code() == 0
+
+
+def test_without_the_package_the_setting_is_refused_with_a_sentence(
+    grey_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    with pytest.raises(ValueError, match=r"pip install 'ddpm-serve\[otel\]'"):
+        create_app(Settings(checkpoint=str(grey_checkpoint), device="cpu", otlp_endpoint="http://localhost:4318"))
+
+
+def test_without_the_setting_nothing_of_it_is_imported(grey_checkpoint: Path) -> None:
+    code = (
+        "import sys; from app.main import create_app; from app.settings import Settings;"
+        f"create_app(Settings(checkpoint={str(grey_checkpoint)!r})); assert 'opentelemetry.sdk' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
