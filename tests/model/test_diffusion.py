@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from model.images import from_uint8
 from model.likelihood import bits_per_dim, prior_bits
+from model.rng import normal
 
 LINEAR, COSINE = DiffusionConfig(), DiffusionConfig(schedule="cosine")
 
@@ -285,3 +287,58 @@ def test_bits_per_dimension_add_up(variance: str) -> None:
     std = math.exp(0.5 * diffusion.posterior_log_variance[0])
     inside = math.erf(1 / 255 / std / math.sqrt(2))
     assert float(found.terms[:, 0].mean()) == pytest.approx(-math.log2(inside), abs=0.005)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_bits_per_dimension_are_those_of_the_formulas_written_out(variance: str) -> None:
+    """Scalars, float64, with the error function's own approximation (Ho et al. 2020, eq. 5, 7, 13; section 4.2)."""
+    diffusion = GaussianDiffusion(DiffusionConfig(6, "cosine", variance=variance))
+    x0 = from_uint8(torch.tensor([0, 255, 7, 130], dtype=torch.uint8)).double().reshape(1, 1, 2, 2)
+    seed, index = 11, 3
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return 0.3 * x + 0.01 * t.reshape(-1, 1, 1, 1)
+
+    found = bits_per_dim(diffusion, network, x0, None, [seed], [index])
+
+    def f(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - f((t + 1) / 6) / f(t / 6), 0.999) for t in range(6)]
+    bars = [math.prod(1 - b for b in betas[: t + 1]) for t in range(6)]
+
+    def kl(m1: float, v1: float, m2: float, v2: float) -> float:
+        return 0.5 * (math.log(v2 / v1) + (v1 + (m1 - m2) ** 2) / v2 - 1)
+
+    def cdf(z: float) -> float:
+        return 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    def posterior(t: int, x: float, start: float) -> tuple[float, float]:
+        before = bars[t - 1] if t else 1.0
+        mean = betas[t] * math.sqrt(before) / (1 - bars[t]) * start
+        return mean + (1 - before) * math.sqrt(1 - betas[t]) / (1 - bars[t]) * x, betas[t] * (1 - before) / (
+            1 - bars[t]
+        )
+
+    small = [posterior(max(t, 1), 0, 0)[1] for t in range(6)]  # at t = 0 that of t = 1
+    terms = []
+    for t in range(6):
+        noise = normal(seed, index, t + 1, (1, 2, 2)).flatten().tolist()
+        nats = []
+        for start, z in zip(x0.flatten().tolist(), noise, strict=True):
+            x = math.sqrt(bars[t]) * start + math.sqrt(1 - bars[t]) * z
+            eps = 0.3 * x + 0.01 * t
+            guess = min(1.0, max(-1.0, (x - math.sqrt(1 - bars[t]) * eps) / math.sqrt(bars[t])))
+            mean, _ = posterior(t, x, guess)
+            v = small[t] if variance == "fixed_small" or t == 0 else betas[t]
+            if t:
+                nats.append(kl(*posterior(t, x, start), mean, v))
+            else:
+                high = 1.0 if start > 0.999 else cdf((start + 1 / 255 - mean) / math.sqrt(v))
+                low = 0.0 if start < -0.999 else cdf((start - 1 / 255 - mean) / math.sqrt(v))
+                nats.append(-math.log(max(high - low, 1e-12)))
+        terms.append(sum(nats) / 4 / math.log(2))
+    prior = sum(kl(math.sqrt(bars[5]) * s, 1 - bars[5], 0, 1) for s in x0.flatten().tolist()) / 4 / math.log(2)
+    assert found.terms[0].tolist() == pytest.approx(terms, rel=1e-7)
+    assert float(found.prior) == pytest.approx(prior, rel=1e-6)
+    assert float(found.total) == pytest.approx(prior + sum(terms), rel=1e-7)
