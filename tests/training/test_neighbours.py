@@ -36,12 +36,13 @@ def test_the_nearest_are_those_of_a_plain_search(
         assert nearest(queries, points[:count], 5)[1].sort(dim=1).values.tolist() == [list(range(count))] * 9
 
 
-def test_a_copy_far_from_zero_is_at_no_distance() -> None:
-    """|q|² + |p|² - 2·q·p alone would put it at 50 in float32."""
+def test_a_copy_far_from_the_others_is_at_no_distance() -> None:
+    """|q|² + |p|² - 2·q·p alone would put it anywhere within 50 in float32."""
     points = torch.full((5, 100), 20_000.0) + torch.arange(5.0)[:, None]
-    distances, which = nearest(points[2:3] + torch.zeros(1, 100), points, 2)
-    assert distances[0].tolist() == [0, 10]
+    distances, which = nearest(torch.cat([points[2:3], -points[:1]]), points, 3)
+    assert distances[0].tolist() == [0, 10, 10]
     assert which[0, 0] == 2
+    assert which[1].tolist() == [0, 1, 2]
 
 
 def test_a_report_says_how_much_nearer_samples_are() -> None:
