@@ -93,9 +93,29 @@ def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, a
     for what, shape in {"the checkpoint": unet.image_shape, args.dataset: tuple(train_set.images.shape[1:])}.items():
         if shape != size:
             raise DataError(f"{what} has images of (channels, height, width) {shape}, {whose} {size}")
-    if unet.num_classes is None:
-        return
-    valid = who.class_names or source.config.class_names
+    if unet.num_classes is not None:
+        check_classes(source, who, train_set, test_set, args)
+    classes = unet.num_classes or 1
+    needed = max(comparison.NEIGHBOURS + 1, 2 * classes)
+    found = len(comparison.balanced(test_set, unet.num_classes))
+    if min(found, args.num_images) < needed:
+        each = " equally many of each class" if classes > 1 else ""
+        raise DataError(
+            f"at least {needed} samples and {needed} held-out images are needed,{each}: --num_images is "
+            f"{args.num_images}, and {args.dataset!r} has {found} (folders train and test choose which are held out)"
+        )
+
+
+def check_classes(
+    source: Checkpoint, who: Judge, train_set: Images, test_set: Images, args: argparse.Namespace
+) -> None:
+    """Raises ValueError where the three do not have the same classes."""
+    unet = source.config.unet
+    assert unet.num_classes is not None
+    valid, whose = (
+        who.class_names or source.config.class_names,
+        "the classifier" if who.class_names else "the checkpoint",
+    )
     for what, names in {"the checkpoint": source.config.class_names, args.dataset: train_set.class_names}.items():
         if names != valid:
             raise DataError(f"{what} has the classes {', '.join(names)}, {whose} {', '.join(valid)}")

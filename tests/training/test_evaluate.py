@@ -261,6 +261,22 @@ def test_a_judge_of_other_images_is_refused(
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("held_out", ["1", "2"])
+def test_too_few_held_out_images_are_told_before_anything_is_sampled(
+    held_out: str, evaluation: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (pictures / "test" / "emu").glob("*.png"):
+        if path.stem >= f"00{held_out}":
+            path.unlink()
+    code = evaluate.main(evaluation)
+    if held_out == "2":
+        assert code == 0
+        return
+    assert code == 2
+    assert "at least 6 samples and 6 held-out images are needed, equally many of each class" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.features"))
+
+
 def test_guidance_needs_a_null_class(
     evaluation: list[str],
     save_checkpoint: Callable[..., str],
