@@ -52,20 +52,19 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     metrics = Metrics()
     device = settings.torch_device()
     chunk = settings.chunk_rows or (32 if device.type == "cuda" else 8)
-    max_rows = settings.max_batch_rows or (256 if device.type == "cuda" else 16)
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
     runner = runner or Runner(loaded, device, chunk, threads, runtime, precision)
     engine = Engine(
         runner,
         metrics.engine,
-        max_rows=max_rows,
+        max_rows=settings.max_batch_rows,
         max_work=settings.max_queue_rows,
         step_timeout_s=settings.step_timeout_s,
     )
     metrics.ask(engine)
     metrics.pending_rows_limit.set(settings.max_queue_rows)
-    metrics.engine.declare(loaded.name, max_rows)
+    metrics.engine.declare(loaded.name, lambda: engine.max_rows)
     runs_on = {"device": device.type, "runtime": runner.runtime, "precision": runner.precision}
     metrics.declare(loaded.name, loaded.sha256, **runs_on)
     metrics.declare_build(VERSION)

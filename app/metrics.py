@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -88,9 +89,9 @@ class EngineMetrics:
             registry=r,
         )
 
-    def declare(self, model: str, max_rows: int) -> None:
+    def declare(self, model: str, max_rows: Callable[[], int]) -> None:
         """Makes the series of a checkpoint that will be served: a rate needs the 0 before the first event."""
-        self.batch_rows_limit.labels(model).set(max_rows)
+        self.batch_rows_limit.labels(model).set_function(max_rows)
         for gauge in (self.rows_running, self.rows_waiting):
             gauge.labels(model)
         for counter in (self.image_steps, self.images, self.failed_steps):

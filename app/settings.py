@@ -59,7 +59,9 @@ class Settings(BaseSettings):
         ge=1,
         description="most work admitted at once, in U-Net rows: images x steps, twice that with guidance",
     )
-    max_batch_rows: int = Field(0, ge=0, le=65_536, description="U-Net rows in a step; 0 is 16 on a CPU, 256 on a GPU")
+    max_batch_rows: int = Field(
+        0, ge=0, le=65_536, description="most U-Net rows in a step; 0 is as many as the warm-up finds to be worth it"
+    )
     chunk_rows: int = Field(
         0,
         ge=0,

@@ -7,8 +7,10 @@ import math
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 
 from app.engine.heartbeat import Heartbeat
+from app.engine.knee import knee
 from app.engine.memory import device_memory, is_out_of_memory
 from app.engine.pending import Pending
 from app.engine.rate import Rate
@@ -28,8 +30,9 @@ MOST_FAILURES = 3  # outside of steps, with no picture made in between
 class Engine:
     """Owns the runner. `submit`, `cancel`, `drain` and the properties may be called from any thread.
 
-    `max_work` bounds the queue in U-Net rows (images × steps, twice that under guidance). A step that takes longer than
-    `step_timeout_s` (and twice what makes it stalled) is given up, and the engine with it: see `watch`.
+    `max_rows` is the most of a step; 0 is as many as the warm-up finds good. `max_work` bounds the queue in U-Net rows
+    (images × steps, twice that under guidance). A step that takes longer than `step_timeout_s` (and twice what makes it
+    stalled) is given up, and the engine with it: see `watch`.
     """
 
     def __init__(
@@ -142,6 +145,11 @@ class Engine:
         return self._pending.rows
 
     @property
+    def max_rows(self) -> int:
+        """Most U-Net rows in a step; 0 until it is measured."""
+        return self._scheduler.max_rows
+
+    @property
     def rows_per_second(self) -> float:
         """What admission expects of full batches; 0 until the runner is warm."""
         return self._rate.rows_per_second if self._ready else 0.0
@@ -178,6 +186,8 @@ class Engine:
         return self._failures == MOST_FAILURES
 
     def _warm_up(self) -> None:
+        for _ in self._find_limit():
+            pass
         seconds = []
         for _ in range(4):  # the first pays for kernel selection and memory; the fastest was least disturbed by others
             started = time.monotonic()
@@ -187,6 +197,11 @@ class Engine:
         self._watch_memory()
         self._ready = True
         log.info("ready", extra={"rows_per_second": round(self._rate.rows_per_second, 1)})
+
+    def _find_limit(self) -> Iterator[None]:
+        """How large batches may be, where nobody has said it."""
+        if not self._scheduler.max_rows:
+            self._scheduler.allow((yield from knee(self._runner.warm_up, self._runner.chunk, self._runner.device.type)))
 
     def _loop(self) -> None:
         self._look()  # and publish what was left when it failed
@@ -213,7 +228,6 @@ class Engine:
             present[request.model] += len(request.samples)
         self._models |= set(present)
         for model in self._models:
-            self._metrics.batch_rows_limit.labels(model).set(self._scheduler.max_rows)
             self._metrics.rows_running.labels(model).set(running[model])
             self._metrics.rows_waiting.labels(model).set(present[model] - running[model])
 

@@ -41,6 +41,10 @@ class Scheduler:
         """It has its answer: none of its samples runs again."""
         self._turns.remove(request)
 
+    def allow(self, rows: int) -> None:
+        """From now on a batch has at most so many."""
+        self.max_rows = self._most_rows = rows
+
     def shrink(self, rows: int) -> None:
         """A batch of `rows` was too large: half of it will do, until enough steps went well to try more again."""
         self.max_rows = max(1, min(rows, self.max_rows) // 2)

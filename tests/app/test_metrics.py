@@ -65,6 +65,18 @@ def test_every_count_is_what_the_clients_saw(fresh: ServerProcess) -> None:
     assert metric(text, "ddpm_step_seconds_sum") < metric(text, "ddpm_request_seconds_sum", outcome="ok")
 
 
+def test_the_limit_of_a_batch_is_measured_and_changes_no_image(fresh: ServerProcess, server: ServerProcess) -> None:
+    (told,) = [line for line in server.logs() if line["message"] == "batches measured"]
+    assert told["rows"] in (8, 16, 32)
+    assert set(told["milliseconds_per_row"]) == {"8", "16", "32"}
+    assert server.metric("ddpm_batch_rows_limit", model="grey") == told["rows"]
+    body = {"n": 11, "steps": 3, "seed": 5, "guidance_scale": 2}
+    limited, measured = (process.client.post("/generate", json=body).content for process in (fresh, server))
+    assert limited == measured
+    assert fresh.metric("ddpm_batch_rows_limit", model="grey") == MAX_ROWS
+    assert not [line for line in fresh.logs() if line["message"] == "batches measured"]
+
+
 def test_guidance_counts_two_rows_for_one_image(fresh: ServerProcess) -> None:
     before = fresh.client.get("/metrics").text
     fresh.client.post("/generate", json={"n": 1, "steps": 3, "guidance_scale": 2}).raise_for_status()

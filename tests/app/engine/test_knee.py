@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from app.engine.knee import BY_DEVICE, SECONDS, knee
+
+
+class Device:
+    """Takes `seconds(rows)` for a call, on a clock of its own."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.now, self.calls, self._seconds = 0.0, list[int](), seconds
+
+    def run(self, rows: int) -> None:
+        self.calls.append(rows)
+        self.now += self._seconds(rows)
+
+
+def measured(device: Device, chunk: int = 8, kind: str = "cpu") -> int:
+    steps = knee(device.run, chunk, kind, lambda: device.now)
+    portions = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            assert portions >= len(device.calls) - 1, "never two calls without a pause for those who are served"
+            return int(end.value)
+        portions += 1
+
+
+@pytest.mark.parametrize(
+    ("curve", "kind", "expected"),
+    [
+        (lambda rows: 0.001 * rows, "cpu", 8),  # nothing is gained by more
+        (lambda rows: 0.001 * rows + 0.0003, "cpu", 8),  # 3.7 % for 8 rows, 1 % for 32
+        (lambda rows: 0.001 * rows + 0.001, "cpu", 16),  # 12.5 %, 6.3 %, 3.1 %
+        (lambda rows: 0.001 * rows + 0.004, "cpu", 32),
+        (lambda rows: 0.003 if rows <= 256 else 0.003 * rows / 256, "cuda", 256),
+        (lambda rows: 0.003, "cuda", 1024),
+    ],
+)
+def test_it_is_the_fewest_rows_that_run_about_as_fast_as_any(
+    curve: Callable[[int], float], kind: str, expected: int
+) -> None:
+    assert measured(Device(curve), 8 if kind == "cpu" else 32, kind) == expected
+
+
+def test_what_else_the_machine_does_twice_in_five_rounds_changes_nothing() -> None:
+    count = itertools.count()
+    disturbed = Device(lambda rows: 0.001 * rows * (9 if next(count) % 5 in (1, 3) else 1))
+    assert measured(disturbed) == 8
+
+
+def test_what_cannot_be_measured_is_as_ever() -> None:
+    assert measured(Device(lambda rows: 0.0)) == 16
+    slow = Device(lambda rows: 1.0 * rows)
+    assert measured(slow) == 16
+    assert slow.calls == [8, 8]
+    assert measured(Device(lambda rows: 0.0), chunk=24) == 24, "never less than a chunk"
+
+
+def test_it_takes_only_so_long() -> None:
+    for per_row in (0.0001, 0.001, 0.003, 0.01, 0.03):
+        device = Device(lambda rows, per_row=per_row: per_row * rows)
+        measured(device)
+        assert device.now < SECONDS + 2 * 8 * per_row
+        assert set(device.calls) <= {8, 16, 32}
+        assert max(device.calls) <= BY_DEVICE["cpu"][1]
+
+
+def test_what_does_not_fit_into_the_memory_is_not_allowed() -> None:
+    def seconds(rows: int) -> float:
+        if rows > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory, said a test")
+        return 0.003
+
+    assert measured(Device(seconds), 32, "cuda") == 128
+    assert measured(Device(seconds), 128, "cuda") == 128
+    with pytest.raises(torch.OutOfMemoryError):
+        measured(Device(seconds), 256, "cuda")
