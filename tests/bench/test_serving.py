@@ -64,23 +64,27 @@ def test_answers_are_read_and_those_cut_off_are_none(answer: bytes, expected: tu
 
 
 def test_a_slow_server_delays_nobodys_sending_and_who_loses_patience_is_gone() -> None:
-    first, gone, second, begun = asyncio.run(three_clients())
+    first, gone, second, overdue, begun = asyncio.run(four_clients())
     assert first["status"] == second["status"] == 200
     assert first["done"] >= 0.6
     assert (gone["status"], gone["error"], gone["done"]) == (0, "left", None)
     assert 0.1 <= begun <= second["done"] + 0.1
     assert second["late"] >= 0
+    assert overdue["late"] >= 1.5
+    assert overdue["done"] > overdue["late"], "latency counts from when it was meant to be sent"
 
 
-async def three_clients() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]:
-    """The records of a slow request, one given up, and one sent 0.1 s after them; and when that one was received."""
-    begun: list[float] = []
+async def four_clients() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any], float]:
+    """The records of a slow request, one given up, one 0.1 s after them, and one that was due long ago; and when
+    the third was received."""
+    posted: list[float] = []
     start = asyncio.get_running_loop().time() + 0.1
 
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        begun.append(asyncio.get_running_loop().time() - start)
         if (await reader.readline()).startswith(b"GET"):
             await asyncio.sleep(0.6)
+        else:
+            posted.append(asyncio.get_running_loop().time() - start)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         writer.close()
 
@@ -91,11 +95,11 @@ async def three_clients() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
             raw = f"{method} / HTTP/1.1\r\n\r\n"
             return {"at": at, "raw": raw, "patience": 30.0, "leaves": leaves, "keep": False}
 
-        requests = [asked(0.0, "GET"), asked(0.0, "GET", leaves=0.2), asked(0.1, "POST")]
-        first, gone, second = await asyncio.gather(
+        requests = [asked(0.0, "GET"), asked(0.0, "GET", leaves=0.2), asked(0.1, "POST"), asked(-2.0, "POST")]
+        first, gone, second, overdue = await asyncio.gather(
             *(generator.ask("127.0.0.1", port, request, start) for request in requests)
         )
-    return first, gone, second, begun[-1]
+    return first, gone, second, overdue, max(posted)
 
 
 def test_an_answer_that_never_came_is_in_every_percentile() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from tests.bench.serving.workloads import Arrival
 
 ROOT = Path(__file__).parents[3]
 MARK = "SERVING_BENCH_RUN"  # an environment variable by which a server's processes are known, whatever they did
+PR_SET_PDEATHSIG = 1
 START_S, END_S, SETTLE_S = 180.0, 10.0, 20.0
 
 
@@ -138,6 +140,7 @@ def serving(contender: Contender, python: str, told: Settings) -> Iterator[Serve
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=_end_with_the_bench,
             )
         try:
             server = Server(contender, told, folder)
@@ -149,6 +152,11 @@ def serving(contender: Contender, python: str, told: Settings) -> Iterator[Serve
                 process.wait(END_S)
             kill(mark)
             process.wait()
+
+
+def _end_with_the_bench() -> None:
+    """The server gets SIGTERM where the bench itself is killed and cannot end it any more. Linux only."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
