@@ -84,13 +84,14 @@ of as many held-out images, and × how many times that the samples' is.
 """
 
 
-def evaluation_text(results: list[dict[str, Any]], sha256: str) -> str:
+def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint) -> str:
     """What `training.evaluate` found, Markdown: the first result by itself, and a table of all where there are more.
 
-    Raises ValueError where one is of another checkpoint, or not by the first one's classifier.
+    Raises ValueError where one is of another checkpoint, or not by the first one's classifier. Raw weights are in the
+    state that the run saved at the checkpoint's iteration, a file of its own.
     """
     for result in results:
-        if result["checkpoint"]["sha256"] != sha256:
+        if not _is_of(result, loaded):
             raise ValueError(f"an evaluation is of another checkpoint: {result['command']}")
         if "accuracy" not in result["generated"]:
             raise ValueError("the evaluation is not by a classifier, whose numbers the card shows")
@@ -98,6 +99,13 @@ def evaluation_text(results: list[dict[str, Any]], sha256: str) -> str:
             raise ValueError("the evaluations are by different classifiers")
     text = headline(results[0])
     return text + COMPARISON + "".join(map(comparison_row, results)) if len(results) > 1 else text
+
+
+def _is_of(result: dict[str, Any], loaded: Checkpoint) -> bool:
+    found = result["checkpoint"]
+    if result["sampling"]["weights"] == "raw":
+        return bool(found["name"] == f"state-{loaded.config.provenance['iterations']:07}")
+    return bool(found["sha256"] == loaded.sha256)
 
 
 def comparison_row(result: dict[str, Any]) -> str:
@@ -175,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         file = checkpoint.find(args.checkpoint)
         loaded = checkpoint.load(file)
         results = [json.loads(path.read_text()) for path in args.evaluation]
-        text = card(loaded, file, evaluation_text(results, loaded.sha256) if results else "")
+        text = card(loaded, file, evaluation_text(results, loaded) if results else "")
     except (CheckpointError, OSError, ValueError) as error:
         print(f"training.card: {error}", file=sys.stderr)
         return 2

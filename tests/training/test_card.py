@@ -95,7 +95,7 @@ def test_a_card_shows_bits_per_dimension_and_neighbours_where_they_were_asked_fo
     assert "not tested" not in text
     assert "{" not in text
     assert "memorised was not tested" in card.card(checkpoint.load(file), file)
-    alone = card.evaluation_text([evaluation(file)], checkpoint.load(file).sha256)
+    alone = card.evaluation_text([evaluation(file)], checkpoint.load(file))
     assert "bits per dimension" not in alone
     assert "nearest of" not in alone
 
@@ -103,6 +103,7 @@ def test_a_card_shows_bits_per_dimension_and_neighbours_where_they_were_asked_fo
 def test_several_evaluations_make_a_table_with_a_row_for_each(file: Path, tmp_path: Path) -> None:
     other = evaluation(file)
     other["sampling"] = {**other["sampling"], "sampler": "ddpm", "steps": 1000, "weights": "raw"}
+    other["checkpoint"] = {"name": "state-0000007", "sha256": "1" * 64}
     for name, result in (("a.json", evaluation(file)), ("b.json", other)):
         (tmp_path / name).write_text(json.dumps(result))
     assert card.main([str(file), "--evaluation", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
@@ -112,13 +113,16 @@ def test_several_evaluations_make_a_table_with_a_row_for_each(file: Path, tmp_pa
 
 
 def test_evaluations_that_do_not_belong_are_refused(file: Path) -> None:
-    sha256 = checkpoint.load(file).sha256
+    loaded = checkpoint.load(file)
     with pytest.raises(ValueError, match="another checkpoint"):
-        card.evaluation_text([evaluation(file), evaluation(file, checkpoint={"sha256": "0" * 64})], sha256)
+        card.evaluation_text([evaluation(file), evaluation(file, checkpoint={"sha256": "0" * 64})], loaded)
+    raw = evaluation(file)["sampling"] | {"weights": "raw"}
+    with pytest.raises(ValueError, match="another checkpoint"):
+        card.evaluation_text([evaluation(file, sampling=raw, checkpoint={"name": "state-0000008"})], loaded)
     with pytest.raises(ValueError, match="different classifiers"):
-        card.evaluation_text([evaluation(file), evaluation(file, features={"sha256": "e" * 64})], sha256)
+        card.evaluation_text([evaluation(file), evaluation(file, features={"sha256": "e" * 64})], loaded)
     with pytest.raises(ValueError, match="not by a classifier"):
-        card.evaluation_text([evaluation(file, generated={"frechet_distance": 1.0})], sha256)
+        card.evaluation_text([evaluation(file, generated={"frechet_distance": 1.0})], loaded)
 
 
 def test_a_checkpoint_without_provenance_is_refused_with_a_sentence(
