@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # With an NVIDIA GPU: PyPI's CUDA build. Without: a CPU wheel at hand (pip's find-links), else PyTorch's CPU index.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types bench clean up down lock check-images check-manifests compose-test
+.PHONY: serve test lint types bench clean up down lock check-images check-manifests compose-test soak
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m app
@@ -63,6 +63,10 @@ down:
 
 compose-test: $(VENV)/.test
 	$(BIN)/python -m tests.docker.compose $(ARGS)
+
+# Ten minutes of everything that may happen to a server (MINUTES=60 for more); the report is build/soak.md.
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
 
 TOOLS := $(VENV)/tools
 $(TOOLS)/.done: docker/tools.txt

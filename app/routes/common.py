@@ -61,8 +61,8 @@ class Service:
             job.encodings.append((begin, end))
 
 
-def service(request: Request) -> Service:
-    """What this application serves with; a dependency of the handlers."""
+async def service(request: Request) -> Service:
+    """What this application serves with; a dependency of the handlers. Async, or FastAPI would ask a thread for it."""
     found: Service = request.app.state.service
     return found
 

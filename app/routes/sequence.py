@@ -31,7 +31,7 @@ MEDIA_TYPES: dict[Format, str] = {
     "webp": "image/webp",
 }
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-CONTENT: dict[str, Any] = dict.fromkeys(MEDIA_TYPES.values(), BINARY)
+CONTENT: dict[str, Any] = dict.fromkeys(MEDIA_TYPES.values(), BINARY) | {MEDIA_TYPES["sse"]: {}}  # events, no string
 
 
 @router.get(

@@ -1,0 +1,111 @@
+"""What nobody should send: broken HTTP, broken JSON, and requests that are neither."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+
+from tests.soak.exchange import message
+
+SEQUENCE = "/diffusion-sequence"
+FIELDS = (
+    "class_label", "n", "seed", "index", "sampler", "steps", "eta", "guidance_scale", "guidance_interval", "spacing",
+    "limit", "timeout_s", "columns", "frames", "view", "format", "unheard",
+)  # fmt: skip
+VALUES: list[object] = [
+    None, True, -1, 0, 2**31, 2**63, 2**64, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "1", "0x10", "\0",
+    "\ud800", "🐛" * 50, "a" * 5000, "../../etc/passwd", "'; DROP TABLE", "{{7*7}}", "%s%n", [], [[]], [1, 2, 3], {},
+    {"$ref": "#"}, {"__class__": "x"},
+]  # fmt: skip
+JSONS = [
+    b"", b"null", b"[]", b'"x"', b"{", b'{"n": 1', b'{"n": 1e999}', b'{"n": 1, "n": 2}', b'{"n": 01}',
+    b"\xff\xfe{\x00}\x00",
+    b"\xef\xbb\xbf{}",
+    b'{"seed": ' + b"9" * 5000 + b"}", b"[" * 20_000, b'{"a":' * 10_000, b"\x00" * 100, b"\x80\x04\x95",
+    b'{"class_label": "\xff"}', b'{"class_label": "\\ud800"}', b"{}" + b" " * 70_000,
+]  # fmt: skip
+TARGETS = [
+    "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/%00", "/generate%0d%0aX: y", "//generate", "/generate/", "*",
+    "http://other/generate", "/\xff", "/" + "a" * 5000, "/" + "a" * 100_000, "/models?" + "a=b&" * 2000, "/metrics/..",
+    "/generate#x", "/.git/config", "/docs/../models", "other:443", "", "?",
+]  # fmt: skip
+HEADERS = [
+    "Content-Length: -1", "Content-Length: 99999999999999999999", "Content-Length: 5\r\nContent-Length: 6",
+    "Transfer-Encoding: chunked\r\nContent-Length: 3", "Transfer-Encoding: gzip, chunked", "Expect: 100-continue",
+    "Expect: the worst", "X: " + "a" * 20_000, "\r\n".join(f"X-{i}: y" for i in range(2000)), "X\0: y", "X : y",
+    ": y",
+    "X: \x01\x02", " folded: x", "Upgrade: websocket\r\nConnection: Upgrade", "Upgrade: h2c", "Accept: ;;;,,q=",
+    "Accept: */*;q=nan", "Content-Type: text/plain", "Content-Type: application/json; charset=utf-7",
+    "Host:\r\nHost: x",
+    "Content-Encoding: gzip", "Last-Event-ID: \xff", "X-Request-Id: \xff{}%0a", "Range: bytes=0-0,-1",
+    "Authorization: \xff",
+]  # fmt: skip
+
+
+def post(content: bytes, *lines: str) -> bytes:
+    """POST /generate of exactly this body."""
+    head = "\r\n".join(["POST /generate HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", ""])
+    return head.encode("latin-1") + content
+
+
+def wrong_values(rng: random.Random) -> bytes:
+    fields = {field: rng.choice(VALUES) for field in rng.sample(FIELDS, rng.randint(1, 4))}
+    content = json.dumps(fields).encode()
+    return post(content, f"Content-Length: {len(content)}")
+
+
+def wrong_json(rng: random.Random) -> bytes:
+    content = rng.choice(JSONS)
+    return post(content, f"Content-Length: {len(content)}")
+
+
+def wrong_length(rng: random.Random) -> bytes:
+    return post(b'{"n": 1}', f"Content-Length: {rng.choice([1, 7, 9, 100, 10**6, 10**12])}")
+
+
+def wrong_chunks(rng: random.Random) -> bytes:
+    chunk = rng.choice(
+        [b"2\r\n{}", b"ffffffffffffffffff\r\n{}", b"-2\r\n{}\r\n", b"2;" + b"a" * 9000 + b"\r\n{}", b"x"]
+    )
+    return post(chunk + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked")
+
+
+def wrong_query(rng: random.Random) -> bytes:
+    noise = "".join(rng.choice("&=%+[]{};,.\\'\"0123456789abcdefnx%00%ff") for _ in range(rng.randint(1, 60)))
+    return message("GET", f"{SEQUENCE}?{rng.choice(FIELDS)}={noise}")
+
+
+def wrong_target(rng: random.Random) -> bytes:
+    method = rng.choice(
+        ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "CONNECT", "TRACE", "PATCH", "get", "X" * 99]
+    )
+    version = rng.choice(["1.1", "1.0", "0.9", "2", "1.1.1"])
+    return f"{method} {rng.choice(TARGETS)} HTTP/{version}\r\nHost: x\r\n\r\n".encode("latin-1")
+
+
+def wrong_headers(rng: random.Random) -> bytes:
+    lines = "\r\n".join(rng.sample(HEADERS, rng.randint(1, 3)))
+    method, path = rng.choice([("GET", "/models"), ("POST", "/generate"), ("GET", "/metrics"), ("GET", "/")])
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{lines}\r\n\r\n{{}}".encode("latin-1")
+
+
+def flipped(rng: random.Random) -> bytes:
+    data = bytearray(message("POST", "/generate", {"n": 1, "steps": 2, "seed": 10**6}))
+    for _ in range(rng.randint(1, 8)):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+def noise(rng: random.Random) -> bytes:
+    return rng.randbytes(rng.choice([1, 10, 1000, 100_000]))
+
+
+def pipelined(rng: random.Random) -> bytes:
+    return b"".join(rng.choice(KINDS[:-1])(rng)[:3000] for _ in range(20)) + b"GET /livez HTTP/1.1\r\n\r\n" * 500
+
+
+KINDS: list[Callable[[random.Random], bytes]] = [
+    wrong_values, wrong_json, wrong_length, wrong_chunks, wrong_query, wrong_target, wrong_headers, flipped, noise,
+    pipelined,
+]  # fmt: skip
