@@ -50,8 +50,8 @@ def test_it_is_the_fewest_rows_that_run_about_as_fast_as_any(
 
 
 def test_what_else_the_machine_does_twice_in_five_rounds_changes_nothing() -> None:
-    count = itertools.count()
-    disturbed = Device(lambda rows: 0.001 * rows * (9 if next(count) % 5 in (1, 3) else 1))
+    turns = {8: itertools.count(), 16: itertools.count(), 32: itertools.count()}
+    disturbed = Device(lambda rows: 0.001 * rows * (9 if next(turns[rows]) in (3, 5) and rows == 8 else 1))
     assert measured(disturbed) == 8
 
 
