@@ -21,7 +21,7 @@ from app import logs
 from app.access import Keys
 from app.connection import Connection, Limits
 from app.engine.runner import Runner
-from app.main import create_app, create_operations_app
+from app.main import MakeRunner, create_app, create_operations_app
 from app.routes.common import Service
 from app.settings import PREFIX, Settings, service_links, unknown_variables
 
@@ -125,16 +125,16 @@ def read_settings(argv: list[str], kind: type[Settings] = Settings, command: str
         sys.exit(f"{command}: " + "; ".join(lines))
 
 
-def serve(settings: Settings, runner: Runner | None = None) -> None:
+def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
     """Serves until a signal comes and the admitted work is done, or the engine fails for good (exit code 1).
 
-    `runner` is for tests.
+    `make_runner` is for tests.
     """
     logs.configure(settings.log_level)
     if links := service_links():
         log.warning("these variables are an orchestrator's service links, and ignored: %s", ", ".join(links))
     try:
-        app = create_app(settings, runner)
+        app = create_app(settings, make_runner)
     except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError is what torch raises for its devices
         sys.exit(f"python -m app: {error}")
     keys: Keys = app.state.keys
@@ -146,8 +146,11 @@ def serve(settings: Settings, runner: Runner | None = None) -> None:
             _config(create_operations_app(app.state.service), settings, settings.metrics_host, settings.metrics_port)
         )
     server = Server(_config(app, settings, settings.host, settings.port), app.state.service, operations)
-    if settings.api_keys_file:
-        signal.signal(signal.SIGHUP, lambda *_: setattr(keys, "stale", True))
+
+    def look_again(sig: int, frame: FrameType | None) -> None:
+        keys.stale = app.state.service.models.stale = True
+
+    signal.signal(signal.SIGHUP, look_again)
     # uvicorn puts its own handlers in place when it runs, and raises the signal again when it has shut down; a
     # drained server has nothing to die of.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,6 +6,7 @@ The file is TOML, one table per name, and holds no keys but their SHA-256:
     sha256 = "…"                 # or a list of them, while a key is being changed for another
     requests_per_minute = 60     # left out: --key-requests-per-minute
     concurrent = 4               # left out: --key-concurrency
+    admin = true                 # may load and remove models; left out: false
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ log = logging.getLogger("ddpm.access")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what TOML takes without quotes
 TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,512}=*")  # RFC 6750's b64token, long enough not to be guessed
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
-FIELDS = {"sha256", "requests_per_minute", "concurrent"}
+FIELDS = {"sha256", "requests_per_minute", "concurrent", "admin"}
 RELOAD_S = 1.0  # between looks at the file
 
 
@@ -46,6 +47,7 @@ class Key:
     digests: tuple[bytes, ...]
     requests_per_minute: int
     concurrent: int
+    admin: bool = False
 
 
 class Usage:
@@ -200,8 +202,10 @@ class Keys:
                 raise ValueError(f"{where}: a name is 1 to 64 letters, digits, hyphens or underscores")
             if not isinstance(table, dict) or "sha256" not in table or set(table) - FIELDS:
                 raise ValueError(
-                    f"{where}: must be a table [NAME] with sha256, and requests_per_minute and concurrent if you like"
+                    f"{where}: must be a table [NAME] with sha256, and maybe requests_per_minute, concurrent, admin"
                 )
+            if not isinstance(table.get("admin", False), bool):
+                raise ValueError(f"{where}: admin must be true or false")
             hashes = table["sha256"] if isinstance(table["sha256"], list) else [table["sha256"]]
             if not hashes or not all(isinstance(text, str) and DIGEST.fullmatch(text) for text in hashes):
                 raise ValueError(
@@ -213,6 +217,7 @@ class Keys:
                 tuple(bytes.fromhex(text) for text in hashes),
                 _limit(table, "requests_per_minute", self._settings.key_requests_per_minute, where),
                 _limit(table, "concurrent", self._settings.key_concurrency, where),
+                table.get("admin", False),
             )
 
 

@@ -128,6 +128,36 @@ class OutOfMemory(ServiceError):
     status, code = 507, "out_of_memory"
 
 
+class Forbidden(ServiceError):
+    """The key is good, but not for this."""
+
+    status, code = 403, "forbidden"
+
+
+class ModelNotFound(ServiceError):
+    """No checkpoint has this name."""
+
+    status, code = 404, "model_not_found"
+
+
+class ModelConflict(ServiceError):
+    """Not now: another checkpoint is being loaded, or requests without a model need this one."""
+
+    status, code = 409, "model_conflict"
+
+
+class InvalidCheckpoint(ServiceError):
+    """The file is not one that can be served. What was served before still is."""
+
+    status, code = 422, "invalid_checkpoint"
+
+
+class LoadFailed(ServiceError):
+    """The checkpoint is good, but the device does not run it. What was served before still is."""
+
+    status, code = 500, "load_failed"
+
+
 class Cancelled(ServiceError):
     """The client went away. Nobody reads this answer; it ends the request, and 499 marks it in log and metrics."""
 

@@ -12,10 +12,11 @@ from urllib.parse import quote
 import numpy as np
 
 from app.engine.request import Mailbox, Request, View
+from app.engine.served import Served
 from app.errors import InvalidClassLabel, InvalidRequest
 from app.schemas import Sampling, SequenceQuery
 from app.settings import Settings
-from model.checkpoint import Checkpoint, CheckpointConfig
+from model.checkpoint import CheckpointConfig
 from model.plan import InvalidPlan, SamplingDefaults, make_plan, usable_variance
 from model.rng import draw_class
 
@@ -27,11 +28,15 @@ class Job:
     """A request on its way, and everything needed to make its images again."""
 
     request: Request
-    checkpoint: Checkpoint
     class_label: int | None
     sampling: SamplingDefaults
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
+
+    @property
+    def checkpoint(self) -> Served:
+        """Whose weights make the images."""
+        return self.request.served
 
     def provenance(self) -> dict[str, str]:
         """For response headers and PNG text: what to send again for the same images."""
@@ -74,7 +79,7 @@ def headers(provenance: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_job(
-    asked: Sampling, checkpoint: Checkpoint, settings: Settings, on_drop: Callable[[], None] = lambda: None
+    asked: Sampling, checkpoint: Served, settings: Settings, on_drop: Callable[[], None] = lambda: None
 ) -> Job:
     """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
     asked.check(settings)
@@ -114,12 +119,12 @@ def make_job(
         classes=classes,
         deadline=time.monotonic() + (asked.timeout_s or settings.max_timeout_s),
         mailbox=Mailbox(asyncio.get_running_loop(), keep, on_drop),
-        model=checkpoint.name,
+        served=checkpoint,
         patient=asked.timeout_s is None,
         frame_steps=steps_shown,
         view=view,
     )
-    return Job(request, checkpoint, label, sampling, variance)
+    return Job(request, label, sampling, variance)
 
 
 def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingDefaults:

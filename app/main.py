@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import torch
@@ -17,14 +17,16 @@ from starlette.middleware.cors import CORSMiddleware
 from app.access import Keys
 from app.engine.engine import Engine
 from app.engine.runner import Runner
+from app.engine.served import Served
 from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, RequestTimeout, ServiceError
 from app.metrics import Metrics
 from app.middleware import SECURITY_HEADERS, Access, BodyLimit, RequestLog, SecurityHeaders
-from app.routes import docs, generate, page, sequence, status
+from app.models import Models
+from app.routes import docs, generate, models, page, sequence, status
 from app.routes.common import Service
 from app.settings import Settings
 from app.tracing import Tracer, Traces
-from model import checkpoint
+from model.checkpoint import Checkpoint
 from model.inference import best_precision
 
 VERSION = "0.1.0"
@@ -37,10 +39,13 @@ HTTP_ERRORS: dict[int, type[ServiceError]] = {
 }
 
 
-def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
+MakeRunner = Callable[[Checkpoint, torch.device, int, int, str, str], Runner]
+
+
+def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine, and drains it at the end.
 
-    `runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
+    `make_runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
     """
     keys = Keys(settings)
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
@@ -48,34 +53,30 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
     # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)
-    loaded = checkpoint.load(settings.checkpoint)
-    metrics = Metrics()
     device = settings.torch_device()
     chunk = settings.chunk_rows or (32 if device.type == "cuda" else 8)
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
-    runner = runner or Runner(loaded, device, chunk, threads, runtime, precision)
-    engine = Engine(
-        runner,
-        metrics.engine,
-        max_rows=settings.max_batch_rows,
-        max_work=settings.max_queue_rows,
-        step_timeout_s=settings.step_timeout_s,
-    )
+
+    def make(checkpoint: Checkpoint) -> Served:
+        runner = make_runner(checkpoint, device, chunk, threads, runtime, precision)
+        return Served(checkpoint, runner, settings.max_batch_rows)
+
+    metrics = Metrics()
+    engine = Engine(metrics.engine, max_work=settings.max_queue_rows, step_timeout_s=settings.step_timeout_s)
+    served = Models(settings, metrics, engine, make)
     metrics.ask(engine)
     metrics.pending_rows_limit.set(settings.max_queue_rows)
-    metrics.engine.declare(loaded.name, lambda: engine.max_rows)
-    runs_on = {"device": device.type, "runtime": runner.runtime, "precision": runner.precision}
-    metrics.declare(loaded.name, loaded.sha256, **runs_on)
     metrics.declare_build(VERSION)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        tasks = [asyncio.create_task(keys.watch()), asyncio.create_task(_watch(engine))]
+        tasks = [asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine))]
         yield
         for task in tasks:
             task.cancel()
+        served.close()
         engine.drain(0)
         if engine.failure is None:
             await asyncio.to_thread(engine.join, 10)
@@ -90,8 +91,8 @@ def create_app(settings: Settings, runner: Runner | None = None) -> FastAPI:
         docs_url=None,  # FastAPI's load their scripts from another host; app/routes/docs.py does not
         redoc_url=None,
     )
-    app.state.service, app.state.keys = Service(settings, loaded, engine, metrics, runs_on), keys
-    routers = [module.router for module in (generate, sequence, status, page, docs)] + [status.health]
+    app.state.service, app.state.keys = Service(settings, served, engine, metrics), keys
+    routers = [module.router for module in (generate, sequence, models, page, docs)] + [status.health]
     if settings.metrics_port < 0:
         routers.append(status.operations)
     for router in routers:
@@ -150,9 +151,17 @@ async def _answer(request: Request, exception: Exception) -> JSONResponse:
     error, extra = _service_error(exception)
     request.state.outcome = error.code
     extra |= error.headers()
+    if type(error) is MethodNotAllowed and (methods := _methods(request)):
+        extra["Allow"] = methods
     if type(error) is ServiceError:  # an unforeseen exception is answered outside of all middleware
         extra |= {"X-Request-Id": request.state.request_id, **request.app.state.headers}
     return JSONResponse(error.body(), error.status, headers=extra)
+
+
+def _methods(request: Request) -> str:
+    """Of a path: Starlette names those of one route, and a path may have several."""
+    path = getattr(request.scope.get("route"), "path", "")
+    return ", ".join(sorted(method.upper() for method in request.app.openapi()["paths"].get(path, {})))
 
 
 def _service_error(exception: Exception) -> tuple[ServiceError, dict[str, str]]:

@@ -99,6 +99,11 @@ class EngineMetrics:
         for histogram in (self.step_seconds, self.batch_rows, self.batch_fill, self.queue_seconds, self.cancel_seconds):
             histogram.labels(model)
 
+    def forget(self, model: str) -> None:
+        """No checkpoint of that name is there any more: it has no queue. What it did stays counted."""
+        for gauge in (self.rows_running, self.rows_waiting, self.batch_rows_limit):
+            gauge.remove(model)
+
 
 class Metrics:
     """What the server does, and the registry of everything. `model` is empty where a request names none."""
@@ -163,9 +168,15 @@ class Metrics:
         self.rows_per_second = Gauge(
             "ddpm_expected_rows_per_second", "U-Net rows a second, as admission expects of full batches.", registry=r
         )
+        self.model_loads = Counter(
+            "ddpm_model_loads_total",
+            "Attempts to load a checkpoint anew while serving: loaded, unchanged, or an error's code.",
+            ["model", "outcome"],
+            registry=r,
+        )
         self.model_info = Gauge(
             "ddpm_model_info",
-            "1 for the checkpoint that is served.",
+            "1 for a checkpoint that is served.",
             ["model", "sha256", "device", "runtime", "precision"],
             registry=r,
         )
@@ -185,8 +196,14 @@ class Metrics:
     def declare(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
         """Makes the series of a checkpoint that will be served."""
         self.model_info.labels(model, sha256, device, runtime, precision).set(1)
+        for outcome in ("loaded", "unchanged", "invalid_checkpoint", "load_failed", "out_of_memory"):
+            self.model_loads.labels(model, outcome)
         for labelled in (self.frames_sent, self.frames_dropped, self.first_frame_seconds):
             labelled.labels(model)
+
+    def forget(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
+        """New requests get it no more."""
+        self.model_info.remove(model, sha256, device, runtime, precision)
 
     def declare_build(self, version: str) -> None:
         """What is running: the service's version, Python's and torch's."""

@@ -102,7 +102,7 @@ class Access:
         state = scope.setdefault("state", {})
         try:
             key = self.keys.authenticate(scope["headers"])
-            state["key"] = key.name
+            state["key"], state["admin"] = key.name, key.admin
             usage = self.keys.admit(key)
         except ServiceError as error:
             state["outcome"] = error.code

@@ -247,7 +247,8 @@ def main(argv: list[str]) -> None:
     try:
         if settings.port == 0:
             raise ValueError("Ray Serve must be told a port; 0 is none")
-        checkpoint.load(settings.checkpoint)  # a wrong one is told here, and not by every replica
+        for name in settings.checkpoints:  # a wrong one is told here, and not by every replica
+            checkpoint.load(name)
         ray.init(settings.ray_address or None, runtime_env={"env_vars": variables}, include_dashboard=False)
         gpus, most = shares(settings, ray.cluster_resources())
     except (ValueError, ConnectionError) as error:

@@ -28,6 +28,7 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    model: str | None = Field(None, description="name of a checkpoint that is served; left out, the default")
     class_label: int | str | None = Field(
         None,
         description='class index or name ("7", "dog"); null for a random mix, or for an unconditional checkpoint',
@@ -131,6 +132,10 @@ class ModelCard(BaseModel):
     """A checkpoint that is served."""
 
     name: str
+    default: bool = Field(description="whether it answers requests that name no model")
+    state: Literal["starting", "ready", "loading"] = Field(
+        description="warming up for the first time, serving, or serving while its file is loaded anew"
+    )
     checkpoint: str = Field(description="SHA-256 of the checkpoint's file")
     runs_on: dict[str, str] = Field(description="device, runtime and precision; with others images differ a little")
     image_shape: tuple[int, int, int] = Field(description="channels, height, width")
@@ -147,6 +152,24 @@ class ModelList(BaseModel):
     """The checkpoints that are served."""
 
     models: list[ModelCard]
+    loading: str | None = Field(description="the checkpoint that is being loaded now, served already or not")
+
+
+class LoadBody(BaseModel):
+    """Body of POST /models."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(description="a checkpoint that is served, or NAME of NAME.safetensors in the folder of models")
+
+
+class LoadedModel(ModelCard):
+    """The checkpoint that new requests get from now on."""
+
+    replaced: str | None = Field(
+        description="SHA-256 of what was served under the name before; null where nothing was, `checkpoint` where the "
+        "file has not changed"
+    )
 
 
 class Health(BaseModel):

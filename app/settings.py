@@ -32,7 +32,14 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    checkpoint: str = Field("mnist", description="a bundled checkpoint's name, or the path of a .safetensors file")
+    checkpoint: str = Field(
+        "mnist",
+        description="a bundled checkpoint's name, or the path of a .safetensors file; several by commas, the first is "
+        "the default",
+    )
+    models_dir: str = Field(
+        "", description='folder whose NAME.safetensors may be loaded by POST /models {"name": NAME}; unset: none'
+    )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 lets the system choose")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is the GPU where there is one")
@@ -114,6 +121,14 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
+    @field_validator("checkpoint")
+    @classmethod
+    def _check_checkpoints(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if not all(names):
+            raise ValueError("must be a checkpoint, or several by commas")
+        return ",".join(names)
+
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, value: str) -> str:
@@ -131,6 +146,11 @@ class Settings(BaseSettings):
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], *sources: Any, **named: Any) -> Any:
         """Arguments win over the environment; there are no other sources."""
         return named["init_settings"], _Environment(settings_cls)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The default, and the others."""
+        return self.checkpoint.split(",")
 
     def torch_device(self) -> torch.device:
         """Raises ValueError where cuda is asked for and not there."""

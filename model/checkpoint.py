@@ -119,6 +119,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
     """Loads a checkpoint for sampling. Raises CheckpointError with a sentence for anything but a good one."""
     path = find(name_or_path)
     try:
+        before = _stamp(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = (file.metadata() or {}).get("ddpm")
             if metadata is None:
@@ -131,6 +132,8 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
             weights = {name: _float32(name, file.get_tensor(name)) for name in names}
         with path.open("rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        if _stamp(path) != before:  # or the weights could be of one file and the hash of another
+            raise CheckpointError("the file changed while it was read")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
@@ -140,6 +143,12 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
     network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False)
     return Checkpoint(path.stem, sha256, config, network.to(device))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Something that changes when the file does."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev
 
 
 def _float32(name: str, tensor: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import defaultdict
 
-from app.engine.rate import Rate
 from app.engine.request import Answer, Frame, Mailbox, Request, post
+from app.engine.served import Served
 from app.errors import DeadlineExceeded, Overloaded, ServiceError
 from app.metrics import EngineMetrics
 
@@ -30,21 +31,39 @@ class Pending:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def admit(self, request: Request, rate: Rate) -> None:
+    def admit(self, request: Request) -> None:
         """Raises Overloaded, or DeadlineExceeded where it could not be done in time."""
         with self.changed:
             work, waiting = request.work_left, sum(other.work_left for other in self._requests)
             if waiting and waiting + work > self._max_work:  # an empty queue takes anything within the request limits
-                surplus = min(waiting, waiting + work - self._max_work)
-                retry = max(1, math.ceil(surplus / rate.rows_per_second))
+                surplus = min(waiting, waiting + work - self._max_work) / waiting
+                retry = max(1, math.ceil(surplus * self._seconds()))
                 raise Overloaded(f"the queue is full; try again in {retry} s", retry_after=retry)
-            # Requests share the device, so each of the others delays this one by at most its own work.
-            ahead = sum(min(other.work_left, work) for other in self._requests)
-            seconds = (ahead + work) / rate.rows_per_second
+            seconds = self._ends_after(request)
             # The rate is an estimate; who named no time is refused only where it would have to be wrong by half.
             if seconds / (2 if request.patient else 1) > request.deadline - time.monotonic():
                 raise DeadlineExceeded(f"this would take about {math.ceil(seconds)} s, longer than its time-out")
             self._requests.add(request)
+
+    def _ends_after(self, request: Request) -> float:
+        """Requests for one checkpoint share its steps, so each of the others delays this one by at most its own work.
+        Checkpoints share the device, so each of the others delays this one's by at most as much as that takes alone."""
+        alone = own = request.seconds_left
+        others: defaultdict[Served, float] = defaultdict(float)
+        for other in self._requests:
+            if other.served is request.served:
+                own += min(other.seconds_left, alone)
+            else:
+                others[other.served] += other.seconds_left
+        return own + sum(min(seconds, own) for seconds in others.values())
+
+    def _seconds(self) -> float:
+        return sum(request.seconds_left for request in self._requests)
+
+    def holds(self, served: Served) -> bool:
+        """Whether a request for it has no answer yet."""
+        with self.changed:
+            return any(request.served is served for request in self._requests)
 
     def show(self, request: Request, frame: Frame) -> None:
         """A frame on the way, to be published."""
@@ -66,6 +85,12 @@ class Pending:
         else:
             self._metrics.images.labels(request.model).inc(request.n)
 
+    def answer(self, request: Request, answer: Answer) -> None:
+        """On the engine's thread: the request leaves with its answer, unless it was given up."""
+        self.settle(request, answer)
+        if request in request.served.scheduler:
+            request.served.scheduler.remove(request)
+
     def settle_all(self, answer: ServiceError) -> int:
         """The same answer for everyone; how many there were."""
         with self.changed:
@@ -86,6 +111,13 @@ class Pending:
         """Work admitted and not done, in U-Net rows."""
         with self.changed:
             return sum(request.work_left for request in self._requests)
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """Work over the time that it takes, whatever mixture of checkpoints it is for; None where there is none."""
+        with self.changed:
+            rows, seconds = self.rows, self._seconds()
+        return rows / seconds if seconds else None
 
     @property
     def oldest_wait(self) -> float:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from app.errors import ServiceError
 from model.images import Image
 from model.plan import Plan
+
+if TYPE_CHECKING:
+    from app.engine.served import Served
 
 View = Literal["xt", "x0"]
 
@@ -103,10 +106,9 @@ _order = itertools.count()
 class Request:
     """n images of one plan. `classes` has one class per image, or is None for an unconditional checkpoint.
 
-    Image i is drawn from (seed, index + i). `model` is the
-    checkpoint's name, for the metrics. `deadline` is in seconds of `time.monotonic`; a `patient` client did not
-    ask for it. `frame_steps` are the steps (0 is the noise) after which the client wants to see all n images, as x_t
-    or as the prediction of x_0.
+    Image i is drawn from (seed, index + i), by the weights of `served`. `deadline` is in seconds of `time.monotonic`;
+    a `patient` client did not ask for it. `frame_steps` are the steps (0 is the noise) after which the client wants to
+    see all n images, as x_t or as the prediction of x_0.
     """
 
     plan: Plan
@@ -116,7 +118,7 @@ class Request:
     classes: tuple[int, ...] | None
     deadline: float
     mailbox: Mailbox
-    model: str = ""
+    served: Served
     patient: bool = False
     frame_steps: frozenset[int] = frozenset()
     view: View = "xt"
@@ -135,6 +137,16 @@ class Request:
         self.work_left = self.n * int(self.plan.rows.sum())  # in U-Net rows
         self.images: Image | None = None
         self._frames: dict[int, tuple[Image, set[int]]] = {}  # step → canvas and the images on it
+
+    @property
+    def model(self) -> str:
+        """The checkpoint's name, for the metrics."""
+        return self.served.name
+
+    @property
+    def seconds_left(self) -> float:
+        """What its steps will take alone on the device."""
+        return self.work_left / self.served.rate.rows_per_second
 
     def place(self, i: int, image: Image) -> Image | None:
         """Puts the finished image i [C, H, W] in its place; all n images when it was the last."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -102,22 +104,26 @@ class Runner:
             y = None if y is None else torch.cat([y, y.new_zeros(padding)])
         return self._network(x, t, y)[:n]
 
-    def _probe(self) -> None:
+    @torch.inference_mode()
+    def probe(self) -> Iterator[None]:
         """Fills `sizes`: a number of rows may run if its rows come out as those of a whole chunk do, to the bit.
 
-        Which instructions run is a matter of shapes and not of numbers, so noise tells.
+        Which instructions run is a matter of shapes and not of numbers, so noise tells. One network call at a time.
         """
+        self._take_threads()
         x = normals([0] * self.chunk, range(self.chunk), [0] * self.chunk, self.config.image_shape, self.device)
         t = torch.linspace(0, self._last_timestep, self.chunk, device=self.device).long()
         classes = self.config.num_classes
         y = None if classes is None else torch.arange(self.chunk, device=self.device) % classes
         whole = self._network(x, t, y)
+        agreeing = [self.chunk]
         for size in range(1, self.chunk):
+            yield
             rows = slice(self.chunk - size, self.chunk)  # and so at other places than in the whole
             part = self._network(x[rows], t[rows], None if y is None else y[rows])
             if torch.equal(part, whole[rows]):
-                self.sizes.append(size)
-        self.sizes.sort()
+                agreeing.append(size)
+        self.sizes = sorted(agreeing)
         self._probed = True
 
     def read(self, samples: list[Sample], view: View) -> Image:
@@ -128,20 +134,29 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self, rows: int) -> None:
         """Runs the network once on `rows` rows, as the engine will, on `threads` threads from now on (0: as is)."""
-        if self._threads:
-            torch.set_num_threads(self._threads)  # of the calling thread's team
+        self._take_threads()
         if not self._probed:
-            self._probe()
+            for _ in self.probe():
+                pass
         x = torch.zeros(rows, *self.config.image_shape, device=self.device)
         t = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.forward(x, t, None if self.config.num_classes is None else t)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def close(self) -> None:
+        """Gives back the weights and what the allocator kept for them. It cannot run any more."""
+        del self._network
+        self.free_memory()
+
     def free_memory(self) -> None:
         """Gives back what the allocator keeps for later; another shape may need it."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _take_threads(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)  # of the calling thread's team
 
     def _noise(self, samples: list[Sample], steps: list[int]) -> Tensor:
         seeds = [sample.request.seed for sample in samples]

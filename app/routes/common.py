@@ -15,16 +15,16 @@ from app.engine.engine import Engine
 from app.errors import Cancelled
 from app.intake import Job
 from app.metrics import Metrics
+from app.models import Models
 from app.schemas import ErrorResponse
 from app.settings import Settings
-from model.checkpoint import Checkpoint
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 STATUSES = {
     401: "no key, or not a good one, where keys are configured",
-    404: "unknown path",
+    404: "unknown path or model",
     406: "no acceptable format",
     408: "the body took too long",
     413: "body too large",
@@ -45,10 +45,9 @@ class Service:
     """What handlers work with; made once by `create_app`."""
 
     settings: Settings
-    checkpoint: Checkpoint
+    models: Models
     engine: Engine
     metrics: Metrics
-    runs_on: dict[str, str]  # device, runtime, precision
 
     async def encode(self, job: Job, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""

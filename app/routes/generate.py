@@ -36,7 +36,7 @@ async def generate(body: GenerateBody, http: Request, service: TheService) -> Re
     steps, class and checkpoint come back in `X-DDPM-…` headers and in the PNG's text; sending them again gives the
     same images."""
     media_type = negotiate(http.headers.get("accept"), (PNG, JSON, ZIP))
-    job = make_job(body, service.checkpoint, service.settings)
+    job = make_job(body, service.models.find(body.model), service.settings)
     async with admitted(service, http, job):
         pictures = await job.request.mailbox.answer()
     content = await service.encode(job, _encode, media_type, job, pictures, body.columns)

@@ -52,8 +52,8 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     if query.format is None:
         chosen = negotiate(http.headers.get("accept"), list(MEDIA_TYPES.values()))
         query.format = next(name for name, media_type in MEDIA_TYPES.items() if media_type == chosen)
-    dropped = service.metrics.frames_dropped.labels(service.checkpoint.name)
-    job = make_job(query, service.checkpoint, service.settings, dropped.inc)
+    served = service.models.find(query.model)
+    job = make_job(query, served, service.settings, service.metrics.frames_dropped.labels(served.name).inc)
     extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
     if query.format in ("gif", "webp"):
         async with admitted(service, http, job):

@@ -1,4 +1,4 @@
-"""What is served and how it is: /models, /livez, /readyz, /health, /metrics."""
+"""How it is: /livez, /readyz, /health, /metrics."""
 
 from __future__ import annotations
 
@@ -7,45 +7,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.errors import NotReady
 from app.routes.common import ERRORS, TheService
-from app.schemas import Health, ModelCard, ModelList
-from model.samplers import SAMPLERS
+from app.schemas import Health
 
-router = APIRouter(tags=["status"])
 health = APIRouter(tags=["status"])
 operations = APIRouter(tags=["status"])
 """What may have a port of its own."""
-
-
-@router.get("/models", summary="The checkpoints that are served")
-async def models(service: TheService) -> ModelList:
-    """Class names, samplers, defaults, limits, and where the checkpoint comes from."""
-    checkpoint, settings = service.checkpoint, service.settings
-    config = checkpoint.config
-    limits = {
-        "n": settings.max_n,
-        "steps": min(settings.max_steps, config.diffusion.num_timesteps),
-        "frames": settings.max_frames,
-        "timeout_s": settings.max_timeout_s,
-    }
-    card = ModelCard(
-        name=checkpoint.name,
-        checkpoint=checkpoint.sha256,
-        runs_on=service.runs_on,
-        image_shape=config.unet.image_shape,
-        class_names=list(config.class_names),
-        num_timesteps=config.diffusion.num_timesteps,
-        samplers=list(SAMPLERS),
-        defaults=vars(config.sampling),
-        default_steps={
-            sampler: min(
-                config.sampling.instead(config.diffusion.num_timesteps, sampler=sampler).steps, settings.max_steps
-            )
-            for sampler in SAMPLERS
-        },
-        limits=limits,
-        provenance=config.provenance,
-    )
-    return ModelList(models=[card])
 
 
 @health.get("/livez", summary="Is the process alive?")

@@ -40,10 +40,10 @@ GREY = UNetConfig(
 COLOUR = replace(GREY, image_channels=3, image_size=(8, 8), num_classes=None, null_class=False)
 
 
-def write_checkpoint(path: Path, unet: UNetConfig, class_names: tuple[str, ...]) -> Path:
+def write_checkpoint(path: Path, unet: UNetConfig, class_names: tuple[str, ...], seed: int = 0) -> Path:
     """A checkpoint with random weights everywhere: a fresh network's last convolution would give zeros."""
     network = UNet(unet)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     defaults = SamplingDefaults(sampler="ddim", steps=6)
@@ -68,7 +68,7 @@ def colour_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(path: Path, runner: Runner | None = None, cold: bool = False, **limits: float) -> Iterator[TestClient]:
     """An application in this process, ready unless `cold`."""
     settings = Settings(checkpoint=str(path), device="cpu", threads=1, **limits)
-    with TestClient(create_app(settings, runner)) as client:
+    with TestClient(create_app(settings, Runner if runner is None else lambda *how: runner)) as client:
         if not cold:
             wait_for(lambda: client.get("/readyz").status_code == 200, "readiness")
         yield client

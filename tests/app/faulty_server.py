@@ -12,7 +12,7 @@ import torch
 import app.__main__ as command
 from app.engine.request import Sample, View
 from app.engine.runner import Runner
-from model import checkpoint
+from model.checkpoint import Checkpoint
 from model.images import Image
 
 RAISES, RAISES_ONCE, NOT_FINITE, SLOW = 9001, 9002, 9003, 9004  # seeds
@@ -24,6 +24,7 @@ FAULTY_STEP = 3
 SLOW_STEP_S = 0.02
 LONG_STEP_S = 4.0  # so long that the server is not ready meanwhile
 WARM_UP = "warm_up"  # for FAULT
+REFUSED = "refused"  # the last class of a checkpoint that does not run
 
 
 class FaultyRunner(Runner):
@@ -35,7 +36,7 @@ class FaultyRunner(Runner):
 
     raised = False
     crashes = 2
-    broken = False
+    broken = refused = False
 
     def start(self, samples: list[Sample]) -> None:
         if any(sample.request.seed == CANNOT_START for sample in samples):
@@ -53,7 +54,7 @@ class FaultyRunner(Runner):
         return super().read(samples, view)
 
     def warm_up(self, rows: int) -> None:
-        if os.environ.get("FAULT") == WARM_UP or self.broken:
+        if os.environ.get("FAULT") == WARM_UP or self.broken or self.refused:
             raise RuntimeError("no kernel image is available, said a test")
         super().warm_up(rows)
 
@@ -86,6 +87,13 @@ class FaultyRunner(Runner):
         return super().step(samples)
 
 
+def make_runner(checkpoint: Checkpoint, *how: object) -> FaultyRunner:
+    """In chunks of four."""
+    runner = FaultyRunner(checkpoint, torch.device("cpu"), chunk=4)
+    runner.refused = checkpoint.config.class_names[-1:] == (REFUSED,)
+    return runner
+
+
 class NarrowServer(command.Server):
     """Its connections have small send buffers, of SEND_BUFFER bytes, so that slow readers hold it up early."""
 
@@ -100,4 +108,4 @@ if __name__ == "__main__":
     if "SEND_BUFFER" in os.environ:
         command.Server = NarrowServer  # type: ignore[misc]
     settings = command.read_settings(sys.argv[1:])
-    command.serve(settings, FaultyRunner(checkpoint.load(settings.checkpoint), torch.device("cpu"), chunk=4))
+    command.serve(settings, make_runner)

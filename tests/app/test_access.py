@@ -220,6 +220,8 @@ GOOD = hashlib.sha256(SECRET.encode()).hexdigest()
         (f"[a]\nsha256 = '{GOOD}'\nconcurrent = -1", "entry 1: concurrent must be a whole number"),
         (f"[a]\nsha256 = '{GOOD}'\nrequests_per_minute = true", "entry 1: requests_per_minute must be"),
         (f"[a]\nsha256 = '{GOOD}'\nlimit = 1", "entry 1: must be a table"),
+        (f"[a]\nsha256 = '{GOOD}'\nadmin = 'no'", "entry 1: admin must be true or false"),
+        (f"[a]\nsha256 = '{GOOD}'\nadmin = 1", "entry 1: admin must be true or false"),
         (f"['{SECRET} ']\nsha256 = '{GOOD}'", "entry 1: a name is"),
         (f"[a]\nsha256 = '{GOOD}'\n[b]\nsha256 = '{GOOD}'", "the same API key is given twice"),
     ],
@@ -286,3 +288,11 @@ def test_the_command_makes_a_key_that_opens(tmp_path: Path) -> None:
 
 def test_unauthorized_is_a_service_error() -> None:
     assert issubclass(Unauthorized, ServiceError)
+
+
+def test_only_the_file_makes_administrators(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(table("carol", WRONG) + "admin = true\n" + table("dave", WRONG + "0") + "admin = false\n")
+    keys = Keys(Settings(api_keys_file=str(path), api_keys=BOTH))
+    found = {token: keys.find(token) for token in (ALICE, BOB, WRONG, WRONG + "0")}
+    assert [key.admin for key in found.values() if key] == [False, False, True, False]

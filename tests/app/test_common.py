@@ -32,7 +32,7 @@ def request(receive: Any) -> Request:
 
 def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint: Path) -> None:
     async def handle(service: Service) -> None:
-        job = make_job(GenerateBody(steps=1000), service.checkpoint, service.settings)
+        job = make_job(GenerateBody(steps=1000), service.models.default, service.settings)
         async with admitted(service, request(silence), job):
             raise RuntimeError("a bug")
 
@@ -47,7 +47,7 @@ def test_a_client_that_leaves_marks_the_outcome_while_the_handler_still_waits(
 ) -> None:
     async def handle(service: Service) -> str:
         http = request(disconnect)
-        job = make_job(GenerateBody(steps=1000), service.checkpoint, service.settings)
+        job = make_job(GenerateBody(steps=1000), service.models.default, service.settings)
         async with admitted(service, http, job):
             with pytest.raises(Cancelled):
                 await job.request.mailbox.answer()

@@ -50,6 +50,11 @@ def test_status_and_code_belong_to_the_class() -> None:
         "deadline_exceeded": 504,
         "step_failed": 500,
         "out_of_memory": 507,
+        "forbidden": 403,
+        "model_not_found": 404,
+        "model_conflict": 409,
+        "invalid_checkpoint": 422,
+        "load_failed": 500,
         "cancelled": 499,
     }
 
@@ -91,7 +96,8 @@ def test_status_and_code_belong_to_the_class() -> None:
         ({"timeout_s": 301}, "timeout_s"),
         ({"timeout_s": -1}, "timeout_s"),
         ({"unheard": 1}, "unheard"),
-        ({"model": "mnist"}, "model"),
+        ({"model": 1}, "model"),
+        ({"modell": "grey"}, "modell"),
         ({"checkpoint": "/etc/passwd"}, "checkpoint"),
     ],
 )
@@ -186,7 +192,9 @@ def test_a_body_must_be_declared_json(client: TestClient, content_type: str | No
     error(client.post("/generate", content=b'{"n": 1}', headers=declared), 422, "invalid_request")
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/generate/7", "/models/mnist", "/static/../app/main.py", "/%2e%2e/etc"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/generate/7", "/models/mnist/x", "/static/../app/main.py", "/%2e%2e/etc"]
+)
 def test_an_unknown_path_is_404(client: TestClient, path: str) -> None:
     error(client.get(path), 404, "not_found")
 

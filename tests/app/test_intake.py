@@ -5,8 +5,11 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import torch
 
 from app.engine.request import Frame
+from app.engine.runner import Runner
+from app.engine.served import Served
 from app.errors import InvalidClassLabel, InvalidRequest
 from app.intake import LARGEST_JSON_INTEGER, Job, class_index, frame_steps, headers, make_job
 from app.schemas import Format, GenerateBody, SequenceQuery
@@ -25,9 +28,13 @@ def grey(grey_checkpoint: Path) -> Checkpoint:
     return checkpoint.load(grey_checkpoint)
 
 
+def served(checkpoint: Checkpoint) -> Served:
+    return Served(checkpoint, Runner(checkpoint, torch.device("cpu"), chunk=4), max_rows=8)
+
+
 def job(checkpoint: Checkpoint, asked: GenerateBody | SequenceQuery, **settings: object) -> Job:
     async def make() -> Job:
-        return make_job(asked, checkpoint, Settings(**settings))
+        return make_job(asked, served(checkpoint), Settings(**settings))
 
     return asyncio.run(make())
 
@@ -200,7 +207,7 @@ def test_a_stream_keeps_the_newest_frame_for_a_slow_client_and_a_file_keeps_all(
 
     async def deliver() -> None:
         query = SequenceQuery(frames=5, steps=10, format=format)
-        mailbox = make_job(query, grey, Settings(), lambda: drops.append(1)).request.mailbox
+        mailbox = make_job(query, served(grey), Settings(), lambda: drops.append(1)).request.mailbox
         for step in range(5):
             mailbox.deliver(Frame(step, np.zeros((1, 1, 8, 12), np.uint8)))
 

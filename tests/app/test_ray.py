@@ -96,7 +96,7 @@ def replica_of(client: TestClient) -> Replica:
 def test_a_replica_is_healthy_when_warm_and_until_its_engine_ends(grey_checkpoint: Path, held: HeldRunner) -> None:
     held.warm.clear()
     settings = Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1)
-    with TestClient(create_app(settings, held)) as client:
+    with TestClient(create_app(settings, lambda *how: held)) as client:
         replica = replica_of(client)
 
         async def started() -> bool:
@@ -117,7 +117,7 @@ def test_a_replica_is_healthy_when_warm_and_until_its_engine_ends(grey_checkpoin
 
 def test_a_draining_replica_finishes_and_is_not_replaced(grey_checkpoint: Path, held: HeldRunner) -> None:
     settings = Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1)
-    with TestClient(create_app(settings, held)) as client:
+    with TestClient(create_app(settings, lambda *how: held)) as client:
         replica = replica_of(client)
         asyncio.run(replica.check_health())
         asyncio.run(replica.drain(5))
@@ -129,7 +129,9 @@ def test_a_replica_whose_engine_failed_for_good_ends_its_process(
     grey_checkpoint: Path, held: HeldRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held.warm_up = lambda rows: 1 / 0  # type: ignore[method-assign, assignment, return-value]
-    with TestClient(create_app(Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1), held)) as client:
+    with TestClient(
+        create_app(Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1), lambda *how: held)
+    ) as client:
         replica = replica_of(client)
         wait_for(lambda: replica.app.state.service.engine.failure, "the failure")
 

@@ -86,6 +86,7 @@ CONTRACT = {
     "ddpm_rows_waiting": "gauge",
     "ddpm_ready": "gauge",
     "ddpm_model_info": "gauge",
+    "ddpm_model_loads": "counter",
     "ddpm_images": "counter",
     "ddpm_image_steps": "counter",
     "ddpm_wasted_image_steps": "counter",
@@ -116,6 +117,7 @@ CONTRACT = {
 LABELS: dict[str, set[str] | frozenset[str]] = {
     "ddpm_requests": {"endpoint", "model", "outcome"},
     "ddpm_request_seconds": {"endpoint", "model", "outcome"},
+    "ddpm_model_loads": {"model", "outcome"},
     "ddpm_wasted_image_steps": {"model", "outcome"},
     "ddpm_device_memory_bytes": {"device", "kind"},
     "ddpm_build_info": {"version", "python", "torch"},
@@ -175,8 +177,8 @@ def test_the_examples_in_the_documentation_work(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_options_and_wrong_methods_are_told_what_is_allowed(client: TestClient, path: str) -> None:
-    allowed = "POST" if path == "/generate" else "GET"
-    for method in {"OPTIONS", "DELETE", "PUT", "PATCH", "POST", "GET"} - {allowed}:
+    allowed = {"/generate": "POST", "/models": "GET, POST"}.get(path, "GET")
+    for method in {"OPTIONS", "DELETE", "PUT", "PATCH", "POST", "GET"} - set(allowed.split(", ")):
         answer = client.request(method, path)
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
         assert answer.json()["error"]["code"] == "method_not_allowed"

@@ -161,7 +161,7 @@ def step_times(threads: int, most: int, seconds: float) -> list[float]:
     runner.warm_up(most)
     plan = make_plan(loaded.diffusion, "ddim", 1000)
     times: list[list[float]] = [[0.0], *([] for _ in range(most))]
-    request = Request(plan, 0, 0, most, (0,) * most, 0.0, None)  # type: ignore[arg-type]
+    request = Request(plan, 0, 0, most, (0,) * most, 0.0, None, None)  # type: ignore[arg-type]
     runner.start(request.samples)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(times[most]) < 5:
@@ -187,7 +187,7 @@ def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], s
         while waiting and waiting[0][0] <= now:
             at, i = heapq.heappop(waiting)
             asked = trace[i]
-            request = Request(plans[asked.steps], 0, 0, asked.n, None, 0.0, None)  # type: ignore[arg-type]
+            request = Request(plans[asked.steps], 0, 0, asked.n, None, 0.0, None, None)  # type: ignore[arg-type]
             number[request], seen[i] = i, at
             scheduler.add(request)
         batch = scheduler.schedule()

@@ -78,6 +78,22 @@ def test_a_loaded_network_does_not_change_with_the_file(tiny: UNet, config: Chec
     assert all(torch.equal(network.state_dict()[name], weight) for name, weight in tiny.state_dict().items())
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(
+    tiny: UNet, config: CheckpointConfig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the hash would be one file's and the weights another's."""
+    digest = hashlib.file_digest
+
+    def late(*args: Any) -> Any:
+        save(path, tiny.state_dict(), config)
+        return digest(*args)
+
+    save(path, tiny.state_dict(), config)
+    monkeypatch.setattr(hashlib, "file_digest", late)
+    with pytest.raises(CheckpointError, match="the file changed while it was read"):
+        load(path)
+
+
 def test_an_unconditional_checkpoint_has_no_class_names(tiny_config: UNetConfig, path: Path) -> None:
     config = CheckpointConfig(replace(tiny_config, num_classes=None, null_class=False), DiffusionConfig())
     save(path, UNet(config.unet).state_dict(), config)

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from app.engine.engine import Engine
 from app.engine.request import Mailbox, Request, Sample
 from app.engine.runner import Runner
+from app.engine.served import Served
 from app.metrics import EngineMetrics
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
@@ -73,6 +74,11 @@ def runner(checkpoint: Checkpoint) -> HeldRunner:
     return HeldRunner(checkpoint)
 
 
+@pytest.fixture
+def served(checkpoint: Checkpoint, runner: HeldRunner) -> Served:
+    return Served(checkpoint, runner, max_rows=8)
+
+
 class Metrics(EngineMetrics):
     """With a way to read them."""
 
@@ -91,8 +97,9 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def engine(runner: HeldRunner, metrics: Metrics) -> Iterator[Engine]:
-    engine = Engine(runner, metrics, max_rows=8, max_work=1000)
+def engine(runner: HeldRunner, served: Served, metrics: Metrics) -> Iterator[Engine]:
+    engine = Engine(metrics, max_work=1000)
+    engine.add(served)
     engine.start()
     until(lambda: engine.ready)
     yield engine
@@ -113,7 +120,7 @@ class CountingMailbox(Mailbox):
 
 
 @pytest.fixture
-def ask(checkpoint: Checkpoint) -> Callable[..., Request]:
+def ask(checkpoint: Checkpoint, served: Served) -> Callable[..., Request]:
     """ask(loop, n=…, seed=…, sampler=…, …) → a Request as the HTTP side makes it."""
 
     def ask(
@@ -129,11 +136,12 @@ def ask(checkpoint: Checkpoint) -> Callable[..., Request]:
         guidance_scale: float = 1.0,
         timeout_s: float = 60,
         keep: int = 1,
+        served: Served = served,
         **fields: Any,
     ) -> Request:
         plan = make_plan(checkpoint.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
         mailbox = CountingMailbox(loop, keep)
-        return Request(plan, seed, index, n, (label,) * n, time.monotonic() + timeout_s, mailbox, **fields)
+        return Request(plan, seed, index, n, (label,) * n, time.monotonic() + timeout_s, mailbox, served, **fields)
 
     return ask
 

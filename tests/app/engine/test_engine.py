@@ -11,6 +11,7 @@ import torch
 
 from app.engine.engine import Engine
 from app.engine.request import Frame, Request
+from app.engine.served import Served
 from app.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, ServiceError, StepFailed
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
@@ -137,7 +138,7 @@ def test_every_admitted_request_gets_exactly_one_answer(
         assert request.mailbox.answers == 1  # type: ignore[attr-defined]
         assert request.answered
     until(lambda: metrics["ddpm_rows_running"] == metrics["ddpm_rows_waiting"] == 0)
-    assert not engine._pending
+    assert not len(engine._pending)
 
 
 def test_a_cancelled_request_leaves_at_the_next_step(
@@ -162,11 +163,11 @@ def test_a_cancelled_request_leaves_at_the_next_step(
 
 
 def test_a_request_that_passes_its_deadline_is_answered_so_and_leaves(
-    engine: Engine, runner: HeldRunner, ask: Ask
+    engine: Engine, runner: HeldRunner, served: Served, ask: Ask
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
-        engine._rate.rows_per_second = 1e9  # so that it is admitted
+        served.rate.rows_per_second = 1e9  # so that it is admitted
         request = ask(loop, steps=90, timeout_s=0.2)
         engine.submit(request)
         await asyncio.sleep(0.25)
@@ -245,9 +246,9 @@ def test_nan_fails_its_own_request_and_no_other(engine: Engine, runner: HeldRunn
 
 @pytest.mark.parametrize("part", ["start", "read", "schedule", "queue_seconds"])
 def test_a_failure_outside_a_step_is_a_delay_for_images_and_frames(
-    engine: Engine, runner: HeldRunner, checkpoint: Checkpoint, metrics: Metrics, ask: Ask, part: str
+    engine: Engine, runner: HeldRunner, served: Served, checkpoint: Checkpoint, metrics: Metrics, ask: Ask, part: str
 ) -> None:
-    owner = {"schedule": engine._scheduler, "queue_seconds": metrics}.get(part, runner)
+    owner = {"schedule": served.scheduler, "queue_seconds": metrics}.get(part, runner)
     sound, calls = getattr(owner, part), 0
 
     def now_and_then(*args: Any) -> Any:
@@ -412,9 +413,11 @@ def test_metrics_say_what_was_done(engine: Engine, runner: HeldRunner, metrics: 
     assert metrics["ddpm_wasted_image_steps_total"] == 0
 
 
-def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_off(engine: Engine, ask: Ask) -> None:
+def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_off(
+    engine: Engine, served: Served, ask: Ask
+) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
-        engine._rate.rows_per_second = 10.0
+        served.rate.rows_per_second = 10.0
         with pytest.raises(DeadlineExceeded):
             engine.submit(ask(loop, n=1, steps=90, timeout_s=6))  # 9 s
         with pytest.raises(DeadlineExceeded):
@@ -425,13 +428,13 @@ def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_o
     run(main)
 
 
-def test_the_estimate_follows_the_work_ahead(engine: Engine, runner: HeldRunner, ask: Ask) -> None:
+def test_the_estimate_follows_the_work_ahead(engine: Engine, runner: HeldRunner, served: Served, ask: Ask) -> None:
     """Requests share the device: one that is small waits for little, even behind one that is large."""
 
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
         engine.submit(large := ask(loop, n=9, steps=100, timeout_s=600))
-        engine._rate.rows_per_second = 10.0  # 90 s for the large one
+        served.rate.rows_per_second = 10.0  # 90 s for the large one
         engine.submit(small := ask(loop, n=1, steps=10, timeout_s=5))  # 10 rows of its own, 10 of the other's: 2 s
         with pytest.raises(DeadlineExceeded):
             engine.submit(ask(loop, n=1, steps=50, timeout_s=5))

@@ -1,0 +1,94 @@
+"""/models: what is served, and for those with the right to it, what shall be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+
+from app.engine.served import Served
+from app.errors import Forbidden
+from app.routes.common import ERRORS, Service, TheService
+from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
+from model.samplers import SAMPLERS
+
+router = APIRouter(tags=["models"])
+
+
+def administrator(http: Request) -> None:
+    """A dependency of what changes the service for everybody. Raises Forbidden."""
+    if not getattr(http.state, "admin", False):
+        raise Forbidden("only an API key that has admin = true in --api-keys-file may load and remove models")
+
+
+Administrator = Depends(administrator)
+STATUSES = {
+    403: "the key has no right to it",
+    404: "no such model",
+    409: "another one is being loaded, or it is the default",
+    422: "malformed, or the file is not a checkpoint that can be served",
+    500: "the device does not run it",
+    507: "the device has not enough memory for it beside what is there",
+}
+CHANGES: dict[int | str, dict[str, object]] = {
+    **{status: ERRORS[status] for status in (401, 408, 413, 503)},
+    **{status: {"model": ErrorResponse, "description": text} for status, text in STATUSES.items()},
+}
+
+
+@router.get("/models", summary="The checkpoints that are served")
+async def models(service: TheService) -> ModelList:
+    """Class names, samplers, defaults, limits, and where each checkpoint comes from. The default is the first."""
+    cards = [ModelCard(**card(service, served)) for served in service.models]
+    return ModelList(models=cards, loading=service.models.loading)
+
+
+@router.post(
+    "/models",
+    summary="Load a checkpoint, or its changed file",
+    dependencies=[Administrator],
+    responses=CHANGES,
+)
+async def load(body: LoadBody, service: TheService) -> LoadedModel:
+    """Answers when new requests get it. Those that are under way end on the weights that they began with. Where it
+    cannot be served nothing changes. Needs an API key with `admin = true`."""
+    served, replaced = await service.models.load(body.name)
+    return LoadedModel(**card(service, served), replaced=replaced)
+
+
+@router.delete("/models/{name}", summary="Serve a checkpoint no more", dependencies=[Administrator], responses=CHANGES)
+async def remove(name: str, service: TheService) -> ModelList:
+    """Requests that are under way are done; then its memory is free. The default stays. Needs an API key with
+    `admin = true`."""
+    service.models.remove(name)
+    return await models(service)
+
+
+def card(service: Service, served: Served) -> dict[str, Any]:
+    """The fields of a ModelCard."""
+    settings, config = service.settings, served.config
+    timesteps = config.diffusion.num_timesteps
+    state = "starting" if not served.warm else "loading" if service.models.loading == served.name else "ready"
+    return {
+        "name": served.name,
+        "default": served is service.models.default,
+        "state": state,
+        "checkpoint": served.sha256,
+        "runs_on": served.runs_on,
+        "image_shape": config.unet.image_shape,
+        "class_names": list(config.class_names),
+        "num_timesteps": timesteps,
+        "samplers": list(SAMPLERS),
+        "defaults": vars(config.sampling),
+        "default_steps": {
+            sampler: min(config.sampling.instead(timesteps, sampler=sampler).steps, settings.max_steps)
+            for sampler in SAMPLERS
+        },
+        "limits": {
+            "n": settings.max_n,
+            "steps": min(settings.max_steps, timesteps),
+            "frames": settings.max_frames,
+            "timeout_s": settings.max_timeout_s,
+        },
+        "provenance": config.provenance,
+    }
