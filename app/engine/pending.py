@@ -12,6 +12,9 @@ from app.engine.served import Served
 from app.errors import DeadlineExceeded, Overloaded, ServiceError
 from app.metrics import EngineMetrics
 
+MARGIN = 0.85  # of the time-out that a request may need, as estimated; see docs/benchmarks.md
+PATIENCE = 2.0  # the same for a client that named no time
+
 
 class Pending:
     """Used by all threads; `changed` guards it, and whatever else the engine shares with them.
@@ -40,22 +43,27 @@ class Pending:
                 retry = max(1, math.ceil(surplus * self._seconds()))
                 raise Overloaded(f"the queue is full; try again in {retry} s", retry_after=retry)
             seconds = self._ends_after(request)
-            # The rate is an estimate; who named no time is refused only where it would have to be wrong by half.
-            if seconds / (2 if request.patient else 1) > request.deadline - time.monotonic():
+            # The rate is an estimate, and others will come; who named no time is refused only where it is far too long.
+            if seconds / (PATIENCE if request.patient else MARGIN) > request.deadline - time.monotonic():
                 raise DeadlineExceeded(f"this would take about {math.ceil(seconds)} s, longer than its time-out")
             self._requests.add(request)
 
     def _ends_after(self, request: Request) -> float:
-        """Requests for one checkpoint share its steps, so each of the others delays this one by at most its own work.
-        Checkpoints share the device, so each of the others delays this one's by at most as much as that takes alone."""
-        alone = own = request.seconds_left
-        others: defaultdict[Served, float] = defaultdict(float)
+        """Seconds. Its own steps last as long as the batches that it shares; where they are full, each of the others
+        delays it by at most its own work. Checkpoints share the device, so each of the others delays this one's by at
+        most as much as that takes alone."""
+        ahead, rows, alone = 0.0, request.rows, request.seconds_left
+        elsewhere: defaultdict[Served, float] = defaultdict(float)
         for other in self._requests:
             if other.served is request.served:
-                own += min(other.seconds_left, alone)
+                ahead += min(other.seconds_left, alone)
+                rows += other.rows
             else:
-                others[other.served] += other.seconds_left
-        return own + sum(min(seconds, own) for seconds in others.values())
+                elsewhere[other.served] += other.seconds_left
+        full = request.served.scheduler.max_rows
+        step = min(rows, full) / request.served.rate.rows_per_second
+        own = max(alone, len(request.plan) * step) + (ahead if rows > full else 0)
+        return own + sum(min(seconds, own) for seconds in elsewhere.values())
 
     def _seconds(self) -> float:
         return sum(request.seconds_left for request in self._requests)

@@ -144,6 +144,11 @@ class Request:
         return self.served.name
 
     @property
+    def rows(self) -> int:
+        """U-Net rows of a step of all its images, at most."""
+        return self.n * int(self.plan.rows.max())
+
+    @property
     def seconds_left(self) -> float:
         """What its steps will take alone on the device."""
         return self.work_left / self.served.rate.rows_per_second

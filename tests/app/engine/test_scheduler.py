@@ -42,13 +42,14 @@ def test_a_single_image_joins_the_next_step_beside_a_request_of_many(
     assert run_step(scheduler) == {1: 8}, "and its place is taken again"
 
 
-def test_requests_take_turns_in_every_other_step(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
+def test_requests_take_turns_in_every_eighth_step(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
     scheduler = Scheduler(max_rows=4)
     for seed in range(6):
-        scheduler.add(ask(loop, seed=seed, n=2, steps=10))
+        scheduler.add(ask(loop, seed=seed, n=2, steps=100))
     total: Counter[int] = Counter()
     for _ in range(3):
-        run_step(scheduler)
+        for _ in range(7):
+            assert run_step(scheduler) == {0: 2, 1: 2}, "those with the least left"
         total += run_step(scheduler)
     assert set(total.values()) == {2}, "nobody is starved"
 

@@ -88,9 +88,9 @@ def test_another_models_queue_delays_by_no_more_than_the_own_work_takes(
     admit: Callable[..., None] = lambda **how: pending.admit(ask(loop, served=fast, n=1, **how))  # noqa: E731
     with pytest.raises(DeadlineExceeded, match="about 2 s"):
         admit(steps=100, timeout_s=1.9)  # 1 s of its own, 1 s of the other's
-    admit(steps=100, timeout_s=2.1)
+    admit(steps=100, timeout_s=2.5)
     with pytest.raises(DeadlineExceeded, match="about 4 s"):
-        admit(steps=100, timeout_s=3.9)  # and 1 s of the one before, and of the other's again
+        admit(steps=100, timeout_s=3.9)  # its steps have two rows each now, and the other takes as long again
     assert pending.rows_per_second == pytest.approx(600 / 51)
 
 
@@ -222,3 +222,18 @@ def test_a_drain_finishes_requests_and_no_newcomer(
         await request.mailbox.answer()
 
     run(main)
+
+
+def test_a_requests_own_steps_last_as_long_as_the_batches_that_it_shares(
+    others: list[Served], metrics: Metrics, ask: Ask, loop: asyncio.AbstractEventLoop
+) -> None:
+    pending, served = Pending(metrics, max_work=1_000_000), others[0]  # four rows in a full batch
+    served.rate.rows_per_second = 40.0
+    admit: Callable[[float], None] = lambda timeout_s: pending.admit(  # noqa: E731
+        ask(loop, served=served, n=1, steps=20, timeout_s=timeout_s)
+    )
+    for present, seconds in enumerate((0.5, 1.0, 1.5, 2.0, 2.0 + 4 * 0.5, 2.0 + 5 * 0.5)):
+        with pytest.raises(DeadlineExceeded):
+            admit(seconds / 0.85 - 0.05)
+        admit(seconds / 0.85 + 0.05)
+        assert len(pending) == present + 1
