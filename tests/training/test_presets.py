@@ -55,8 +55,8 @@ def test_mnist_is_the_recipe_of_the_bundled_checkpoint() -> None:
     words = (
         "--dataset ylecun/mnist --use_labels --label_dropout 0.1 --base_channels 32 --channel_mults 1,2,3 "
         "--time_emb_dim 128 --norm_groups 8 --class_conditioning both --dropout 0 --schedule cosine --prediction v "
-        "--batch_size 64 --iterations 4600 --learning_rate 1e-3 --warmup 200 --lr_schedule cosine --grad_clip 1 "
-        "--ema_decay 0.999 --precision bf16 --sample_steps 10 --guidance_scale 1.25 --run_name a"
+        "--batch_size 64 --iterations 9200 --learning_rate 1e-3 --warmup 200 --lr_schedule cosine --grad_clip 1 "
+        "--ema_decay 0.999 --precision bf16 --sample_steps 20 --guidance_scale 1.2 --run_name a"
     )
     assert parsed("--preset mnist --run_name a") == parsed(words)
 
