@@ -17,7 +17,7 @@ from app.engine.request import Request
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.plan import Plan, make_plan
-from tests.bench.policies import EveryEighth, LeastWork, step_times
+from tests.bench.policies import HalfAndHalf, LeastWork, step_times
 from tests.bench.serving.workloads import Arrival, poisson
 
 SECONDS = 20.0  # of overload
@@ -34,7 +34,7 @@ RULES: dict[str, Rule] = {
 }
 POLICIES: dict[str, type[Scheduler]] = {
     "the engine's": Scheduler,
-    "least work, every 8th step round robin": EveryEighth,
+    "half of the steps round robin": HalfAndHalf,
     "least work first": LeastWork,
 }
 
@@ -55,7 +55,7 @@ def replay(
             if rule((ahead + asked.work) / rate, ahead / rate, asked.steps * full) > asked.at + deadline_s - now:
                 refused += 1
                 continue
-            scheduler.add(Request(plans[asked.steps], 0, 0, asked.n, None, asked.at + deadline_s, None))  # type: ignore[arg-type]
+            scheduler.add(Request(plans[asked.steps], 0, 0, asked.n, None, asked.at + deadline_s, None, None))  # type: ignore[arg-type]
         for request in scheduler:
             if now > request.deadline:
                 scheduler.remove(request)

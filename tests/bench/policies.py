@@ -49,20 +49,20 @@ class LeastWork(Scheduler):
         return self._least_work_first()
 
 
-class EveryFourth(Scheduler):
-    """Least work first, but every fourth step is round robin: the engine's has every second."""
+class HalfAndHalf(Scheduler):
+    """As the engine's, but every second step is round robin and not every eighth."""
 
-    every = 4
+    every = 2
 
     def schedule(self) -> list[Sample]:
         self._steps += 1
         return self._least_work_first() if self._steps % self.every else self._round_robin()
 
 
-class EveryEighth(EveryFourth):
-    """The same with every eighth."""
+class EveryFourth(HalfAndHalf):
+    """The same with every fourth."""
 
-    every = 8
+    every = 4
 
 
 class InOrder(Scheduler):
@@ -131,9 +131,9 @@ class WholeRequests(InOrder):
 
 
 POLICIES: dict[str, type[Scheduler]] = {
-    "the engine's: half and half": Scheduler,
-    "least work, every 4th step round robin": EveryFourth,
-    "least work, every 8th step round robin": EveryEighth,
+    "the engine's: least work, every 8th step round robin": Scheduler,
+    "every 4th step round robin": EveryFourth,
+    "half and half": HalfAndHalf,
     "round robin": RoundRobin,
     "least work first": LeastWork,
     "least left × whole first": LeastProduct,
