@@ -23,7 +23,6 @@ _MNIST: Options = {  # what the bundled checkpoint was made with, whose learning
     "lr_schedule": "cosine",
     "ema_decay": (0.999,),
     "precision": "bf16",
-    "sample_steps": 20,
     "guidance_scale": 1.2,
 }
 _HO: Options = {"norm_eps": 1e-6, "downsample_padding": 0, "time_freq_shift": 1}
