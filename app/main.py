@@ -16,7 +16,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app.access import Keys
 from app.engine.engine import Engine
-from app.engine.runner import Runner
+from app.engine.memory import keep_freed_memory
+from app.engine.runner import Runner, best_chunk
 from app.engine.served import Served
 from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, RequestTimeout, ServiceError
 from app.metrics import Metrics
@@ -54,11 +55,13 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     device = settings.torch_device()
-    chunk = settings.chunk_rows or (32 if device.type == "cuda" else 8)
+    if device.type == "cpu":
+        keep_freed_memory()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
 
     def make(checkpoint: Checkpoint) -> Served:
+        chunk = settings.chunk_rows or best_chunk(checkpoint.network, device)
         runner = make_runner(checkpoint, device, chunk, threads, runtime, precision)
         return Served(checkpoint, runner, settings.max_batch_rows)
 

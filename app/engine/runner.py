@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.engine.memory import return_freed_memory
 from app.engine.openvino import compile_openvino
 from app.engine.request import Sample, View
 from model.checkpoint import Checkpoint
@@ -15,6 +16,16 @@ from model.images import Image, to_uint8
 from model.inference import compile_for_inference
 from model.rng import normals
 from model.sampling import apply_step, predict
+from model.unet import UNet
+
+SMALL = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
+
+
+def best_chunk(network: UNet, device: torch.device) -> int:
+    """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
+    if device.type == "cuda":
+        return 32
+    return 16 if sum(weights.numel() for weights in network.parameters()) < SMALL else 8
 
 
 class Runner:
@@ -153,6 +164,8 @@ class Runner:
         """Gives back what the allocator keeps for later; another shape may need it."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            return_freed_memory()
 
     def _take_threads(self) -> None:
         if self._threads:

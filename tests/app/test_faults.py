@@ -237,11 +237,20 @@ def test_a_failure_outside_a_step_is_a_delay_and_nothing_else(faulty: ServerProc
     assert faulty.client.get("/readyz").status_code == 200
 
 
-def test_an_image_that_cannot_be_read_fails_its_own_request_and_nothing_else(faulty: ServerProcess) -> None:
+@pytest.mark.parametrize(
+    ("seed", "status", "code"),
+    [
+        pytest.param(CRASHES, 500, "step_failed", id="cannot be read"),
+        pytest.param(TOO_LARGE, 507, "out_of_memory", id="does not fit alone"),
+    ],
+)
+def test_an_image_at_fault_fails_its_own_request_and_nothing_else(
+    faulty: ServerProcess, seed: int, status: int, code: str
+) -> None:
     alone = [generate(faulty, **body).content for body in STRANGERS]
     with slow_company(faulty):
-        *answers, failed = together(faulty, *STRANGERS, {"n": 3, "steps": 8, "seed": CRASHES})
-    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "step_failed")
+        *answers, failed = together(faulty, *STRANGERS, {"n": 3, "steps": 8, "seed": seed})
+    assert (failed.status_code, failed.json()["error"]["code"]) == (status, code)
     assert [answer.content for answer in answers] == alone
     assert faulty.client.get("/readyz").status_code == 200
 
@@ -259,15 +268,6 @@ def test_a_batch_without_memory_becomes_smaller_for_a_while_and_nobody_notices(f
     assert [part.status_code for part in parts] == [200] * 8
     generate(faulty, n=16, steps=400)
     assert faulty.metric("ddpm_batch_rows_limit") == 16
-
-
-def test_an_image_that_does_not_fit_alone_fails_its_own_request_and_nothing_else(faulty: ServerProcess) -> None:
-    alone = [generate(faulty, **body).content for body in STRANGERS]
-    with slow_company(faulty):
-        *answers, failed = together(faulty, *STRANGERS, {"n": 3, "steps": 8, "seed": TOO_LARGE})
-    assert (failed.status_code, failed.json()["error"]["code"]) == (507, "out_of_memory")
-    assert [answer.content for answer in answers] == alone
-    assert faulty.client.get("/readyz").status_code == 200
 
 
 def test_frames_arrive_while_the_work_goes_on(faulty: ServerProcess) -> None:

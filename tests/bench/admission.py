@@ -9,15 +9,15 @@ known exactly or 5 % too high. Goodput is what came in time, over what full batc
 
 from __future__ import annotations
 
-import argparse
+import shlex
+import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from app.engine.request import Request
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.plan import Plan, make_plan
-from tests.bench.policies import HalfAndHalf, LeastWork, step_times
+from tests.bench.policies import HalfAndHalf, LeastWork, publish, step_options, steps_of
 from tests.bench.serving.workloads import Arrival, poisson
 
 SECONDS = 20.0  # of overload
@@ -95,31 +95,19 @@ def table(step_s: list[float], cap: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--threads", type=int, default=2)
-    add("--cap", type=int, default=8, help="images in a step (default: 8)")
-    add("--seconds", type=float, default=10.0, help="for the step times")
-    add("--step_ms", help="step times for 1, 2, … images by commas, instead of measuring them")
-    add("--out", type=Path, help="folder that gets admission.md")
+    parser = step_options(__doc__)
+    parser.add_argument("--cap", type=int, default=8, help="images in a step (default: 8)")
     args = parser.parse_args()
-    if args.step_ms:
-        step_s = [0.0, *(float(ms) / 1e3 for ms in args.step_ms.split(","))]
-    else:
-        step_s = step_times(args.threads, args.cap, args.seconds)
-    times = ",".join(f"{1e3 * s:.3g}" for s in step_s[1 : args.cap + 1])
+    step_s, times = steps_of(args, args.cap)
     text = f"""# Admission under overload, compared
 
-`python -m tests.bench.admission --cap {args.cap}`, in virtual time. Milliseconds of a step with 1, 2, … images:
-{times}.
+`{shlex.join(["python", "-m", "tests.bench.admission", *sys.argv[1:]])}`, in virtual time.
+{times}
 One image, 20 steps. W is the sum of min(w_j, w) over the requests present, w the request's own work.
 
 {table(step_s, args.cap)}
 """
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "admission.md").write_text(text)
+    publish(text, args.out, "admission.md")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import shlex
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from app.engine.request import Request, Sample
-from app.engine.runner import Runner
+from app.engine.runner import Runner, best_chunk
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.inference import best_precision
@@ -31,7 +33,6 @@ from tests.bench.timing import processor
 
 CPU = torch.device("cpu")
 LOADS = (0.75, 0.95)
-CHUNK = 8
 QUANTUM = 20  # of deficit round robin, in rows: the work of the usual request
 
 
@@ -154,10 +155,10 @@ class Outcome:
 
 
 def step_times(threads: int, most: int, seconds: float) -> list[float]:
-    """Seconds of a step with 0 … `most` rows: the least of several rounds over all of them, by the real runner."""
+    """Seconds of a step with 0 … `most` rows: medians of several rounds over all of them, by the real runner."""
     torch.set_num_threads(threads)
     loaded = checkpoint.load("mnist")
-    runner = Runner(loaded, CPU, CHUNK, threads, "torch", best_precision(CPU))
+    runner = Runner(loaded, CPU, best_chunk(loaded.network, CPU), threads, "torch", best_precision(CPU))
     runner.warm_up(most)
     plan = make_plan(loaded.diffusion, "ddim", 1000)
     times: list[list[float]] = [[0.0], *([] for _ in range(most))]
@@ -239,34 +240,53 @@ def table(step_s: list[float], caps: list[int], requests: int) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_options(doc: str | None) -> argparse.ArgumentParser:
+    """What scripts in virtual time are told: where step times come from, and where the page goes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--threads", type=int, default=2)
-    add("--caps", default="4,8,16", help="batch caps (default: 4,8,16)")
-    add("--requests", type=int, default=2000, help="in each trace")
     add("--seconds", type=float, default=10.0, help="for the step times")
-    add("--step_ms", help="step times for 1, 2, … rows by commas, instead of measuring them")
-    add("--out", type=Path, help="folder that gets policies.md")
+    add("--step_ms", help="step times for 1, 2, … images by commas, instead of measuring them")
+    add("--out", type=Path, help="folder that gets the page")
+    return parser
+
+
+def steps_of(args: argparse.Namespace, most: int) -> tuple[list[float], str]:
+    """Seconds of a step with 0 … `most` images, as given or measured; and the same in words."""
+    if args.step_ms:
+        step_s = [0.0, *(float(ms) / 1e3 for ms in args.step_ms.split(","))][: most + 1]
+    else:
+        step_s = step_times(args.threads, most, args.seconds)
+    times = ", ".join(f"{1e3 * s:.3g}" for s in step_s[1:])
+    where = f"{args.threads} thread{'s' * (args.threads != 1)} of an {processor()}"
+    return step_s, f"Milliseconds of a step with 1, 2, … images, on {where}:\n{times}."
+
+
+def publish(text: str, folder: Path | None, name: str) -> None:
+    """To the terminal, and to a file where a folder was named."""
+    print(text)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def main() -> None:
+    parser = step_options(__doc__)
+    parser.add_argument("--caps", default="4,8,16", help="batch caps (default: 4,8,16)")
+    parser.add_argument("--requests", type=int, default=2000, help="in each trace")
     args = parser.parse_args()
     caps = [int(cap) for cap in args.caps.split(",")]
-    if args.step_ms:
-        step_s = [0.0, *(float(ms) / 1e3 for ms in args.step_ms.split(","))]
-    else:
-        step_s = step_times(args.threads, max(caps), args.seconds)
-    times = ",".join(f"{1e3 * s:.3g}" for s in step_s[1:])
+    step_s, times = steps_of(args, max(caps))
     text = f"""# Scheduling policies, compared
 
-`python -m tests.bench.policies`, in virtual time. Milliseconds of a step with 1, 2, … images on {args.threads} threads
-of an {processor()}: {times}. Traces of {args.requests} requests, the same for all; slowdown is latency over what the
-request takes alone, starved is the longest time in which a request got no step. The cap is that of a step's images.
+`{shlex.join(["python", "-m", "tests.bench.policies", *sys.argv[1:]])}`, in virtual time.
+{times}
+Traces of {args.requests} requests, the same for all; slowdown is latency over what the request takes alone, starved is
+the longest time in which a request got no step. The cap is that of a step's images.
 
 {table(step_s, caps, args.requests)}
 """
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "policies.md").write_text(text)
+    publish(text, args.out, "policies.md")
 
 
 if __name__ == "__main__":

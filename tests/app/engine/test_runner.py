@@ -5,16 +5,18 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from app.engine.request import Request, Sample
-from app.engine.runner import Runner
+from app.engine.runner import Runner, best_chunk
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
 from model.sampling import sample
+from model.unet import UNet
 
 CPU = torch.device("cpu")
 
@@ -196,6 +198,14 @@ def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint)
     assert runner.forward(x, t, t).shape == x.shape
     assert runner.forward(x[:2], t[:2], t[:2]).shape == x[:2].shape
     assert ran == [5, 5, 3]
+
+
+def test_a_small_network_gets_more_rows_in_a_call(checkpoint: Checkpoint) -> None:
+    assert best_chunk(checkpoint.network, CPU) == 16
+    with torch.device("meta"):
+        large = UNet(replace(checkpoint.config.unet, base_channels=128, channel_mults=(1, 2, 4)))
+    assert best_chunk(large, CPU) == 8
+    assert best_chunk(large, torch.device("cuda")) == 32
 
 
 def test_a_runtime_that_is_not_there_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
