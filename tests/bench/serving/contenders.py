@@ -90,16 +90,7 @@ CONTENDERS = {
         Contender(
             "bentoml",
             "BentoML",
-            lambda told: [
-                "-m",
-                "bentoml",
-                "serve",
-                f"{PEERS}.bentoml:Peer",
-                "--port",
-                str(told.port),
-                "--host",
-                "127.0.0.1",
-            ],
+            _bentoml,
             "bentoml",
             batching=True,
             waits_ms=(5_000, 60_000),
