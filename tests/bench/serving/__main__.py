@@ -103,7 +103,7 @@ def main() -> None:
         0, args.checkpoint, args.threads, rows=16, batch=1, wait_ms=0, queue=1000, deadline_s=600, counter=""
     )
     say("the naive loop")
-    naive = measure_naive(told, 0.3 if args.quick else 1.5)
+    naive = measure_naive(told, 0.5 if args.quick else 4.0)
     if results and set(args.only) != set(CONTENDERS):  # the others ran at this load, so these do
         naive |= {key: results["naive"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
         args.seconds = results["circumstances"]["seconds"]
@@ -146,7 +146,7 @@ def main() -> None:
     if args.quick:
         failed = [name for name in args.only if "unavailable" in contenders[name]]
         sys.exit(f"not available: {', '.join(failed)}" if failed else 0)
-    results["naive"]["capacity_after"] = measure_naive(told, 1.0)["capacity"]
+    results["naive"]["capacity_after"] = measure_naive(told, 4.0)["capacity"]
     say(f"capacity at the end: {results['naive']['capacity_after']:.0f} image-steps/s")
     keep(results, plan, args.out)
     report.write(results, swept, args.out)
