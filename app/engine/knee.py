@@ -1,8 +1,8 @@
 """How many rows a batch may have: the fewest that run about as fast, row for row, as any.
 
 A network runs chunk by chunk, so beyond one chunk a larger batch saves only what a call costs besides, and everyone
-who comes waits for a longer step. A cap at the knee of that curve costs a twentieth of the throughput at most, and
-gives the shortest wait that can be had for it.
+who comes waits for a longer step. A cap at the knee of that curve costs a tenth of the throughput at most, and gives
+the shortest wait that can be had for it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from app.engine.memory import is_out_of_memory
 
 log = logging.getLogger("ddpm.engine")
 
-BY_DEVICE = {"cpu": (16, 32), "cuda": (256, 1024)}  # rows where nothing can be measured, and the most that are tried
+BY_DEVICE = {"cpu": (8, 32), "cuda": (256, 1024)}  # rows where nothing can be measured, and the most that are tried
 ROUNDS = 5  # of all sizes in turn, so that a disturbance meets them alike; medians
-WITHIN = 1.05  # times the least per row
+BESIDES_S = 1e-3  # of a step: what the engine does
+WITHIN = 1.1  # times the least per row; the times themselves are uncertain by some percent
 SECONDS = 4.0  # that it may take; larger batches are not tried where they would take longer
 TOO_SHORT_S = 2e-4  # such a call tells of the clock, not of the network
 
@@ -26,34 +27,35 @@ TOO_SHORT_S = 2e-4  # such a call tells of the clock, not of the network
 def knee(
     run: Callable[[int], None], chunk: int, device: str, clock: Callable[[], float] = time.monotonic
 ) -> Generator[None, None, int]:
-    """Returns the rows; `run` is one call with so many. Yields after each call. Raises what a single chunk raises."""
+    """Returns the rows; `run` is one call with so many. Yields after each call. Raises what a chunk raises."""
     otherwise, most = BY_DEVICE[device]
     otherwise = max(otherwise, chunk)
 
     def timed(rows: int) -> float:
         started = clock()
         run(rows)
-        return clock() - started
+        return clock() - started + BESIDES_S
 
     timed(chunk)  # pays for kernel selection and memory
     yield
     first = timed(chunk)
     yield
-    if first < TOO_SHORT_S:
+    if first - BESIDES_S < TOO_SHORT_S:
         return otherwise
-    tried, rows = [chunk], 2 * chunk
+    tried: list[int] = []
+    rows = max(1, chunk // 4)
     while rows <= most and (ROUNDS + 1) * (sum(tried) + rows) / chunk * first < SECONDS:
         try:
             timed(rows)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            otherwise = tried[-1]
+            otherwise = tried[-1] if tried else chunk
             break
         tried.append(rows)
         rows *= 2
         yield
-    if len(tried) == 1:
+    if len(tried) < 2:
         return otherwise
     times: dict[int, list[float]] = {rows: [] for rows in tried}
     for _ in range(ROUNDS):
