@@ -2,6 +2,10 @@
 
 Loading needs no architecture flag and never executes code. A file that is not one of ours, damaged or
 dishonest is refused with a `CheckpointError` that says why, before any memory for a network is taken.
+
+The JSON has, as `sha256`, a digest of all that the file says (see `_digest`), so a flipped bit does not go
+unnoticed. Files without it, from before it was, load all the same. It is no signature: who can write a file
+can write its digest.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from model.unet import UNet, UNetConfig
 
 FORMAT = "ddpm-serve/1"
 PRETRAINED = Path(__file__).parent / "pretrained"
+SUMS = "SHA256SUMS"  # beside the bundled checkpoints: what `sha256sum` says of them
 
 
 class CheckpointError(ValueError):
@@ -94,7 +99,9 @@ def save(path: str | Path, weights: dict[str, Tensor], config: CheckpointConfig)
     temporary = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
-        save_file(tensors, temporary, metadata={"ddpm": config.to_json()})
+        data = json.loads(config.to_json())
+        data["sha256"] = _digest(data, tensors)
+        save_file(tensors, temporary, metadata={"ddpm": json.dumps(data, ensure_ascii=False)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -129,11 +136,17 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
                 network = UNet(config.unet)
             names = file.keys()
             _check_shapes(network, {name: tuple(file.get_slice(name).get_shape()) for name in names})
-            weights = {name: _float32(name, file.get_tensor(name)) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names}  # mapped, and not in memory yet
+            data = json.loads(metadata)
+            if "sha256" in data and data["sha256"] != _digest(data, tensors):
+                raise CheckpointError("the file is damaged: its contents are not those that it was saved with")
+            weights = {name: _float32(name, tensor) for name, tensor in tensors.items()}
         with path.open("rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
         if _stamp(path) != before:  # or the weights could be of one file and the hash of another
             raise CheckpointError("the file changed while it was read")
+        if _shipped(path) not in (None, sha256):
+            raise CheckpointError(f"the file is damaged: its SHA-256 is not the one in {SUMS} beside it")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
@@ -143,6 +156,28 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
     network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False)
     return Checkpoint(path.stem, sha256, config, network.to(device))
+
+
+def _digest(data: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, of `data` (the metadata) without its own field `sha256`, and of the tensors by name.
+
+    Each is JSON as Python writes it, `data` with sorted keys, a tensor as [name, type, shape], then its bytes.
+    """
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        digest.update(json.dumps([name, kind, list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shipped(path: Path) -> str | None:
+    """The SHA-256 that a bundled file must have; None for other files."""
+    sums = PRETRAINED / SUMS
+    if path.parent != PRETRAINED or not sums.is_file():
+        return None
+    return {name: sha256 for sha256, name in map(str.split, sums.read_text().splitlines())}.get(path.name)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-import struct
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from model.checkpoint import CheckpointConfig, CheckpointError, find, load, save
 from model.diffusion import DiffusionConfig
 from model.plan import SamplingDefaults
 from model.unet import UNet, UNetConfig
+from tests.model.broken import BROKEN, HUGE, NOT_READABLE, flipped, hostile
 
 
 @pytest.fixture
@@ -157,7 +157,9 @@ def test_every_bundled_checkpoint_loads() -> None:
     bundled = sorted(checkpoint.PRETRAINED.glob("*.safetensors"))
     if not bundled:
         pytest.skip("no checkpoint is bundled")
+    sums = (checkpoint.PRETRAINED / checkpoint.SUMS).read_text().splitlines()
     for file in bundled:
+        assert f"{load(file.stem).sha256}  {file.name}" in sums
         assert load(file.stem).config.provenance
 
 
@@ -169,38 +171,76 @@ def assert_refused(path: Path, message: str) -> None:
     assert time.process_time() - started < 5
 
 
-class Evil:
-    """A pickle that would leave a trace if anyone opened it."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.touch, (self.trace,)
-
-
 def test_a_pickle_in_disguise_is_refused_and_not_run(path: Path) -> None:
     trace = path.with_name("trace")
-    path.write_bytes(pickle.dumps(Evil(trace)))
-    assert_refused(path, "not a readable safetensors file")
-    torch.save({"x": Evil(trace)}, path)
-    assert_refused(path, "not a readable safetensors file")
+    for content in hostile(trace).values():
+        path.write_bytes(content)
+        assert_refused(path, NOT_READABLE)
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(tiny: UNet, config: CheckpointConfig, path: Path, part: float) -> None:
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused(tiny: UNet, config: CheckpointConfig, path: Path, case: str) -> None:
     save(path, tiny.state_dict(), config)
-    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    assert_refused(path, "not a readable safetensors file")
+    broken, message = BROKEN[case]
+    path.write_bytes(broken(path.read_bytes()))
+    assert_refused(path, message)
 
 
-def test_a_header_that_promises_terabytes_is_refused(path: Path) -> None:
-    header = json.dumps({"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(1000))
-    assert_refused(path, "not a readable safetensors file")
-    path.write_bytes(struct.pack("<Q", 2**62) + header)
-    assert_refused(path, "not a readable safetensors file")
+def test_no_flipped_bit_changes_what_is_loaded(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    """Some do no harm: of the name of the digest's field, for one."""
+    save(path, tiny.state_dict(), config)
+    good, rng, refused = path.read_bytes(), random.Random(0), 0
+    for place in [*rng.sample(range(len(good) - 8), 200), *rng.sample(range(3000), 200)]:  # many in the header
+        path.write_bytes(flipped(good, place, rng.randrange(8)))
+        try:
+            loaded = load(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert loaded.config == config
+            assert all(torch.equal(loaded.network.state_dict()[k], v) for k, v in tiny.state_dict().items())
+    assert refused > 380
+
+
+def test_a_checkpoint_without_a_digest_loads(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    """As all did that were saved before there was one."""
+    save_file(tiny.state_dict(), path, metadata={"ddpm": config.to_json()})
+    assert load(path).config == config
+
+
+def test_a_checkpoint_with_fields_of_a_later_version_loads(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    """The digest is of what the file says, and not of what this version understands of it."""
+    data = json.loads(config.to_json()) | {"later": [1, {"b": 0.1, "a": "é"}]}
+    save_file(tiny.state_dict(), path, metadata={"ddpm": json.dumps(data)})
+    data["sha256"] = checkpoint._digest(data, tiny.state_dict())
+    save_file(tiny.state_dict(), path, metadata={"ddpm": json.dumps(data)})
+    assert load(path).config == config
+    data["later"] = None
+    save_file(tiny.state_dict(), path, metadata={"ddpm": json.dumps(data)})
+    assert_refused(path, "the file is damaged")
+
+
+def test_the_same_contents_are_saved_as_the_same_bytes(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    save(path, tiny.state_dict(), config)
+    once = path.read_bytes()
+    for _ in range(5):
+        save(path, dict(reversed(tiny.state_dict().items())), config)
+        assert path.read_bytes() == once
+
+
+def test_a_bundled_checkpoint_is_the_one_that_shipped(
+    tiny: UNet, config: CheckpointConfig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is one without a digest."""
+    monkeypatch.setattr(checkpoint, "PRETRAINED", path.parent)
+    save_file(tiny.state_dict(), path, metadata={"ddpm": config.to_json()})
+    path.with_name(checkpoint.SUMS).write_text(f"{load('some').sha256}  some.safetensors\n")
+    assert load("some").config == config
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 2, 0))
+    assert_refused(path, "the file is damaged: its SHA-256 is not the one in SHA256SUMS")
+    path.with_name(checkpoint.SUMS).unlink()
+    assert load("some").config == config
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
@@ -230,15 +270,6 @@ def test_weights_that_are_not_the_networks_are_refused(
     change(weights)
     save(path, weights, config)
     assert_refused(path, message)
-
-
-HUGE = {
-    "base_channels": 4096,
-    "channel_mults": [64] * 8,
-    "num_res_blocks": 16,
-    "attention_levels": list(range(8)),
-    "time_emb_dim": 16384,
-}  # some 10¹⁴ weights
 
 
 @pytest.mark.parametrize(
