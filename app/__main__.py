@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +25,7 @@ from app.engine.runner import Runner
 from app.main import MakeRunner, create_app, create_operations_app
 from app.routes.common import Service
 from app.settings import PREFIX, Settings, service_links, unknown_variables
+from app.tracing import Tracer
 
 log = logging.getLogger("ddpm.start")
 
@@ -37,9 +39,11 @@ class Server(uvicorn.Server):
     `operations` listens beside it, until after the last request.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, operations: uvicorn.Server | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, operations: uvicorn.Server | None, tracer: Tracer | None
+    ) -> None:
         super().__init__(config)
-        self._service, self._operations = service, operations
+        self._service, self._operations, self._tracer = service, operations, tracer
         self._signalled: float | None = None
         self._done = False
 
@@ -75,10 +79,17 @@ class Server(uvicorn.Server):
         if self._done:  # uvicorn raises the signal again
             return
         if self._signalled is not None and time.monotonic() - self._signalled > TWICE_S:
-            os._exit(128 + sig)
+            end(self._tracer, 128 + sig)
         self._signalled = self._signalled or time.monotonic()
         self._service.engine.drain(self._service.settings.drain_s)
         super().handle_exit(sig, frame)
+
+
+def end(tracer: Tracer | None, code: int) -> NoReturn:
+    """Ends the process whatever hangs in it, at once but for the spans that have to be sent."""
+    if tracer:
+        tracer.flush()
+    os._exit(code)
 
 
 def _config(app: FastAPI, settings: Settings, host: str, port: int) -> uvicorn.Config:
@@ -145,7 +156,8 @@ def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
         operations = uvicorn.Server(
             _config(create_operations_app(app.state.service), settings, settings.metrics_host, settings.metrics_port)
         )
-    server = Server(_config(app, settings, settings.host, settings.port), app.state.service, operations)
+    config = _config(app, settings, settings.host, settings.port)
+    server = Server(config, app.state.service, operations, app.state.tracer)
 
     def look_again(sig: int, frame: FrameType | None) -> None:
         keys.stale = app.state.service.models.stale = True
@@ -159,7 +171,7 @@ def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
     if failure := app.state.service.engine.failure:
         log.critical("ending, to be started anew: %s", failure)
         logging.shutdown()
-        os._exit(1)  # the engine's thread may hang in the device's driver, which an orderly end would wait for
+        end(app.state.tracer, 1)  # the engine's thread may hang in the device's driver, which an orderly end waits for
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound,
 from app.metrics import Metrics
 from app.middleware import SECURITY_HEADERS, Access, BodyLimit, RequestLog, SecurityHeaders
 from app.models import Models
+from app.pulse import Pulse
 from app.routes import docs, generate, models, page, sequence, status
 from app.routes.common import Service
 from app.settings import Settings
@@ -69,13 +70,14 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     engine = Engine(metrics.engine, max_work=settings.max_queue_rows, step_timeout_s=settings.step_timeout_s)
     served = Models(settings, metrics, engine, make)
     metrics.ask(engine)
+    pulse = Pulse(metrics)
     metrics.pending_rows_limit.set(settings.max_queue_rows)
     metrics.declare_build(VERSION)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        tasks = [asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine))]
+        tasks = [asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine), pulse.beat())]
         yield
         for task in tasks:
             task.cancel()
@@ -95,6 +97,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
         redoc_url=None,
     )
     app.state.service, app.state.keys = Service(settings, served, engine, metrics), keys
+    app.state.tracer = tracer
     routers = [module.router for module in (generate, sequence, models, page, docs)] + [status.health]
     if settings.metrics_port < 0:
         routers.append(status.operations)

@@ -10,6 +10,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+PAUSE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RATIO = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
@@ -148,6 +149,17 @@ class Metrics:
             "ddpm_frames_dropped_total",
             "Frames dropped because a newer one came before the client took them.",
             ["model"],
+            registry=r,
+        )
+        self.event_loop_pauses = Histogram(
+            "ddpm_event_loop_pause_seconds",
+            "How long the event loop was busy with something else, looked at a hundred times a second.",
+            buckets=PAUSE_SECONDS,
+            registry=r,
+        )
+        self.event_loop_longest_pause = Gauge(
+            "ddpm_event_loop_longest_pause_seconds",
+            "The longest pause of the event loop in the last minute.",
             registry=r,
         )
         # Asked of the engine at every scrape; see `create_app`.

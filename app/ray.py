@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import statistics
 import sys
@@ -26,7 +25,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import logs
-from app.__main__ import GRACE_S, read_settings
+from app.__main__ import GRACE_S, end, read_settings
 from app.engine.engine import Engine
 from app.main import create_app
 from app.settings import Settings, default_variables
@@ -114,7 +113,7 @@ class Replica:
         """Raises RuntimeError where /readyz would say no. The first call, a part of the start, waits to be warm."""
         if failure := self._engine.failure:
             log.critical("ending, to be started anew: %s", failure)
-            os._exit(1)  # as in app/__main__.py; Ray has a new one sooner than after three such checks
+            end(self.app.state.tracer, 1)  # Ray has a new one sooner than after three such checks
         until = time.monotonic() + (0 if self._was_ready else WARM_UP_S)
         while (trouble := self._engine.trouble) and time.monotonic() < until:  # noqa: ASYNC110  it is a thread
             await asyncio.sleep(0.05)

@@ -138,6 +138,10 @@ class ModelCard(BaseModel):
     )
     checkpoint: str = Field(description="SHA-256 of the checkpoint's file")
     runs_on: dict[str, str] = Field(description="device, runtime and precision; with others images differ a little")
+    batch_rows: int | None = Field(
+        description="most network rows in a step: configured, or measured when it was warmed up; null until then. Less "
+        "for a while after the device had no memory"
+    )
     image_shape: tuple[int, int, int] = Field(description="channels, height, width")
     class_names: list[str]
     num_timesteps: int

@@ -6,6 +6,7 @@ thread of the library sends them. The library reads the OTEL_* variables that it
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.intake import Job
 
 SEND_S = 3.0  # in which a collector has to take what is sent
+LAST_S = 1.0  # the same where the process is about to end
 UNTRACED = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
@@ -77,6 +79,15 @@ class Tracer:
     def close(self) -> None:
         """Sends what is left."""
         self._provider.shutdown()
+
+    def flush(self) -> None:
+        """Sends what is there, in LAST_S or never: for a process that ends at once.
+
+        By a thread, because a signal handler may have interrupted this one in the library, with a lock held.
+        """
+        sender = threading.Thread(target=self._provider.force_flush, name="spans", daemon=True)
+        sender.start()
+        sender.join(LAST_S)
 
 
 def _parts(job: Job, ended: float) -> list[tuple[str, float, float]]:

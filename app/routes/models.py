@@ -75,6 +75,7 @@ def card(service: Service, served: Served) -> dict[str, Any]:
         "state": state,
         "checkpoint": served.sha256,
         "runs_on": served.runs_on,
+        "batch_rows": served.scheduler.max_rows or None,
         "image_shape": config.unet.image_shape,
         "class_names": list(config.class_names),
         "num_timesteps": timesteps,

@@ -224,6 +224,15 @@ ROWS: dict[str, list[Graph]] = {
             [(f"ddpm_heartbeat_age_seconds{{{REPLICA}}}", "{{instance}}")],
         ),
         Graph(
+            "Event loop",
+            "How long it was busy with something else when somebody came, and the longest of the last minute.",
+            "s",
+            [
+                *quantiles("ddpm_event_loop_pause_seconds", REPLICA),
+                (f"ddpm_event_loop_longest_pause_seconds{{{REPLICA}}}", "longest {{instance}}"),
+            ],
+        ),
+        Graph(
             "Replicas at the balancer",
             "Those that it sends requests to, and its requests to each.",
             "none",

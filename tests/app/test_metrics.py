@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.engine import memory
+from app.pulse import TICK_S
 from tests.app.conftest import HeldRunner, serving
 from tests.app.processes import ServerProcess, metric, wait_for
 
@@ -67,9 +69,11 @@ def test_every_count_is_what_the_clients_saw(fresh: ServerProcess) -> None:
 
 def test_the_limit_of_a_batch_is_measured_and_changes_no_image(fresh: ServerProcess, server: ServerProcess) -> None:
     (told,) = [line for line in server.logs() if line["message"] == "batches measured"]
-    assert told["rows"] in (8, 16, 32)
-    assert set(told["milliseconds_per_row"]) == {"8", "16", "32"}
+    assert told["rows"] in (4, 8, 16, 32)
+    assert set(told["milliseconds_per_row"]) == {"4", "8", "16", "32"}
     assert server.metric("ddpm_batch_rows_limit", model="grey") == told["rows"]
+    caps = [process.client.get("/models").json()["models"][0]["batch_rows"] for process in (server, fresh)]
+    assert caps == [told["rows"], MAX_ROWS]
     body = {"n": 11, "steps": 3, "seed": 5, "guidance_scale": 2}
     limited, measured = (process.client.post("/generate", json=body).content for process in (fresh, server))
     assert limited == measured
@@ -147,6 +151,26 @@ def test_the_oldest_wait_grows_until_the_first_step(held: HeldRunner, grey_check
         held.released.set()
         worker.join()
         assert metric(client.get("/metrics").text, "ddpm_oldest_wait_seconds") == 0
+
+
+def test_a_pause_of_the_event_loop_is_as_long_as_it_was(grey_checkpoint: Path) -> None:
+    name = "ddpm_event_loop_pause_seconds"
+    with serving(grey_checkpoint) as client:
+        asked, before = time.monotonic(), client.get("/metrics").text
+        client.portal.call(time.sleep, 0.4)  # on the event loop
+        looks = metric(before, f"{name}_count") + 100
+        wait_for(lambda: metric(client.get("/metrics").text, f"{name}_count") > looks, "some looks")
+        after = client.get("/metrics").text
+        seconds = time.monotonic() - asked
+    longest = metric(after, "ddpm_event_loop_longest_pause_seconds")
+    assert longest >= 0.4 - TICK_S
+    count, late, short = (
+        metric(after, f"{name}_{part}", **label) - metric(before, f"{name}_{part}", **label)
+        for part, label in (("count", {}), ("sum", {}), ("bucket", {"le": "0.2"}))
+    )
+    assert count > short
+    # It slept and was late, one after the other and nothing else; only the first may have begun before.
+    assert 0.4 - TICK_S <= late <= seconds - TICK_S * count + TICK_S + longest
 
 
 def test_versions_checkpoint_and_memory_are_told(fresh: ServerProcess) -> None:

@@ -47,7 +47,7 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         assert client.get("/livez").json() == {"status": "ok"}
-        assert client.get("/models").status_code == 200
+        assert client.get("/models").json()["models"][0]["batch_rows"] is None
         for path in ("/readyz", "/health"):
             answer = client.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
@@ -62,6 +62,8 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
         assert client.get("/health").json() == {"status": "ok"}
         assert metric(client.get("/metrics").text, "ddpm_ready") == 1
         assert client.post("/generate", json={}).status_code == 200
+        limit = metric(client.get("/metrics").text, "ddpm_batch_rows_limit", model="grey")
+        assert client.get("/models").json()["models"][0]["batch_rows"] == limit > 0
 
 
 def test_a_draining_server_takes_no_work_and_finishes_what_it_has(held: HeldRunner, grey_checkpoint: Path) -> None:
@@ -106,6 +108,8 @@ CONTRACT = {
     "ddpm_batch_rows_limit": "gauge",
     "ddpm_first_frame_seconds": "histogram",
     "ddpm_device_memory_bytes": "gauge",
+    "ddpm_event_loop_pause_seconds": "histogram",
+    "ddpm_event_loop_longest_pause_seconds": "gauge",
     "ddpm_engine_stalled": "gauge",
     "ddpm_heartbeat_age_seconds": "gauge",
     "ddpm_oldest_wait_seconds": "gauge",

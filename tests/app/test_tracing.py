@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
+from app.__main__ import TWICE_S
 from app.main import create_app
 from app.settings import Settings
-from tests.app.processes import ROOT, ServerProcess
+from tests.app.conftest import HeldRunner
+from tests.app.faulty_server import HANGS, SLOW
+from tests.app.processes import ROOT, ServerProcess, wait_for
+from tests.app.test_faults import ask
+from tests.app.test_ray import replica_of
 
+FAULTY = "tests.app.faulty_server"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
@@ -114,6 +124,54 @@ def test_a_request_is_a_span_with_its_queue_its_steps_and_its_encodings_within(
     names = [span.name for span in collector.spans if span.parent_span_id == sequence.span_id]
     assert names == ["queue", "steps"] + ["encode"] * (stream.count("event: frame") + 1)
     assert len(collector.spans) == 3 + 3 + len(names), "and probes and scrapes have none"
+
+
+def test_what_ends_at_once_sends_its_spans_before(grey_checkpoint: Path, collector: Collector) -> None:
+    argv = ["--checkpoint", str(grey_checkpoint), "--otlp-endpoint", collector.url]
+    never = {"OTEL_BSP_SCHEDULE_DELAY": "600000"}  # by itself, within this test
+
+    with ServerProcess(FAULTY, *argv, **never) as server:
+        server.client.post("/generate", json={"steps": 1}).raise_for_status()
+        connection = ask(server, "POST", "/generate", {"n": 4, "steps": 1000, "seed": SLOW})
+        wait_for(lambda: server.rows() == 4, "work")
+        server.terminate()
+        time.sleep(TWICE_S + 0.1)
+        assert not collector.spans
+        server.terminate()
+        assert server.exit_code() == 128 + signal.SIGTERM
+        connection.close()
+    assert [attributes(span)["ddpm.outcome"] for span in roots(collector)] == ["ok"]
+
+    with ServerProcess(FAULTY, *argv, "--step-timeout-s", "1", **never) as server:
+        hung = server.client.post("/generate", json={"n": 2, "steps": 8, "seed": HANGS})
+        assert hung.status_code == 503
+        assert server.exit_code() == 1
+    assert [attributes(span)["ddpm.outcome"] for span in roots(collector)] == ["ok", "not_ready"]
+
+
+def roots(collector: Collector) -> list[Any]:
+    """Of the requests for images."""
+    return [span for span in collector.spans if span.name == "POST /generate"]
+
+
+def test_a_replica_of_ray_that_ends_at_once_sends_its_spans_before(
+    grey_checkpoint: Path, held: HeldRunner, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exit(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    monkeypatch.setattr("os._exit", exit)
+    held.warm_up = lambda rows: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    settings = Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1, otlp_endpoint=collector.url)
+    with TestClient(create_app(settings, lambda *how: held)) as client:
+        replica = replica_of(client)
+        wait_for(lambda: replica.app.state.service.engine.failure, "the failure")
+        assert client.post("/generate", json={}).status_code == 503
+        assert not collector.spans
+        with pytest.raises(SystemExit, match="1"):
+            asyncio.run(replica.check_health())
+        assert len(roots(collector)) == 1
 
 
 def test_a_collector_that_is_not_there_costs_no_answer(grey_checkpoint: Path) -> None:
