@@ -87,9 +87,11 @@ class FaultyRunner(Runner):
         return super().step(samples)
 
 
-def make_runner(checkpoint: Checkpoint, *how: object) -> FaultyRunner:
-    """In chunks of four."""
-    runner = FaultyRunner(checkpoint, torch.device("cpu"), chunk=4)
+def make_runner(
+    checkpoint: Checkpoint, device: torch.device, chunk: int, threads: int, runtime: str, precision: str
+) -> FaultyRunner:
+    """By the server's settings."""
+    runner = FaultyRunner(checkpoint, device, chunk, threads, runtime, precision)
     runner.refused = checkpoint.config.class_names[-1:] == (REFUSED,)
     return runner
 
