@@ -10,6 +10,7 @@ On a CPU most of a network's time is spent around its convolutions. What is done
 - Time and class are embedded once per timestep and class, not once per step.
 
 A row's bits do not depend on what is in the others. On how many they are they may depend: see `app.engine.runner`.
+What a GPU runs is in `model.cuda`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks import Attention, ResBlock, Upsample
+from model.cuda import autocast_network
 from model.unet import UNet
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,22 +47,15 @@ def best_precision(device: torch.device) -> str:
 def compile_for_inference(network: UNet, device: torch.device, precision: str) -> Forward:
     """`network` as a function of x [N, C, H, W], t [N], y [N] or None, on `device`; float32 in, float32 out.
 
-    The network itself is left as it is, on a CPU; elsewhere it is moved to the device. Raises ValueError for a
-    precision that is not one of `PRECISIONS`.
+    The network itself is left as it is, on a CPU; elsewhere it is moved to the device, and rounded. Raises ValueError
+    for a precision that is not one of `PRECISIONS`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     network.eval()
     if device.type == "cpu":
         return PackedUNet(network, PRECISIONS[precision])
-    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def forward(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            out: Tensor = network(x.contiguous(memory_format=torch.channels_last), t, y)
-        return out.float()
-
-    return forward
+    return autocast_network(network, device, PRECISIONS[precision])
 
 
 class Conv:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from app.engine.memory import return_freed_memory
+from app.engine.memory import is_out_of_memory, return_freed_memory
 from app.engine.openvino import compile_openvino
 from app.engine.request import Sample, View
+from app.engine.sizes import agreeing, candidates, gpu_chunk
 from model.checkpoint import Checkpoint
+from model.cuda import CudaRecorder, Graphs, Record
 from model.images import Image, to_uint8
 from model.inference import compile_for_inference
 from model.rng import normals
 from model.sampling import apply_step, predict
 from model.unet import UNet
+
+log = logging.getLogger("ddpm.engine")
 
 SMALL = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
 
@@ -24,17 +29,16 @@ SMALL = 10_000_000  # parameters; on a CPU a call of a smaller network costs muc
 def best_chunk(network: UNet, device: torch.device) -> int:
     """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
     if device.type == "cuda":
-        return 32
+        return gpu_chunk(network.config.image_size)
     return 16 if sum(weights.numel() for weights in network.parameters()) < SMALL else 8
 
 
 class Runner:
     """Steps samples of one checkpoint on one device.
 
-    The U-Net runs on `chunk` rows, or on fewer where that gives the same bits: kernels choose their order of summation
-    by the number of rows, so an image could otherwise depend, in its last bits, on who shares its batch. The first
-    warm-up finds out which numbers of rows agree; the others are filled up with zeros. Runtime and precision are those
-    of all batches.
+    The U-Net runs on `chunk` rows, or on fewer where that gives the same bits. The first warm-up finds out which
+    numbers of rows agree (see `app.engine.sizes`); the others are filled up with zeros. On a GPU each number that
+    agrees gets a CUDA graph then. Runtime and precision are those of all batches.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Runner:
             self._network = compile_openvino(checkpoint.network, precision, threads or torch.get_num_threads())
         else:
             self._network = compile_for_inference(checkpoint.network, device, precision)
+        self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
         self._last_timestep = checkpoint.config.diffusion.num_timesteps - 1
         self.sizes = [chunk]  # numbers of rows that may run, ascending
         self._probed = False
@@ -117,7 +122,7 @@ class Runner:
 
     @torch.inference_mode()
     def probe(self) -> Iterator[None]:
-        """Fills `sizes`: a number of rows may run if its rows come out as those of a whole chunk do, to the bit.
+        """Fills `sizes`: numbers of rows whose rows come out alike, to the bit; then makes their graphs.
 
         Which instructions run is a matter of shapes and not of numbers, so noise tells. One network call at a time.
         """
@@ -126,16 +131,53 @@ class Runner:
         t = torch.linspace(0, self._last_timestep, self.chunk, device=self.device).long()
         classes = self.config.num_classes
         y = None if classes is None else torch.arange(self.chunk, device=self.device) % classes
-        whole = self._network(x, t, y)
-        agreeing = [self.chunk]
-        for size in range(1, self.chunk):
-            yield
-            rows = slice(self.chunk - size, self.chunk)  # and so at other places than in the whole
-            part = self._network(x[rows], t[rows], None if y is None else y[rows])
-            if torch.equal(part, whole[rows]):
-                agreeing.append(size)
-        self.sizes = sorted(agreeing)
+        outs: dict[int, Tensor] = {}
+        for size in candidates(self.chunk, self.device.type):
+            if size < self.chunk:
+                yield
+            out = self._tried(*last(size, x, t, y))  # at other places than in the whole
+            if out is not None:
+                outs[size] = out
+        self.sizes = agreeing(outs)
+        self.chunk = self.sizes[-1]
+        if self._record is not None:
+            yield from self._capture(self._record, x, t, y, outs)
         self._probed = True
+
+    def _tried(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
+        """What the network computes. None on a GPU that has no room for it, or where a row's place changes its bits."""
+        if self._record is None:
+            return self._network(x, t, y)
+        try:
+            out = self._network(x, t, y)
+            turned = self._network(x.flip(0), t.flip(0), None if y is None else y.flip(0)).flip(0)
+            return out if len(x) == 1 or torch.equal(turned, out) else None
+        except Exception as error:
+            if len(x) == 1 or not is_out_of_memory(error):
+                raise
+        # The traceback is gone, with the memory that it held.
+        self.free_memory()
+        return None
+
+    def _capture(
+        self, record: Record, x: Tensor, t: Tensor, y: Tensor | None, outs: dict[int, Tensor]
+    ) -> Iterator[None]:
+        """A graph for each of `sizes`. If one cannot be made, or computes something else, there are none."""
+        graphs = Graphs(self._network, record)
+        try:
+            for size in reversed(self.sizes):
+                yield
+                graphs.capture(*last(size, x, t, y))
+                if not torch.equal(graphs(*last(size, x, t, y)), outs[size]):
+                    raise RuntimeError(f"the graph of {size} rows does not give the bits of the network")
+        except Exception as error:
+            log.warning("no CUDA graphs: the network runs without them, slower", exc_info=error)
+        else:
+            self._network = graphs
+            log.info("CUDA graphs captured", extra={"rows": graphs.rows})
+            return
+        del graphs
+        self.free_memory()
 
     def read(self, samples: list[Sample], view: View) -> Image:
         """The samples as pictures, uint8 [N, C, H, W] on the host."""
@@ -175,3 +217,8 @@ class Runner:
         seeds = [sample.request.seed for sample in samples]
         indices = [sample.request.index + sample.i for sample in samples]
         return normals(seeds, indices, steps, self.config.image_shape, self.device)
+
+
+def last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The last `size` rows."""
+    return x[-size:], t[-size:], None if y is None else y[-size:]

@@ -205,7 +205,7 @@ def test_a_small_network_gets_more_rows_in_a_call(checkpoint: Checkpoint) -> Non
     with torch.device("meta"):
         large = UNet(replace(checkpoint.config.unet, base_channels=128, channel_mults=(1, 2, 4)))
     assert best_chunk(large, CPU) == 8
-    assert best_chunk(large, torch.device("cuda")) == 32
+    assert best_chunk(large, torch.device("cuda")) == 256
 
 
 def test_a_runtime_that_is_not_there_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,42 @@
+"""Numbers of rows that a network may run with: those at which a row comes out the same, to the last bit.
+
+Kernels choose their order of summation by the number of rows, so an image could otherwise depend on who shares its
+batch. Times play no part in the choice, or a restart could make another, and other images.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GPU_CHUNK = 256
+GPU_POSITIONS = GPU_CHUNK * 32 * 32  # of larger images fewer fill a GPU, and its memory
+SINGLE = 32  # rows, at most, that a single image is filled up to where others agree on larger numbers only
+
+
+def gpu_chunk(image_size: tuple[int, int]) -> int:
+    """The most rows of a call where nobody says how many, a power of two; image_size is (height, width)."""
+    fit = GPU_POSITIONS // math.prod(image_size)
+    return min(GPU_CHUNK, 1 << max(fit.bit_length() - 1, 0))
+
+
+def candidates(chunk: int, device: str) -> list[int]:
+    """What is tried, largest first: all numbers, but on a GPU, where each costs a graph, powers of two."""
+    if device != "cuda":
+        return list(range(chunk, 0, -1))
+    return [chunk] + [2**i for i in range(chunk.bit_length(), -1, -1) if 2**i < chunk]
+
+
+def agreeing(outs: dict[int, Tensor]) -> list[int]:
+    """Those that agree with one another, ascending; `outs` has the last rows of one batch, in each number.
+
+    Of all such sets the one with the largest number, if a single image fits into `SINGLE` rows there.
+    """
+    sizes = sorted(outs, reverse=True)
+    for largest in sizes:
+        same = [largest] + [n for n in sizes if n < largest and torch.equal(outs[n], outs[largest][-n:])]
+        if same[-1] <= SINGLE:
+            break
+    return same[::-1]
