@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -112,6 +113,46 @@ class ServerProcess:
         """Images that are admitted and not answered."""
         text = self.client.get("/metrics").text
         return metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting")
+
+    def resident(self) -> int:
+        """Bytes of its memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @contextmanager
+    def truthful_readiness(self) -> Iterator[list[int]]:
+        """Meanwhile /readyz is asked again and again; what it said. It must have said no a second after a step was late
+        (which it is after one second), and yes while none was. For a server that neither starts nor drains."""
+        said: list[int] = []
+        lies: list[tuple[float, int, float]] = []
+        stop = threading.Event()
+        client = httpx.Client(base_url=self.url, timeout=PATIENCE)
+
+        def age() -> float:
+            return metric(client.get("/metrics").text, "ddpm_heartbeat_age_seconds")
+
+        def look() -> None:
+            before, status, after = age(), client.get("/readyz").status_code, age()
+            said.append(status)
+            truth = 503 if before > 2 else 200 if after <= 1 else status
+            if before <= after and status != truth:  # or else the step that was asked about has ended
+                lies.append((before, status, after))
+
+        def watch() -> None:
+            with suppress(httpx.TransportError):  # the process has ended
+                while not stop.wait(0.1):
+                    look()
+
+        with client:
+            look()
+            thread = threading.Thread(target=watch)
+            thread.start()
+            try:
+                yield said
+            finally:
+                stop.set()
+                thread.join()
+        assert not lies
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)

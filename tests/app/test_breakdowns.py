@@ -52,9 +52,12 @@ def test_a_step_that_never_returns_answers_everyone_and_ends_the_process(grey_ch
         wait_for(lambda: server.metric("ddpm_heartbeat_age_seconds") > 0.2, "the hung step")
         others = [pool.submit(generate, server, body) for body in NEIGHBOURS]
         streamed = pool.submit(stream, server, {"steps": 40})
-        wait_for(lambda: server.client.get("/readyz").status_code == 503, "the loss of readiness")
+        with server.truthful_readiness() as said:
+            wait_for(lambda: 503 in said, "the loss of readiness")
         assert server.metric("ddpm_engine_stalled") == 1
         assert server.client.get("/livez").status_code == 200
+        hung.result()
+        assert refused(server)
         assert server.exit_code() == 1
         for answer in [hung.result(), *[other.result() for other in others]]:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
@@ -70,11 +73,13 @@ def test_a_step_that_never_returns_answers_everyone_and_ends_the_process(grey_ch
 def test_a_long_step_takes_readiness_away_and_gives_it_back(grey_checkpoint: Path) -> None:
     with ServerProcess(FAULTY, "--checkpoint", str(grey_checkpoint)) as server, ThreadPoolExecutor(3) as pool:
         alone = [generate(server, body).content for body in NEIGHBOURS]
-        answers = [pool.submit(generate, server, body) for body in [*NEIGHBOURS, {"n": 2, "steps": 8, "seed": LONG}]]
-        wait_for(lambda: server.client.get("/readyz").status_code == 503, "the loss of readiness")
-        assert generate(server, {}).status_code == 503
-        wait_for(lambda: server.client.get("/readyz").status_code == 200, "readiness")
-        assert [answer.result().status_code for answer in answers] == [200] * 3
+        bodies = [*NEIGHBOURS, {"n": 2, "steps": 8, "seed": LONG}]
+        with server.truthful_readiness() as said:
+            answers = [pool.submit(generate, server, body) for body in bodies]
+            wait_for(lambda: 503 in said, "the loss of readiness")
+            assert generate(server, {}).status_code == 503
+            assert [answer.result().status_code for answer in answers] == [200] * 3
+            assert server.client.get("/readyz").status_code == 200
         assert [answer.result().content for answer in answers[:2]] == alone
 
 
@@ -104,7 +109,8 @@ def test_what_fails_again_and_again_answers_everyone_and_ends_the_process(
     with ServerProcess(FAULTY, "--checkpoint", str(grey_checkpoint)) as server, ThreadPoolExecutor(3) as pool:
         others = [pool.submit(generate, server, {"n": 2, "steps": 1000, "seed": SLOW}) for _ in range(2)]
         wait_for(lambda: server.rows() == 4, "work")
-        others.append(pool.submit(generate, server, {"n": 2, "steps": 8, "seed": seed}))
+        assert generate(server, {"n": 2, "steps": 8, "seed": seed}).json()["error"]["code"] == "not_ready"
+        assert refused(server)
         assert server.exit_code() == 1
         for answer in [other.result() for other in others]:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
@@ -136,6 +142,7 @@ def test_after_a_kill_it_starts_again_at_once_on_the_same_port(grey_checkpoint: 
         assert server.exit_code() == -signal.SIGKILL
     with ServerProcess(FAULTY, *argv, port=port) as server:
         assert server.rows() == 0
+        assert server.client.get("/readyz").status_code == 200
         assert generate(server, NEIGHBOURS[0]).content == before
     connection.close()
 
@@ -184,6 +191,7 @@ def test_logs_that_cannot_be_written_hinder_nothing(grey_checkpoint: Path) -> No
             wait_for(ready, "readiness")
             for seed, status in [(71, 200), (RAISES, 500), (CRASHES_TWICE, 200), (71, 200)]:
                 assert client.post("/generate", json={"n": 2, "steps": 8, "seed": seed}).status_code == status
+                assert client.get("/readyz").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
     finally:
