@@ -64,9 +64,14 @@ down:
 compose-test: $(VENV)/.test
 	$(BIN)/python -m tests.docker.compose $(ARGS)
 
-# Ten minutes of everything that may happen to a server (MINUTES=60 for more); the report is build/soak.md.
-soak: $(VENV)/.test
-	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
+# Everything that may happen to a server, half an hour of it, ten minutes all together (MINUTES=60 for more); the report
+# is build/soak.md. ARGS: --help lists the parts and their numbers.
+soak: $(VENV)/.soak
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(ARGS)
+
+$(VENV)/.soak: $(VENV)/.test
+	$(BIN)/pip install -q -e ".[soak]"
+	@touch $@
 
 TOOLS := $(VENV)/tools
 $(TOOLS)/.done: docker/tools.txt

@@ -142,7 +142,7 @@ class ModelCard(BaseModel):
         description="most network rows in a step: configured, or measured when it was warmed up; null until then. Less "
         "for a while after the device had no memory"
     )
-    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    image_shape: list[int] = Field(description="channels, height, width", min_length=3, max_length=3)
     class_names: list[str]
     num_timesteps: int
     samplers: list[str]

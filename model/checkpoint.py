@@ -69,6 +69,10 @@ class CheckpointConfig:
         data = json.loads(text)
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r}, where this version reads {FORMAT!r}")
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # which would break every answer that shows it
+            raise ValueError("it has half of a surrogate pair, which is no text") from None
         return cls(
             unet=UNetConfig(**data["unet"]),
             diffusion=DiffusionConfig(**data["diffusion"]),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import random
 import socket
-import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -138,50 +135,6 @@ def test_half_of_the_clients_leave_and_the_other_half_is_served(faulty: ServerPr
     assert metric(after, "ddpm_images_total") == metric(before, "ddpm_images_total") + 8
     for connection in connections:
         connection.close()
-
-
-def vanish(server: ServerProcess, rng: random.Random) -> None:
-    """A client that leaves at some moment: in its head or body, queued, in a step, in a stream, before its image."""
-    n, steps = rng.choice([(1, 3), (4, 40), (64, 1), (16, 400)])
-    if rng.random() < 0.5:
-        form = rng.choice(["sse", "multipart", "gif"])
-        query = f"n={n}&steps={steps}&frames={min(9, steps)}&seed={SLOW}&format={form}"
-        message = f"GET {SEQUENCE}?{query} HTTP/1.1\r\nHost: here\r\n\r\n".encode()
-    else:
-        body = json.dumps({"n": n, "steps": steps, "seed": SLOW})
-        head = f"POST /generate HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        message = f"{head}\r\n\r\n{body}".encode()
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), PATIENCE) as client:
-        if rng.random() < 0.3:
-            client.sendall(message[: rng.randrange(len(message))])
-        else:
-            client.sendall(message)
-        client.settimeout(rng.choice([0.001, 0.01, 0.1, 1]))
-        with suppress(TimeoutError):
-            client.recv(rng.choice([1, 1000, 10_000]))
-        if rng.random() < 0.5:  # a reset, and no orderly end
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def test_clients_that_vanish_at_any_moment_leave_nothing_behind(faulty: ServerProcess) -> None:
-    """As many as the variable VANISHING_CLIENTS says."""
-    number = int(os.environ.get("VANISHING_CLIENTS", "100"))
-    alone = [generate(faulty, **body).content for body in STRANGERS]
-    before = faulty.client.get("/metrics").text
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: vanish(faulty, random.Random(i)), range(number)))
-        answers = list(pool.map(lambda body: generate(faulty, **body), STRANGERS))
-    assert [answer.content for answer in answers] == alone
-    wait_for(lambda: faulty.rows() == 0, "free places")
-    wait_for(lambda: faulty.metric("process_open_fds") <= metric(before, "process_open_fds"), "closed descriptors")
-    after = faulty.client.get("/metrics").text
-    for gauge in ("ddpm_pending_work_rows", "ddpm_oldest_wait_seconds", "ddpm_heartbeat_age_seconds"):
-        assert metric(after, gauge) == 0
-    cancelled = metric(after, "ddpm_cancel_seconds_count") - metric(before, "ddpm_cancel_seconds_count")
-    assert cancelled > number / 10
-    assert metric(after, "ddpm_engine_restarts_total") == metric(before, "ddpm_engine_restarts_total")
-    assert not [line for line in faulty.logs() if line.get("outcome") == "internal_error"]
 
 
 STRANGERS: list[dict[str, Any]] = [{"n": 2, "steps": 8, "seed": 70 + i, "class_label": i % 3} for i in range(3)]

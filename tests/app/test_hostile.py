@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import random
+from pathlib import Path
 
 import pytest
 
-from tests.app.processes import ServerProcess, wait_for
-from tests.soak.clients import CANARY, Siege
-from tests.soak.run import port_of
-
-AT_ONCE = 32
+from tests.app.processes import ServerProcess
+from tests.soak.flood import flood
+from tests.soak.spoiled import offer_spoiled, settings
 
 
-def test_hostile_requests_get_no_5xx_and_leave_nothing_behind(
-    faulty: ServerProcess, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As many as the variable HOSTILE_REQUESTS says."""
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("ERROR", "asyncio")  # it warns of every byte written to a server that hung up
-    number = int(os.environ.get("HOSTILE_REQUESTS", "300"))
-    siege = Siege(port_of(faulty), random.Random(0))
-    canary = faulty.client.post("/generate", json=CANARY).content
-    left = iter(range(number))
 
-    async def work() -> None:
-        for _ in left:
-            await siege.hostile()
 
-    async def all_of_them() -> None:
-        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+def test_hostile_requests_get_no_5xx_and_leave_nothing_behind(grey_checkpoint: Path) -> None:
+    with ServerProcess("app", "--checkpoint", str(grey_checkpoint), "--read-timeout-s", "3") as server:
+        findings = flood(server, 300)
+    assert not findings.wrong
+    assert findings.outcomes["hostile", "200"]
+    assert findings.outcomes["hostile", "400"] > 30
+    assert findings.outcomes["canary", "ok"] > 2
 
-    descriptors, memory = (faulty.metric(f"process_{name}") for name in ("open_fds", "resident_memory_bytes"))
-    asyncio.run(all_of_them())
-    assert not siege.wrong
-    assert sum(siege.outcomes.values()) == number
-    assert siege.outcomes["hostile", "answered"] > number / 2
-    wait_for(lambda: faulty.rows() == 0, "free places")
-    wait_for(lambda: faulty.metric("process_open_fds") <= descriptors, "closed descriptors")
-    assert faulty.metric("process_resident_memory_bytes") < memory + 64 * 2**20
-    assert faulty.client.post("/generate", json=CANARY).content == canary
-    assert not [line for line in faulty.logs() if line.get("outcome") == "internal_error"]
+
+@pytest.mark.slow
+def test_files_that_are_nearly_checkpoints_are_refused_and_nothing_runs(grey_checkpoint: Path, tmp_path: Path) -> None:
+    argv = ["--checkpoint", str(grey_checkpoint), "--max-batch-rows", "8", *settings(tmp_path)]
+    with ServerProcess("app", *argv) as server:
+        findings = offer_spoiled(server, tmp_path, grey_checkpoint, 60)
+    assert not findings.wrong
+    assert findings.outcomes["pickle", "invalid_checkpoint"] == 6
+    assert findings.numbers["different sentences of refusal"] > 10

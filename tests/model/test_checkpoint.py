@@ -323,6 +323,12 @@ def test_metadata_that_is_no_configuration_is_refused(tiny: UNet, path: Path, me
     assert_refused(path, "configuration that cannot be used")
 
 
+def test_names_that_are_no_text_are_refused(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    metadata = config.to_json().replace("T-shirt/top", "\\ud800")
+    save_file(tiny.state_dict(), path, metadata={"ddpm": metadata})
+    assert_refused(path, "half of a surrogate pair")
+
+
 def test_a_newer_format_is_refused(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
     newer = config.to_json().replace("ddpm-serve/1", "ddpm-serve/2")
     save_file(tiny.state_dict(), path, metadata={"ddpm": newer})

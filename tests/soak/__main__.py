@@ -1,60 +1,144 @@
-"""Besieges a server for some minutes, and says what became of it. Exit code 1 if anything is wrong.
+"""Besieges server processes, part by part, and says what became of them. Exit code 1 if anything is wrong.
 
-make soak                 ten minutes
-make soak MINUTES=60
+make soak                                   all parts; the mixed load lasts ten minutes
+make soak ARGS="--minutes 60"
+make soak ARGS="vanishing hostile"          only these; the report keeps what it has of the others
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import logging
+import shlex
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tests.app.conftest import CLASSES, GREY, write_checkpoint
+from tests.app.processes import ServerProcess
 from tests.bench.timing import circumstances
-from tests.soak.run import Findings, break_down, lay_siege
+from tests.soak import report
+from tests.soak.accounts import Findings
+from tests.soak.endings import bring_down
+from tests.soak.flood import flood
+from tests.soak.run import FAULTY, lay_siege
+from tests.soak.schema import fuzz
+from tests.soak.slow import SEND_BUFFER, read_slowly
+from tests.soak.spoiled import offer_spoiled, settings
+from tests.soak.vanishing import let_vanish
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What to run, and how much of it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="besieges server processes")
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    add("--minutes", type=float, default=10, help="of mixed load with recoverable faults (default: 10)")
+    add("--overload-s", type=float, default=60, help="seconds of ten times too much work after it (default: 60)")
+    add("--clients", type=int, default=1000, help="that vanish (default: 1000)")
+    add("--requests", type=int, default=100_000, help="that are hostile (default: 100000)")
+    add("--files", type=int, default=1000, help="that are spoiled checkpoints (default: 1000)")
+    add("--examples", type=int, default=200, help="of each operation, for schemathesis (default: 200)")
+    add("--readers", type=int, default=16, help="that read slowly (default: 16)")
+    add("--slow-s", type=float, default=60, help="seconds for which they do (default: 60)")
+    add("--seed", type=int, default=0, help="of the clients' choices")
+    add("--note", default="", help="about the machine, for the report")
+    add("--results", type=Path, default=Path("build/soak.json"), help="file for the results of all parts")
+    add("--report", type=Path, default=Path("build/soak.md"), help="file for the page")
+    args = parser.parse_args(argv)
+    if unknown := set(args.parts) - PARTS.keys():
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return args
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="besieges a server for some minutes")
-    parser.add_argument("--minutes", type=float, default=10, help="of mixed load with recoverable faults (default: 10)")
-    parser.add_argument("--overload-s", type=float, default=60, help="seconds of ten times too much work (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the clients' choices")
-    parser.add_argument("--report", type=Path, default=Path("build/soak"), help="path without suffix: .md and .json")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every byte written to a server that hung up
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(Path(folder) / "grey.safetensors", GREY, CLASSES)
-        findings = lay_siege(checkpoint, 60 * args.minutes, args.overload_s, args.seed)
-        fatal = break_down(checkpoint)
-    findings.outcomes += fatal.outcomes
-    findings.numbers |= fatal.numbers
-    findings.wrong += fatal.wrong
-    text = render(findings, f"{args.minutes:g} minutes, seed {args.seed}; {circumstances(torch.device('cpu'))}")
+    parts = report.read(args.results) if args.parts else {}
+    for name in args.parts or PARTS:
+        what, run = PARTS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = [
+                write_checkpoint(Path(folder) / f"grey-{seed}.safetensors", GREY, CLASSES, seed) for seed in (0, 1)
+            ]
+            sha256 = hashlib.sha256(checkpoints[0].read_bytes()).hexdigest()
+            started = time.monotonic()
+            findings = run(args, Path(folder), checkpoints)
+            seconds = time.monotonic() - started
+        about = [circumstances(torch.device("cpu")), args.note, f"checkpoint {sha256[:8]} (random weights)"]
+        command = shlex.join(["python", "-m", "tests.soak", name, *OPTIONS[name](args)])
+        parts[name] = report.part_of(
+            name, what.format(**vars(args)), command, "; ".join(filter(None, about)), seconds, findings
+        )
+        report.write(args.results, parts)
+        print(report.render([parts[name]]), flush=True)
+    ordered = [parts[name] for name in PARTS if name in parts]
     args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.with_suffix(".md").write_text(text)
-    outcomes = {f"{kind}: {outcome}": count for (kind, outcome), count in sorted(findings.outcomes.items())}
-    report = {"outcomes": outcomes, "numbers": findings.numbers, "wrong": findings.wrong}
-    args.report.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    print(text)
-    return 1 if findings.wrong else 0
+    args.report.write_text(report.render(ordered))
+    return 1 if any(part.wrong for part in ordered) else 0
 
 
-def render(findings: Findings, circumstances: str) -> str:
-    """The report as Markdown."""
-    verdict = f"**{len(findings.wrong)} things are wrong.**" if findings.wrong else "Nothing is wrong."
-    lines = ["# Soak", "", circumstances, "", verdict, ""]
-    lines += [f"- {sentence}" for sentence in findings.wrong[:50]]
-    lines += ["", "| client | outcome | number |", "|---|---|---|"]
-    lines += [f"| {kind} | {outcome} | {count} |" for (kind, outcome), count in sorted(findings.outcomes.items())]
-    lines += ["", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in findings.numbers.items()]
-    return "\n".join(lines) + "\n"
+def _vanishing(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-rows", "16", "--read-timeout-s", "3"]
+    with ServerProcess(FAULTY, *argv) as server:
+        return let_vanish(server, args.clients, args.seed)
+
+
+def _hostile(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    with ServerProcess("app", "--checkpoint", str(checkpoints[0]), "--read-timeout-s", "3") as server:
+        return flood(server, args.requests, args.seed)
+
+
+def _schema(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    with ServerProcess("app", "--checkpoint", str(checkpoints[0]), *settings(folder)) as server:
+        return fuzz(server.url, folder, args.examples)
+
+
+def _spoiled(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-rows", "8", *settings(folder)]
+    with ServerProcess("app", *argv) as server:
+        return offer_spoiled(server, folder, checkpoints[0], args.files, args.seed)
+
+
+def _slow(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    argv = ["--checkpoint", str(checkpoints[0]), "--write-timeout-s", "3600"]
+    with ServerProcess(FAULTY, *argv, SEND_BUFFER=SEND_BUFFER) as server:
+        return read_slowly(server, args.readers, args.slow_s)
+
+
+def _mixed(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    return lay_siege(checkpoints, 60 * args.minutes, args.overload_s, args.seed)
+
+
+def _endings(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    return bring_down(checkpoints[0])
+
+
+PARTS: dict[str, tuple[str, Callable[[argparse.Namespace, Path, list[Path]], Findings]]] = {
+    "vanishing": ("{clients:,} clients that vanish, at six moments alike", _vanishing),
+    "hostile": ("{requests:,} requests that nobody should send", _hostile),
+    "schema": ("/openapi.json by schemathesis, all checks, edges of all fields, {examples} examples", _schema),
+    "spoiled": ("{files:,} files that are nearly checkpoints, loaded beside one that is served", _spoiled),
+    "slow": ("{readers} readers of streams at a byte a second for {slow_s:g} s", _slow),
+    "mixed": ("{minutes:g} minutes of all clients and faults, and {overload_s:g} s of ten times too much work", _mixed),
+    "endings": ("what ends a process: fatal faults, kill -9, SIGTERM under load; each starts the next", _endings),
+}
+OPTIONS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
+    "vanishing": lambda args: ["--clients", str(args.clients), "--seed", str(args.seed)],
+    "hostile": lambda args: ["--requests", str(args.requests), "--seed", str(args.seed)],
+    "schema": lambda args: ["--examples", str(args.examples)],
+    "spoiled": lambda args: ["--files", str(args.files), "--seed", str(args.seed)],
+    "slow": lambda args: ["--readers", str(args.readers), "--slow-s", f"{args.slow_s:g}"],
+    "mixed": lambda args: [
+        *("--minutes", f"{args.minutes:g}", "--overload-s", f"{args.overload_s:g}", "--seed", str(args.seed))
+    ],
+    "endings": lambda args: [],
+}
 
 
 if __name__ == "__main__":

@@ -42,7 +42,13 @@ FAULTS = {
 }
 """Seeds that make the server fail, and how it must answer. What follows must be as if nothing had been."""
 REFUSALS = {"overloaded", "not_ready", "deadline_exceeded"}  # honest wherever there is too much work, or a long step
+MOMENTS = ("head", "body", "queued", "step", "stream", "image")  # in which clients vanish
 CANARY = {"n": 3, "steps": 8, "seed": 77, "class_label": 1}
+
+
+def query(body: dict[str, Any]) -> str:
+    """A request's body as a query."""
+    return "&".join(f"{name}={value}" for name, value in body.items() if value is not None)
 
 
 @dataclass
@@ -54,9 +60,9 @@ class Siege:
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind of client and outcome
     wrong: list[str] = field(default_factory=list)
     ledger: dict[str, tuple[int, str]] = field(default_factory=dict)  # status and outcome by request id
-    kept: list[tuple[dict[str, Any], str, bytes]] = field(default_factory=list)  # body, Accept and answer
+    kept: list[tuple[bytes, str, bytes]] = field(default_factory=list)  # request, checkpoint and answer
+    canaries: dict[str, bytes] = field(default_factory=dict)  # by checkpoint
     vanished: int = 0
-    canary: bytes = b""
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def note(self, kind: str, answer: Answer, id: str, expected: set[str]) -> None:
@@ -80,11 +86,21 @@ class Siege:
         asked |= {"class_label": rng.choice([None, "plain", "0"]), "index": rng.choice([0, 0, 5, 10**6])}
         return asked | ({"guidance_scale": rng.choice([0.5, 2, 7])} if rng.random() < 0.3 else {})
 
-    def keep(self, body: dict[str, Any], accept: str, content: bytes) -> None:
+    def keep(self, request: bytes, checkpoint: str, content: bytes) -> None:
         """Remembers some answers, all equally likely, to be compared with a quiet server's."""
         self.outcomes["images", "seen"] += 1
         place = len(self.kept) if len(self.kept) < 300 else self.rng.randrange(self.outcomes["images", "seen"])
-        self.kept[place : place + 1] = [(body, accept, content)] if place < 300 else self.kept[place : place + 1]
+        self.kept[place : place + 1] = [(request, checkpoint, content)] if place < 300 else []
+
+    async def look_at_canary(self, when: str) -> None:
+        """The same request gets the same image of the same checkpoint, always."""
+        id = self.id()
+        answer = await ask(self.port, message("POST", "/generate", CANARY, X_Request_Id=id))
+        self.note("canary", answer, id, {"ok"} | REFUSALS)
+        if answer.status == 200:
+            checkpoint = answer.headers["x-ddpm-checkpoint"]
+            if answer.body != self.canaries.setdefault(checkpoint, answer.body):
+                self.wrong.append(f"{when} the canary is another image")
 
     async def generate(self) -> None:
         """Asks for images and waits for them."""
@@ -93,14 +109,23 @@ class Siege:
         answer = await ask(self.port, message("POST", "/generate", body, Accept=accept, X_Request_Id=id))
         self.note("generate", answer, id, {"ok"} | REFUSALS)
         if answer.status == 200:
-            self.keep(body, accept, answer.body)
+            request = message("POST", "/generate", body, Accept=accept)
+            self.keep(request, answer.headers["x-ddpm-checkpoint"], answer.body)
+
+    async def animation(self) -> None:
+        """Asks for all frames as a file."""
+        body, id = self.body(), self.id()
+        path = f"{SEQUENCE}?{query(body)}&frames={self.rng.randint(1, 20)}&format={self.rng.choice(['gif', 'webp'])}"
+        answer = await ask(self.port, message("GET", path, X_Request_Id=id))
+        self.note("animation", answer, id, {"ok"} | REFUSALS)
+        if answer.status == 200:
+            self.keep(message("GET", path), answer.headers["x-ddpm-checkpoint"], answer.body)
 
     async def stream(self, slow: bool = False) -> None:
         """Watches images being denoised; a slow one takes a few bytes at a time at first."""
         body, id = self.body(), self.id()
-        query = "&".join(f"{name}={value}" for name, value in body.items() if value is not None)
         frames = self.rng.randint(1, 20)
-        request = message("GET", f"{SEQUENCE}?{query}&frames={frames}&format=sse", X_Request_Id=id)
+        request = message("GET", f"{SEQUENCE}?{query(body)}&frames={frames}&format=sse", X_Request_Id=id)
         if slow:
             data = b""
             reader, writer = await connect(self.port, holding=2048)
@@ -121,41 +146,59 @@ class Siege:
             if not last.startswith(b"event: completed"):
                 self.wrong.append(f"stream ({id}) ended with {last[:100]!r}")
             else:
-                self.keep(body, "image/png", base64.b64decode(json.loads(last.partition(b"data: ")[2])["png"]))
+                completed = json.loads(last.partition(b"data: ")[2])
+                request = message("POST", "/generate", body, Accept="image/png")
+                self.keep(request, completed["checkpoint"], base64.b64decode(completed["png"]))
 
     async def slow_reader(self) -> None:
         """See `stream`."""
         await self.stream(slow=True)
 
-    async def vanish(self) -> None:
-        """Leaves at some moment: within its request, queued, in a step, in a stream, before its image."""
+    async def vanish(self, moment: str = "") -> None:
+        """Leaves at one of MOMENTS: in its head or body, queued, in a step, in a stream, when its image is made."""
         rng = self.rng
-        n, steps = rng.choice([(1, 3), (4, 40), (64, 1), (16, 100)])
-        if rng.random() < 0.5:
-            form = rng.choice(["sse", "multipart", "gif"])
-            request = message("GET", f"{SEQUENCE}?n={n}&steps={steps}&frames={min(9, steps)}&seed={SLOW}&format={form}")
+        moment = moment or rng.choice(MOMENTS)
+        n, steps = {"queued": (4, 40), "step": (16, 100), "stream": (16, 100)}.get(moment, (64, 1))
+        id = f"{moment}-{self.id()}"
+        if moment == "stream" or (moment != "body" and rng.random() < 0.5):
+            form = rng.choice(["sse", "multipart"] if moment == "stream" else ["sse", "multipart", "gif", "webp"])
+            path = f"{SEQUENCE}?n={n}&steps={steps}&frames={min(9, steps)}&seed={SLOW}&format={form}"
+            request = message("GET", path, X_Request_Id=id)
         else:
-            request = message("POST", "/generate", {"n": n, "steps": steps, "seed": SLOW})
+            request = message("POST", "/generate", {"n": n, "steps": steps, "seed": SLOW}, X_Request_Id=id)
+        head = request.index(b"\r\n\r\n")
+        request = {
+            "head": request[: rng.randrange(head)],
+            "body": request[: rng.randrange(head + 4, len(request)) if moment == "body" else 0],
+        }.get(moment, request)
         self.vanished += 1
-        self.outcomes["vanish", "gone"] += 1
-        _, writer = await connect(self.port)
-        writer.write(request[: rng.randrange(len(request))] if rng.random() < 0.3 else request)
-        with suppress(OSError):
+        self.outcomes["vanish", f"in its {moment}" if moment in ("head", "body", "step", "stream") else moment] += 1
+        reader, writer = await connect(self.port)
+        with suppress(OSError, TimeoutError):
+            writer.write(request)
             await writer.drain()
-        await asyncio.sleep(rng.choice([0, 0.001, 0.01, 0.1, 1]))
+            if moment == "stream":
+                async with asyncio.timeout(5):
+                    data = b"?"
+                    while data and data.count(b"frame") < 3:
+                        data += (part := await reader.read(1000))
+                        data = data if part else b""
+            longest = {"step": 1.0, "image": 0.3}.get(moment, 0.02)
+            await asyncio.sleep(rng.random() * longest)
         if rng.random() < 0.5:  # a reset, and no orderly end
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort() if rng.random() < 0.5 else writer.close()
 
     async def hostile(self) -> None:
-        """Sends what nobody should, at once or in small pieces."""
+        """Sends what nobody should, at once or in small pieces. Most leave when they have an answer, some stay."""
         rng = self.rng
         kind = rng.choice(hostile.KINDS)
         data = kind(rng)
         answers = b""
         reader, writer = await connect(self.port)
+        stays = 2 if rng.random() < 0.05 else 0.02
         with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(2) as patience:
                 if rng.random() < 0.1:
                     for i in range(40):
                         writer.write(data[i : i + 1])
@@ -166,9 +209,11 @@ class Siege:
                     writer.write_eof()
                 while part := await reader.read(2**16):
                     answers += part
+                    patience.reschedule(asyncio.get_running_loop().time() + stays)
         writer.transport.abort()
         statuses = {int(found) for found in re.findall(rb"HTTP/1\.1 (\d{3}) ", answers)}
-        self.outcomes["hostile", "answered" if statuses else "no answer"] += 1
+        for status in statuses or {"no answer"}:
+            self.outcomes["hostile", str(status)] += 1
         if bad := {status for status in statuses if status >= 500} - {503, 504}:
             self.wrong.append(f"hostile {kind.__name__}: {bad}, {data[:300]!r}")
 
@@ -180,11 +225,7 @@ class Siege:
         id = self.id()
         answer = await ask(self.port, message("POST", "/generate", {"n": 3, "steps": 8, "seed": seed}, X_Request_Id=id))
         self.note(f"fault {seed}", answer, id, FAULTS[seed] | REFUSALS)
-        id = self.id()
-        answer = await ask(self.port, message("POST", "/generate", CANARY, X_Request_Id=id))
-        self.note("canary", answer, id, {"ok"} | REFUSALS)
-        if answer.status == 200 and answer.body != self.canary:
-            self.wrong.append(f"after fault {seed} the canary is another image")
+        await self.look_at_canary(f"after fault {seed}")
 
     async def burst(self) -> None:
         """More at once than the queue takes."""

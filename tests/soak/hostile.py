@@ -41,6 +41,17 @@ HEADERS = [
     "Content-Encoding: gzip", "Last-Event-ID: \xff", "X-Request-Id: \xff{}%0a", "Range: bytes=0-0,-1",
     "Authorization: \xff",
 ]  # fmt: skip
+FOREIGN = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(506),  # the beginning of TLS
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9),
+    b"SSH-2.0-OpenSSH_9.2\r\n",
+    b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"*1\r\n$8\r\nFLUSHALL\r\n",
+    b"EHLO x\r\nQUIT\r\n",
+    b"GET /\r\n",
+    b"GET /models HTTP/1.1\nHost: x\n\n",
+    b"\r\n" * 1000,
+]
 
 
 def post(content: bytes, *lines: str) -> bytes:
@@ -101,11 +112,24 @@ def noise(rng: random.Random) -> bytes:
     return rng.randbytes(rng.choice([1, 10, 1000, 100_000]))
 
 
+def huge(rng: random.Random) -> bytes:
+    """Far more than a body may have, as promised or in chunks that never end."""
+    size = rng.choice([70_000, 10**6, 5 * 10**6])
+    if rng.random() < 0.5:
+        return post(b'{"n": 1, "x": "' + b"a" * size, f"Content-Length: {size + 17}")
+    return post((b"2000\r\n" + b"[" * 0x2000 + b"\r\n") * (size // 0x2000), "Transfer-Encoding: chunked")
+
+
+def foreign(rng: random.Random) -> bytes:
+    """Other protocols."""
+    return rng.choice(FOREIGN)
+
+
 def pipelined(rng: random.Random) -> bytes:
     return b"".join(rng.choice(KINDS[:-1])(rng)[:3000] for _ in range(20)) + b"GET /livez HTTP/1.1\r\n\r\n" * 500
 
 
 KINDS: list[Callable[[random.Random], bytes]] = [
     wrong_values, wrong_json, wrong_length, wrong_chunks, wrong_query, wrong_target, wrong_headers, flipped, noise,
-    pipelined,
+    huge, foreign, pipelined,
 ]  # fmt: skip

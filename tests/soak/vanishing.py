@@ -1,0 +1,62 @@
+"""Clients that vanish, and what is left of them: no place, no descriptor, no memory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+
+from tests.app.processes import ServerProcess, wait_for
+from tests.soak.accounts import Balance, Findings, quantiles, told
+from tests.soak.clients import MOMENTS, Siege
+from tests.soak.flood import busy, witness
+
+AT_ONCE = 32
+
+
+def let_vanish(server: ServerProcess, number: int, seed: int = 0) -> Findings:
+    """So many clients, at all moments alike, beside one that stays and must notice nothing."""
+    findings = Findings()
+    port = int(server.url.rpartition(":")[2])
+    siege = Siege(port, random.Random(seed), findings.outcomes, findings.wrong)
+    moments = [MOMENTS[i % len(MOMENTS)] for i in range(number)]
+    siege.rng.shuffle(moments)
+    left = iter(moments)
+
+    async def work() -> None:
+        for moment in left:
+            await siege.vanish(moment)
+
+    asyncio.run(siege.look_at_canary("at first"))
+    balance = Balance(server)
+    asyncio.run(busy(work, AT_ONCE, witness(siege, balance, findings)))
+    gone = time.monotonic()
+    wait_for(lambda: server.rows() == 0, "free places")
+    findings.numbers["seconds from the last leaving until all places were free"] = round(time.monotonic() - gone, 3)
+    asyncio.run(siege.look_at_canary("in the end"))
+    balance.close(findings)
+
+    text = server.client.get("/metrics").text
+    cancels, steps = (quantiles(text, f"ddpm_{name}_seconds") for name in ("cancel", "step"))
+    findings.numbers |= {
+        "cancels": int(server.metric("ddpm_cancel_seconds_count")),
+        "cancel latency: half, 99 %, all within (s)": told(cancels),
+        "step: half, 99 %, all within (s)": told(steps),
+    }
+    # A cancel waits for the end of the present step. Bounds of buckets are 2.5 times apart at most.
+    if cancels and cancels[1] > 2.5 * steps[2]:
+        findings.wrong.append(f"99 % of the cancels took up to {cancels[1]} s, and no step more than {steps[2]} s")
+    ended: dict[str, Counter[str]] = {moment: Counter() for moment in MOMENTS}
+    for line in server.logs():
+        moment = line.get("request_id", "").partition("-")[0]
+        if moment in ended:
+            ended[moment][line["outcome"]] += 1
+    for moment, outcomes in ended.items():
+        outcomes["no request"] = moments.count(moment) - outcomes.total()
+        findings.numbers[f"{moment}: how the log says that they ended"] = ", ".join(
+            f"{count} {outcome}" for outcome, count in outcomes.most_common() if count
+        )
+    if restarts := server.metric("ddpm_engine_restarts_total"):
+        findings.wrong.append(f"the engine failed {restarts:.0f} times")
+    return findings
