@@ -265,6 +265,7 @@ class Engine:
                 self._count([])
                 while not (self._inbox or len(self._newcomers) or self._leaving) and not self._ending:
                     self._wake.wait()
+                self._steps.rest()
         while self._inbox:
             request = self._inbox[0]
             if request.cancelled_at is not None:

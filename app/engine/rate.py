@@ -21,7 +21,9 @@ class Rate:
 
     def observe(self, rows: int, seconds: float, full: int) -> None:
         """A step of `rows`, where `full` would have had place: a small batch tells of no slowness."""
-        rate = rows / seconds
-        if 2 * rows > full or rate > self.rows_per_second:
+        if 2 * rows > full or rows / seconds > self.rows_per_second:
             self.step_seconds += SMOOTHING * (seconds - self.step_seconds)
-            self.rows_per_second += SMOOTHING * (rate - self.rows_per_second)
+            # A mean of times: one of rates would hardly notice the steps that take long.
+            row_seconds = 1 / self.rows_per_second
+            row_seconds += SMOOTHING * (seconds / rows - row_seconds)
+            self.rows_per_second = 1 / row_seconds

@@ -27,7 +27,12 @@ class Steps:
     def __init__(self, metrics: EngineMetrics, pending: Pending, heartbeat: Heartbeat) -> None:
         self._metrics, self._pending, self._heartbeat = metrics, pending, heartbeat
         self._due: list[Sample] = []  # took a step, and their pictures were not looked at yet
+        self._since: float | None = None  # when the step before ended, where nobody rested since
         self.failures = 0  # outside of steps, since a picture was made
+
+    def rest(self) -> None:
+        """There was nothing to do."""
+        self._since = None
 
     def start(self, batch: list[Sample]) -> None:
         """Draws the noise of those that have none."""
@@ -67,7 +72,11 @@ class Steps:
             sample.request.steps_done += 1
         for request in {sample.request for sample in broken}:
             self._pending.answer(request, StepFailed("the network returned numbers that are not finite"))
-        self._measure(served, time.monotonic() - started, len(batch), rows)
+        ended = time.monotonic()
+        self._measure(served, ended - started, len(batch), rows)
+        # What comes between two steps delays everybody as the steps do.
+        served.rate.observe(rows, ended - (self._since or started), served.scheduler.max_rows)
+        self._since = ended
 
     def _replay(self, batch: list[Sample]) -> None:
         """A failed step changed nothing, so each sample is tried again alone: only the culprit's request fails."""
@@ -100,7 +109,6 @@ class Steps:
         self._metrics.batch_rows.labels(served.name).observe(rows)
         self._metrics.batch_fill.labels(served.name).observe(rows / full)
         self._metrics.image_steps.labels(served.name).inc(samples)
-        served.rate.observe(rows, seconds, full)
 
     def look(self) -> None:
         """Takes the pictures that are due: together, or one by one after it failed twice, so that one culprit fails."""

@@ -1,0 +1,50 @@
+"""What admission believes of the device's speed: all of the time that goes by, and a mean of times."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from app.engine.engine import Engine
+from app.engine.rate import Rate
+from app.engine.request import Request, Sample, View
+from model.images import Image
+from tests.app.engine.conftest import HeldRunner
+
+
+def test_steps_that_take_long_count_for_as_long_as_they_take() -> None:
+    rate = Rate()
+    rate.begin(8, 1.0)
+    for seconds in (0.1, 0.1, 0.1, 3.7) * 20:
+        rate.observe(8, seconds, 8)
+    assert 4 < rate.rows_per_second < 16, "32 rows in 4 s; the mean of the four rates is 60"
+
+
+@pytest.mark.parametrize(("rows", "seconds", "known"), [(4, 1.0, 8), (4, 0.25, 8.42), (5, 1.0, 7.55)])
+def test_a_small_batch_tells_of_no_slowness(rows: int, seconds: float, known: float) -> None:
+    rate = Rate()
+    rate.begin(8, 1.0)
+    rate.observe(rows, seconds, 8)
+    assert rate.rows_per_second == pytest.approx(known, rel=0.01)
+
+
+def test_what_comes_between_two_steps_slows_the_device_too(
+    engine: Engine, runner: HeldRunner, ask: Callable[..., Request]
+) -> None:
+    read, rows = runner.read, 8
+
+    def slow(samples: list[Sample], view: View) -> Image:
+        time.sleep(0.05)
+        return read(samples, view)
+
+    runner.read = slow  # type: ignore[method-assign]
+
+    async def main() -> Request:
+        request = ask(asyncio.get_running_loop(), n=rows, steps=40, frame_steps=frozenset(range(41)), keep=99)
+        engine.submit(request)
+        await request.mailbox.answer()
+        return request
+
+    request = asyncio.run(main())
+    assert request.served.rate.rows_per_second < 1.05 * rows / 0.05
