@@ -114,11 +114,6 @@ class ServerProcess:
         text = self.client.get("/metrics").text
         return metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting")
 
-    def resident(self) -> int:
-        """Bytes of its memory."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
     @contextmanager
     def truthful_readiness(self) -> Iterator[list[int]]:
         """Meanwhile /readyz is asked again and again; what it said. It must have said no a second after a step was late

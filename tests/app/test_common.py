@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import Request
 
+from app import images
 from app.errors import Cancelled
 from app.intake import make_job
 from app.routes.common import Service, admitted
 from app.schemas import GenerateBody
 from tests.app.conftest import HeldRunner, serving
 from tests.app.processes import metric, wait_for
+
+
+def test_steps_and_answers_go_on_while_a_picture_is_encoded(
+    grey_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    png = images.png
+
+    def slow(*args: Any) -> bytes:
+        entered.set()
+        assert leave.wait(30)
+        return png(*args)
+
+    monkeypatch.setattr(images, "png", slow)
+    with serving(grey_checkpoint) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.post, "/generate", json={"steps": 1})
+        assert entered.wait(30)
+        second = pool.submit(client.post, "/generate", json={"n": 2, "steps": 5})
+        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_images_total") == 3, "the second's steps")
+        assert not first.done()
+        leave.set()
+        assert [first.result().status_code, second.result().status_code] == [200, 200]
 
 
 async def silence() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -13,17 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.app.processes import ServerProcess, metric, wait_for
-from tests.soak.accounts import SLACK, Balance, Findings, peak, quantiles, resident, told
-from tests.soak.clients import CANARY, REFUSALS, Siege
+from tests.soak.accounts import Balance, Findings, quantiles, told
+from tests.soak.clients import CANARY, Siege
 from tests.soak.exchange import PATIENCE, ask, message
+from tests.soak.overload import overload
 from tests.soak.weights import Weights
 
 FAULTY = "tests.app.faulty_server"
 QUEUE = 8_000  # U-Net rows
 LONGEST_S = PATIENCE - 30  # for a request; a client that waits longer than that has found a lost one
 WORKERS = 16
-RECOVERY_S = 5.0
-OVERLOAD = {"n": 16, "steps": 50, "timeout_s": 10}
 
 
 def arguments(checkpoint: Path) -> list[str]:
@@ -45,7 +43,7 @@ def lay_siege(checkpoints: list[Path], seconds: float, overload_s: float, seed: 
             balance = Balance(server)
             asyncio.run(_mixed_load(siege, weights, server, balance, seconds))
             if overload_s:
-                asyncio.run(_overload(siege, server, overload_s, findings))
+                findings.numbers |= asyncio.run(overload(siege, server, overload_s, QUEUE))
             balance.close(findings)
             asyncio.run(siege.look_at_canary("in the end"))
             _account_for_requests(server, siege, findings)
@@ -93,62 +91,6 @@ async def _mixed_load(siege: Siege, weights: Weights, server: ServerProcess, bal
             await asyncio.sleep(0.5)
 
     await asyncio.gather(probe(), *(work() for _ in range(WORKERS)))
-
-
-async def _overload(siege: Siege, server: ServerProcess, seconds: float, findings: Findings) -> None:
-    """Requests by the clock, ten times as many as the server's own measured rate would do."""
-    rate, before = server.metric("ddpm_expected_rows_per_second"), resident(server.process.pid)
-    wanted = 10 * rate / (OVERLOAD["n"] * OVERLOAD["steps"])
-    sent, latencies, answers = 0, [], Counter[str]()
-    waits: list[int] = []
-    tasks = set()
-    started = time.monotonic()
-
-    async def one(number: int) -> None:
-        id, at = siege.id(), time.monotonic()
-        body = OVERLOAD | {"seed": 10**7 + number}
-        answer = await ask(siege.port, message("POST", "/generate", body, X_Request_Id=id))
-        siege.note("overload", answer, id, {"ok"} | REFUSALS)
-        answers[answer.code] += 1
-        if answer.status == 200:
-            latencies.append(time.monotonic() - at)
-        elif answer.status == 429:
-            waits.append(int(answer.headers["retry-after"]))
-
-    while (now := time.monotonic() - started) < seconds:
-        while sent < wanted * now and len(tasks) < 400:  # no more connections than the server takes
-            task = asyncio.create_task(one(sent))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            sent += 1
-        await asyncio.sleep(0.01)
-    offered = sent / (time.monotonic() - started)
-    memory = peak(server.process.pid)
-    ended = time.monotonic()
-    small = message("POST", "/generate", {"n": 1, "steps": 2, "timeout_s": 2})
-    while (await ask(siege.port, small)).status != 200:  # noqa: ASYNC110 - no event tells of another process
-        await asyncio.sleep(0.05)
-    recovered = time.monotonic() - ended
-    if tasks:
-        await asyncio.wait(tasks)
-    findings.numbers |= {
-        "overload: offered, as a multiple of the measured rate": round(offered / wanted * 10, 1),
-        "overload: answers": ", ".join(f"{count} {code}" for code, count in sorted(answers.items())),
-        "overload: latency of the served, median and longest (s)": ", ".join(
-            f"{function(latencies):.2f}" for function in (statistics.median, max) if latencies
-        ),
-        "overload: Retry-After, least and most (s)": f"{min(waits)}, {max(waits)}" if waits else "nobody told",
-        "overload: memory before, and at most until its end (MiB)": f"{before / 2**20:.0f}, {memory / 2**20:.0f}",
-        "overload: recovered after (s)": round(recovered, 2),
-    }
-    if not answers["ok"]:
-        findings.wrong.append("overload: nobody was served")
-    if offered < 0.9 * wanted:
-        findings.wrong.append(f"overload: no more than {offered / wanted * 10:.1f} times the measured rate was offered")
-    if recovered > RECOVERY_S:
-        findings.wrong.append(f"overload: a small request was served only {recovered:.1f} s after its end")
-    if memory - before > 2 * SLACK + before / 10:
-        findings.wrong.append(f"overload: memory grew by {(memory - before) / 2**20:.0f} MiB")
 
 
 def _account_for_requests(server: ServerProcess, siege: Siege, findings: Findings) -> None:
