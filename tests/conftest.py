@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.unet import UNet, UNetConfig
+from tests.networks import randomised
 
 torch.set_num_threads(1)  # tiny networks are fastest so, and it leaves the machine to others
 
@@ -32,8 +33,4 @@ def tiny_config() -> UNetConfig:
 @pytest.fixture
 def tiny(tiny_config: UNetConfig) -> UNet:
     """A network in eval mode whose output is not zero, as a fresh one's is: every weight is random."""
-    network = UNet(tiny_config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.normal_(std=0.2, generator=generator)
-    return network
+    return randomised(tiny_config)

@@ -20,8 +20,9 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.plan import SamplingDefaults
-from model.unet import UNet, UNetConfig
+from model.unet import UNetConfig
 from tests.app.processes import ServerProcess, wait_for
+from tests.networks import randomised
 
 BEETLE = "Käfer → 虫"
 CLASSES = ("plain", BEETLE, "0")  # the third is named like the first one's number
@@ -41,11 +42,8 @@ COLOUR = replace(GREY, image_channels=3, image_size=(8, 8), num_classes=None, nu
 
 
 def write_checkpoint(path: Path, unet: UNetConfig, class_names: tuple[str, ...], seed: int = 0) -> Path:
-    """A checkpoint with random weights everywhere: a fresh network's last convolution would give zeros."""
-    network = UNet(unet)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        parameter.data.normal_(std=0.3, generator=generator)
+    """A checkpoint with random weights everywhere."""
+    network = randomised(unet, 0.3, seed)
     defaults = SamplingDefaults(sampler="ddim", steps=6)
     config = CheckpointConfig(unet, DiffusionConfig(prediction="v"), class_names, defaults, {"data": "none"})
     checkpoint.save(path, network.state_dict(), config)

@@ -24,7 +24,7 @@ from model.plan import make_plan
 from model.sampling import sample
 
 CPU = torch.device("cpu")
-AT_ONCE = 8  # rows of a call, as the server's chunk
+AT_ONCE = 8  # rows of a call
 
 
 def images(loaded: Checkpoint, network: Forward, count: int) -> Tensor:

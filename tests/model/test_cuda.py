@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.cuda import CudaRecorder, Graphs, autocast_network
 from model.unet import UNet, UNetConfig
+from tests.networks import randomised
 
 CPU = torch.device("cpu")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -25,14 +26,6 @@ GRID: dict[str, dict[str, Any]] = {
     "learned variance, time by a table": {"learned_variance": True, "time_table": 1000},
     "a size that must be padded": {"image_size": (7, 10), "channel_mults": (1, 2, 2)},
 }
-
-
-def randomised(config: UNetConfig) -> UNet:
-    network = UNet(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.normal_(std=0.15, generator=generator)
-    return network
 
 
 def inputs(config: UNetConfig, n: int, seed: int = 1, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:

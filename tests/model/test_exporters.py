@@ -19,7 +19,8 @@ from model.importers import import_path
 from model.plan import make_plan
 from model.rng import normals
 from model.sampling import sample
-from model.unet import UNet, UNetConfig
+from model.unet import UNetConfig
+from tests.networks import randomised
 
 CONFIG = UNetConfig(
     image_channels=1,
@@ -36,10 +37,7 @@ CONFIG = UNetConfig(
 def checkpoint_of(path: Path, diffusion: DiffusionConfig | None = None, **values: Any) -> Any:
     config = replace(CONFIG, **values)
     diffusion = diffusion or DiffusionConfig(variance="learned_range" if config.learned_variance else "fixed_small")
-    network = UNet(config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.normal_(std=0.15, generator=generator)
+    network = randomised(config, 0.15)
     names = tuple(str(i) for i in range(config.num_classes or 0))
     save(path, network.state_dict(), CheckpointConfig(config, diffusion, names))
     return load(path)

@@ -8,6 +8,7 @@ import torch
 
 from model.inference import PackedUNet, best_precision, compile_for_inference
 from model.unet import UNet, UNetConfig
+from tests.networks import randomised
 
 CPU = torch.device("cpu")
 GRID: dict[str, dict[str, Any]] = {
@@ -41,12 +42,10 @@ GRID: dict[str, dict[str, Any]] = {
 }
 
 
-def randomised(config: UNetConfig) -> UNet:
+def with_statistics(config: UNetConfig) -> UNet:
     """Every weight random, running statistics too; activations stay near 1."""
-    network = UNet(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.normal_(std=0.05 if config.norm == "none" else 0.15, generator=generator)
+    network = randomised(config, 0.05 if config.norm == "none" else 0.15)
+    generator = torch.Generator().manual_seed(1)
     for name, buffer in network.named_buffers():
         buffer.uniform_(0.5, 1.5, generator=generator) if name.endswith("var") else buffer.normal_(generator=generator)
     return network
@@ -68,7 +67,7 @@ def test_it_computes_what_the_network_computes(
 ) -> None:
     monkeypatch.setattr("model.inference.SMALL", small)
     config = replace(tiny_config, **changes)
-    network = randomised(config)
+    network = with_statistics(config)
     x, t, y = inputs(config, 5)
     expected = network(x, t, y)
     assert expected.std() > 1e-3

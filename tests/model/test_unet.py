@@ -9,6 +9,7 @@ import torch
 
 from model.blocks import NORMS, Attention, attend, time_embedding
 from model.unet import UNet, UNetConfig
+from tests.networks import randomised
 
 
 def inputs(n: int, channels: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,8 +131,8 @@ def test_every_norm_takes_any_number_of_channels(tiny_config: UNetConfig, norm: 
 def test_instance_norm_is_a_group_norm_of_single_channels() -> None:
     norm, other = NORMS["in"](6, UNetConfig()), torch.nn.GroupNorm(6, 6)
     other.load_state_dict(norm.state_dict())
-    x = 3 + torch.randn(2, 6, 5, 4)
-    torch.testing.assert_close(norm(x), other(x), rtol=0, atol=1e-6)
+    x = 3 + torch.randn(2, 6, 5, 4, dtype=torch.float64)  # in float32 rounding passes the bound for some draws
+    torch.testing.assert_close(norm.double()(x), other.double()(x), rtol=0, atol=1e-6)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -143,17 +144,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_network(config: UNetConfig) -> UNet:
-    network = UNet(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.normal_(std=0.2, generator=generator)
-    return network
-
-
 @pytest.fixture(params=KINDS)
 def network(tiny_config: UNetConfig, request: pytest.FixtureRequest) -> UNet:
-    return random_network(replace(tiny_config, **KINDS[request.param]))
+    return randomised(replace(tiny_config, **KINDS[request.param]))
 
 
 def arguments(network: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -166,7 +159,7 @@ def arguments(network: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor |
 @torch.no_grad()
 def test_it_compiles_as_one_graph(tiny_config: UNetConfig, kind: str) -> None:
     torch.compiler.reset()
-    network = random_network(replace(tiny_config, **KINDS[kind]))
+    network = randomised(replace(tiny_config, **KINDS[kind]))
     x, t, y = arguments(network)
     with torch.autocast("cpu", torch.bfloat16, enabled=network.config.scale_shift_norm):
         compiled = torch.compile(network, fullgraph=True, backend="eager")(x, t, y)

@@ -87,13 +87,6 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak(pid: int) -> int:
-    """The most memory that it ever had, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    return found[0] if found else resident(pid)
-
-
 def quantiles(text: str, name: str, parts: tuple[float, ...] = (0.5, 0.99, 1.0)) -> list[float]:
     """Upper bounds of a histogram's quantiles, over all of its labels; none where nothing was counted."""
     buckets: Counter[float] = Counter()
@@ -110,9 +103,9 @@ def told(numbers: list[float]) -> str:
     return ", ".join(f"{number:g}" for number in numbers) or "none"
 
 
-def percentiles(seconds: list[float]) -> str:
-    """Median, 99th percentile and longest of what was measured, in seconds."""
+def percentiles(seconds: list[float], parts: tuple[float, ...] = (0.5, 0.99, 1)) -> str:
+    """Of what was measured, in seconds; 1 is the longest."""
     ordered = sorted(seconds)
     if not ordered:
         return "none"
-    return told([round(ordered[min(len(ordered) - 1, int(part * len(ordered)))], 3) for part in (0.5, 0.99, 1)])
+    return told([round(ordered[min(len(ordered) - 1, int(part * len(ordered)))], 3) for part in parts])

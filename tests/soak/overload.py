@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 from tests.app.processes import ServerProcess
-from tests.soak.accounts import resident
+from tests.soak.accounts import percentiles, resident
 from tests.soak.clients import REFUSALS, Siege
 from tests.soak.exchange import ask, message
 
@@ -17,6 +17,7 @@ IN_TIME = 0.99  # of what is admitted, but for that of the first LEARNING_S, has
 LEARNING_S = 2.0  # in which the server sees how slow its steps become
 CONNECTIONS = 400  # no more than the server takes
 GROWTH = 48 * 2**20  # bytes that its memory may grow by meanwhile
+PARTS = (0.5, 0.95, 0.99, 1.0)
 RECOVERY_S = 5.0  # after which it has to serve a small request as ever
 
 
@@ -94,15 +95,9 @@ async def overload(siege: Siege, server: ServerProcess, seconds: float, queue: i
         "overload: answers": ", ".join(f"{count} {code}" for code, count in sorted(answers.items())),
         "overload: admitted, and of these late": f"{len(kept[True])}, {kept[True].count(False)}",
         f"overload: the same in the first {LEARNING_S:g} s": f"{len(kept[False])}, {kept[False].count(False)}",
-        "overload: latency of the served, p50, p95, p99, longest (s)": quantiles(sorted(latencies)),
-        "overload: latency of refusals, p50, p95, p99, longest (s)": quantiles(sorted(refusals)),
+        "overload: latency of the served, p50, p95, p99, longest (s)": percentiles(latencies, PARTS),
+        "overload: latency of refusals, p50, p95, p99, longest (s)": percentiles(refusals, PARTS),
         "overload: Retry-After, least and most (s)": f"{min(waits)}, {max(waits)}" if waits else "nobody told",
         "overload: memory before and at most (MiB)": f"{calm >> 20}, {most >> 20}",
         "overload: recovered after (s)": round(recovered, 2),
     }
-
-
-def quantiles(ordered: list[float]) -> str:
-    """p50, p95, p99 and the last."""
-    found = [ordered[round(part * (len(ordered) - 1))] for part in (0.5, 0.95, 0.99, 1) if ordered]
-    return ", ".join(f"{seconds:.2f}" for seconds in found)
