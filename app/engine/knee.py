@@ -1,8 +1,8 @@
 """How many rows a batch may have: the fewest that run about as fast, row for row, as any.
 
-A network runs chunk by chunk, so beyond one chunk a larger batch saves only what a call costs besides, and everyone
-who comes waits for a longer step. A cap at the knee of that curve costs a tenth of the throughput at most, and gives
-the shortest wait that can be had for it.
+A network runs chunk by chunk, so beyond one chunk a larger batch saves only what a step costs besides, and everyone
+who comes waits for a longer one: on a CPU no more than a chunk is tried. A cap at the knee of that curve costs a tenth
+of the throughput at most, and gives the shortest wait that can be had for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from app.engine.memory import is_out_of_memory
 
 log = logging.getLogger("ddpm.engine")
 
-BY_DEVICE = {"cpu": (8, 32), "cuda": (256, 1024)}  # rows where nothing can be measured, and the most that are tried
+BY_DEVICE = {"cpu": (8, 0), "cuda": (256, 1024)}  # rows where nothing can be measured, and the most beyond a chunk
 ROUNDS = 5  # of all sizes in turn, so that a disturbance meets them alike; medians
 BESIDES_S = 1e-3  # of a step: what the engine does
 WITHIN = 1.1  # times the least per row; the times themselves are uncertain by some percent
@@ -29,7 +29,7 @@ def knee(
 ) -> Generator[None, None, int]:
     """Returns the rows; `run` is one call with so many. Yields after each call. Raises what a chunk raises."""
     otherwise, most = BY_DEVICE[device]
-    otherwise = max(otherwise, chunk)
+    otherwise, most = max(otherwise, chunk), max(most, chunk)
 
     def timed(rows: int) -> float:
         started = clock()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from app.engine.knee import BY_DEVICE, SECONDS, knee
+from app.engine.knee import SECONDS, knee
 
 
 class Device:
@@ -34,21 +34,22 @@ def measured(device: Device, chunk: int = 8, kind: str = "cpu") -> int:
 
 
 @pytest.mark.parametrize(
-    ("curve", "kind", "expected"),
+    ("curve", "kind", "chunk", "expected"),
     [
-        (lambda rows: 0.01 * rows, "cpu", 2),  # nothing is gained by more: 5 % for 2 rows
-        (lambda rows: 0.01 * rows + 0.002, "cpu", 4),  # and what the engine does besides: 15 % for 2 rows, 7.5 % for 4
-        (lambda rows: 0.01 * rows + 0.009, "cpu", 8),  # 25 %, 12.5 %, 3.1 % for 32
-        (lambda rows: 0.001 * rows + 0.002, "cpu", 16),  # 37.5 %, 18.8 %, 9.4 %
-        (lambda rows: 0.001 * rows + 0.009, "cpu", 32),
-        (lambda rows: 0.03 if rows <= 256 else 0.03 * rows / 256, "cuda", 256),
-        (lambda rows: 0.003, "cuda", 1024),
+        (lambda rows: 0.01 * rows, "cpu", 8, 2),  # nothing is gained by more: 5 % for 2 rows
+        (lambda rows: 0.01 * rows + 0.002, "cpu", 8, 4),  # with what the engine does: 15 % for 2 rows, 7.5 % for 4
+        (lambda rows: 0.01 * rows + 0.009, "cpu", 32, 8),  # 12.5 %, 6.3 %, 3.1 % for 32
+        (lambda rows: 0.001 * rows + 0.002, "cpu", 32, 16),  # 37.5 %, 18.8 %, 9.4 %
+        (lambda rows: 0.001 * rows + 0.009, "cpu", 32, 32),
+        (lambda rows: 0.001 * rows + 0.009, "cpu", 8, 8),  # a call after the other gains nothing
+        (lambda rows: 0.03 if rows <= 256 else 0.03 * rows / 256, "cuda", 32, 256),
+        (lambda rows: 0.003, "cuda", 32, 1024),
     ],
 )
 def test_it_is_the_fewest_rows_that_run_about_as_fast_as_any(
-    curve: Callable[[int], float], kind: str, expected: int
+    curve: Callable[[int], float], kind: str, chunk: int, expected: int
 ) -> None:
-    assert measured(Device(curve), 8 if kind == "cpu" else 32, kind) == expected
+    assert measured(Device(curve), chunk, kind) == expected
 
 
 def test_what_else_the_machine_does_twice_in_five_rounds_changes_nothing() -> None:
@@ -70,8 +71,7 @@ def test_it_takes_only_so_long() -> None:
         device = Device(lambda rows, per_row=per_row: per_row * rows)
         measured(device)
         assert device.now < SECONDS + 3 * 8 * per_row
-        assert set(device.calls) <= {2, 4, 8, 16, 32}
-        assert max(device.calls) <= BY_DEVICE["cpu"][1]
+        assert set(device.calls) <= {2, 4, 8}
 
 
 def test_what_does_not_fit_into_the_memory_is_not_allowed() -> None:
