@@ -42,7 +42,7 @@ def latency(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Pat
 def overload(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Path) -> None:
     """Goodput over offered load, both as fractions of the naive loop's capacity."""
     where, capacity = results["circumstances"], results["naive"]["capacity"]
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for name, result in results["contenders"].items():
         levels = [trace for trace in traces if trace.startswith("overload") and trace in result]
         offered = [float(level.split()[1]) for level in levels]
@@ -51,6 +51,6 @@ def overload(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Pa
     axis.plot([0.5, 1, 3], [0.5, 1, 1], color="grey", linestyle=":", label="as much as there is")
     axis.set(xlabel="offered load, of capacity", ylabel="goodput, of capacity", ylim=(0, None))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=100)
     plt.close(figure)
