@@ -148,6 +148,16 @@ class Upsample(nn.Module):
         return out
 
 
+def folded(x: Tensor, size: int) -> Tensor:
+    """[N, C, H, W] → [N, C·size², H/size, W/size]: the pixels of a square become channels."""
+    return x if size == 1 else F.pixel_unshuffle(x, size)
+
+
+def unfolded(x: Tensor, size: int) -> Tensor:
+    """The inverse of `folded`."""
+    return x if size == 1 else F.pixel_shuffle(x, size)
+
+
 def class_table(config: UNetConfig, width: int) -> nn.Embedding:
     """One row of `width` numbers for each class and, where there is one, the null class."""
     assert config.num_classes is not None

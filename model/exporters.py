@@ -55,8 +55,9 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         "it scales its timesteps": config.time_scale != 1,
         f"its norms have different numbers of groups, {sorted(norm_groups(config))}": len(norm_groups(config)) > 1,
         "its image size does not divide by its resolutions": any(
-            side % 2 ** (len(config.channel_mults) - 1) for side in config.image_size
+            side % config.multiple for side in config.image_size
         ),
+        f"it folds squares of {config.patch_size} × {config.patch_size} pixels": config.patch_size != 1,
     }.items():
         if present:
             raise ExportRefused(f"diffusers' UNet2DModel cannot express this network: {problem}")

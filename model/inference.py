@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Attention, ResBlock, Upsample
+from model.blocks import Attention, ResBlock, Upsample, folded, unfolded
 from model.cuda import autocast_network
 from model.unet import UNet
 
@@ -269,8 +269,8 @@ class PackedUNet:
         if (y is None) != (config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
-        multiple = 2 ** (len(config.channel_mults) - 1)
-        x = F.pad(x, (0, -w % multiple, 0, -h % multiple)).contiguous(memory_format=torch.channels_last)
+        x = folded(F.pad(x, (0, -w % config.multiple, 0, -h % config.multiple)), config.patch_size)
+        x = x.contiguous(memory_format=torch.channels_last)
         biases = self._biases(t, y)
         x = self.init_conv(x.to(self.dtype)).float()
         skips = [x]
@@ -291,5 +291,5 @@ class PackedUNet:
                 x = layer(torch.cat([x, skips.pop()], dim=1), biases)
             else:
                 x = layer(x, biases)
-        out = self.out_conv(self.out_norm(x).to(self.dtype)).float()
+        out = unfolded(self.out_conv(self.out_norm(x).to(self.dtype)).float(), config.patch_size)
         return out[:, :, :h, :w].contiguous()

@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import ACTIVATIONS, NORMS, Downsample, ResBlock, Upsample, class_table, time_embedding, zero
+from model.blocks import (
+    ACTIVATIONS,
+    NORMS,
+    Downsample,
+    ResBlock,
+    Upsample,
+    class_table,
+    folded,
+    time_embedding,
+    unfolded,
+    zero,
+)
 
 CONDITIONINGS = ("bias", "embedding", "both")
 
@@ -21,7 +32,9 @@ CONDITIONINGS = ("bias", "embedding", "both")
 class UNetConfig:
     """The architecture. It travels inside the checkpoint, so loading one needs no flag.
 
-    `attention_levels` counts resolutions from the top: 0 is the image's own size, 1 is half of it.
+    `patch_size` p > 1 folds every p × p square of pixels into channels before the first convolution, and out again after
+    the last (Hoogeboom et al. 2023, "simple diffusion", §3.3): a network for few operations.
+    `attention_levels` counts resolutions from the top: 0 is the image's own size over `patch_size`, 1 is half of it.
     `num_classes` None is an unconditional network; with `null_class` one more class, numbered `num_classes`,
     stands for "no class" (classifier-free guidance, Ho & Salimans 2022). The class acts as a bias in every residual
     block, as an embedding added to the time's, or both. An attention has `num_heads` heads, or, where `head_channels`
@@ -54,6 +67,8 @@ class UNetConfig:
     time_scale: float = 1.0  # of t before it is embedded
     time_table: int = 0  # not 0: t is embedded by a stored table with so many rows, not by sines and cosines
 
+    patch_size: int = 1
+
     def __post_init__(self) -> None:
         for name in ("image_size", "channel_mults", "attention_levels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
@@ -73,6 +88,7 @@ class UNetConfig:
             ("time_freq_shift", self.time_freq_shift, 0, 1),
             ("time_table", self.time_table, 0, 100_000),
             ("norm_groups", self.norm_groups, 1, 4096),
+            ("patch_size", self.patch_size, 1, 16),
             ("num_classes", 1 if self.num_classes is None else self.num_classes, 1, 100_000),
         ]
         for name, value, low, high in limits:
@@ -109,6 +125,11 @@ class UNetConfig:
         """(C, H, W) of one image."""
         return (self.image_channels, *self.image_size)
 
+    @property
+    def multiple(self) -> int:
+        """Of which height and width are multiples inside the network; it pads them."""
+        return int(self.patch_size * 2 ** (len(self.channel_mults) - 1))
+
 
 class UNet(nn.Module):
     """Down through the levels, a middle with attention, and up again with every intermediate concatenated."""
@@ -126,7 +147,7 @@ class UNet(nn.Module):
         self.time_table = nn.Embedding(config.time_table, channels) if config.time_table else None
         has_embedding = config.num_classes is not None and config.class_conditioning != "bias"
         self.class_emb = class_table(config, config.time_emb_dim) if has_embedding else None
-        self.init_conv = nn.Conv2d(config.image_channels, channels, 3, padding=1)
+        self.init_conv = nn.Conv2d(config.image_channels * config.patch_size**2, channels, 3, padding=1)
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         skips = [channels]
@@ -164,7 +185,7 @@ class UNet(nn.Module):
 
         self.out_norm = NORMS[config.norm](channels, config)
         out_channels = config.image_channels * (2 if config.learned_variance else 1)
-        self.out_conv = zero(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.out_conv = zero(nn.Conv2d(channels, out_channels * config.patch_size**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts eps, x_0 or v, as trained.
@@ -177,10 +198,9 @@ class UNet(nn.Module):
         if (y is None) != (config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
-        multiple = 2 ** (len(config.channel_mults) - 1)
-        x = F.pad(x, (0, -w % multiple, 0, -h % multiple))
+        x = F.pad(x, (0, -w % config.multiple, 0, -h % config.multiple))
 
-        x = self.init_conv(x)
+        x = self.init_conv(folded(x, config.patch_size))
         emb = self.embedded(t, y).to(x.dtype)
         skips = [x]
         for layer in self.downs:
@@ -195,7 +215,7 @@ class UNet(nn.Module):
                 x = layer(torch.cat([x, skips.pop()], dim=1), emb, y)
             else:
                 x = layer(x, emb, y)
-        out: Tensor = self.out_conv(self.activation(self.out_norm(x)))
+        out = unfolded(self.out_conv(self.activation(self.out_norm(x))), config.patch_size)
         return out[:, :, :h, :w]
 
     def embedded(self, t: Tensor, y: Tensor | None) -> Tensor:

@@ -41,6 +41,7 @@ class TrainConfig:
     base_channels: int = _option(128, "channels of the first level")
     channel_mults: tuple[int, ...] = _option((1, 2, 2, 2), "channels of each level, as multiples of the first's")
     num_res_blocks: int = _option(2, "residual blocks per level")
+    patch_size: int = _option(1, "2: squares of 2 × 2 pixels enter as channels, for a quarter of the work")
     attention_resolutions: tuple[int, ...] = _option((1,), "levels with attention, counted from 0, the full size")
     attention_at: tuple[int, ...] = _option(
         (), "the same by the shorter side in pixels, such as 16,8; instead of these"
@@ -117,7 +118,8 @@ class TrainConfig:
         self._check_combinations()
         make_plan(GaussianDiffusion(self.diffusion()), **vars(self.sampling()))  # these raise for what they do not take
         # Where only the images will tell the size: one that has all of --attention_at, if there is any
-        side = min(self.attention_at) * 2 ** (len(self.channel_mults) - 1) if self.attention_at else 32
+        deepest = self.patch_size * 2 ** (len(self.channel_mults) - 1)
+        side = min(self.attention_at) * deepest if self.attention_at else 32
         self.unet((3, *(self.image_size or (side, side))), 2)
         if not self.run_name:
             object.__setattr__(self, "run_name", datetime.now().strftime("ddpm-%Y-%m-%d-%H-%M"))
@@ -196,6 +198,7 @@ class TrainConfig:
             base_channels=self.base_channels,
             channel_mults=self.channel_mults,
             num_res_blocks=self.num_res_blocks,
+            patch_size=self.patch_size,
             attention_levels=self._attention_levels(min(image_shape[1:])),
             time_emb_dim=self.time_emb_dim,
             num_classes=num_classes if self.use_labels else None,
@@ -221,7 +224,7 @@ class TrainConfig:
         if not self.attention_at:
             return self.attention_resolutions
         levels = range(len(self.channel_mults))
-        sides = [-(-side // 2 ** levels[-1]) * 2 ** (levels[-1] - i) for i in levels]
+        sides = [-(-side // (self.patch_size * 2 ** levels[-1])) * 2 ** (levels[-1] - i) for i in levels]
         if missing := [str(at) for at in self.attention_at if at not in sides]:
             raise ValueError(
                 f"--attention_at {','.join(missing)}: with these images and --channel_mults "

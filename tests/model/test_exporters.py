@@ -125,6 +125,7 @@ def test_the_pipeline_makes_the_same_images(
         ({"norm_groups": 32}, None, "different numbers of groups"),
         ({"time_scale": 0.25}, None, "timesteps"),
         ({"image_size": (7, 8)}, None, "image size"),
+        ({"patch_size": 2}, None, "squares of 2 × 2 pixels"),
     ],
     ids=str,
 )

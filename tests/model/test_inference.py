@@ -38,6 +38,8 @@ GRID: dict[str, dict[str, Any]] = {
     "padding as in TensorFlow": {"downsample_padding": 0},
     "time by a table": {"time_table": 1000},
     "time scaled, shifted": {"time_scale": 0.5, "time_freq_shift": 1},
+    "patches": {"patch_size": 2, "image_channels": 3},
+    "patches of a size that must be padded": {"patch_size": 3, "image_size": (7, 10), "learned_variance": True},
     "deep": {"num_res_blocks": 2, "channel_mults": (1, 1, 2)},
 }
 

@@ -247,12 +247,31 @@ def test_attention_is_at_the_levels_asked_for_and_in_the_middle(tiny_config: UNe
         {"dropout": 1.0},
         {"dropout": -0.1},
         {"dropout": math.nan},
+        {"patch_size": 0},
+        {"patch_size": 17},
+        {"patch_size": 2.0},
     ],
     ids=str,
 )
 def test_a_configuration_that_makes_no_network_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         UNetConfig(**values)
+
+
+@torch.no_grad()
+def test_patches_are_channels_of_a_network_for_smaller_images(tiny_config: UNetConfig) -> None:
+    network = randomised(replace(tiny_config, image_size=(12, 8), patch_size=2, learned_variance=True))
+    inner = UNet(replace(tiny_config, image_channels=4, image_size=(6, 4), learned_variance=True)).eval()
+    inner.load_state_dict(network.state_dict())
+    x, t = inputs(2, 1, 12, 8)
+    y = torch.tensor([0, 2])
+    squares = torch.stack([x[:, 0, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=1)
+    out, expected = network(x, t, y), inner(squares, t, y)
+    assert out.shape == (2, 2, 12, 8)
+    for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        torch.testing.assert_close(out[:, :, i::2, j::2], expected[:, [k, 4 + k]])
+    assert network.config.multiple == 4
+    assert network(x[:, :, :11, :5], t, y).shape == (2, 2, 11, 5)
 
 
 def test_lists_as_json_has_them_give_an_equal_configuration() -> None:
