@@ -54,9 +54,7 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         f"it has {config.num_heads} heads whatever the width": config.num_heads != 1 and not config.head_channels,
         "it scales its timesteps": config.time_scale != 1,
         f"its norms have different numbers of groups, {sorted(norm_groups(config))}": len(norm_groups(config)) > 1,
-        "its image size does not divide by its resolutions": any(
-            side % config.multiple for side in config.image_size
-        ),
+        "its image size does not divide by its resolutions": any(side % config.multiple for side in config.image_size),
         f"it folds squares of {config.patch_size} × {config.patch_size} pixels": config.patch_size != 1,
     }.items():
         if present:

@@ -32,8 +32,8 @@ CONDITIONINGS = ("bias", "embedding", "both")
 class UNetConfig:
     """The architecture. It travels inside the checkpoint, so loading one needs no flag.
 
-    `patch_size` p > 1 folds every p × p square of pixels into channels before the first convolution, and out again after
-    the last (Hoogeboom et al. 2023, "simple diffusion", §3.3): a network for few operations.
+    `patch_size` p > 1 folds every p × p square of pixels into channels before the first convolution, and out again
+    after the last (Hoogeboom et al. 2023, "simple diffusion", §3.3): a network for few operations.
     `attention_levels` counts resolutions from the top: 0 is the image's own size over `patch_size`, 1 is half of it.
     `num_classes` None is an unconditional network; with `null_class` one more class, numbered `num_classes`,
     stands for "no class" (classifier-free guidance, Ho & Salimans 2022). The class acts as a bias in every residual
