@@ -17,7 +17,7 @@ from app.errors import InvalidClassLabel, InvalidRequest
 from app.schemas import Sampling, SequenceQuery
 from app.settings import Settings
 from model.checkpoint import CheckpointConfig
-from model.plan import InvalidPlan, SamplingDefaults, make_plan, usable_variance
+from model.plan import InvalidPlan, SamplingDefaults, usable_variance
 from model.rng import draw_class
 
 LARGEST_JSON_INTEGER = 2**53
@@ -87,7 +87,7 @@ def make_job(
     sampling = sampling_of(asked, checkpoint.config, settings)
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
-        plan = make_plan(diffusion, variance=variance, **asdict(sampling))
+        plan = checkpoint.plan(sampling, variance)
     except InvalidPlan as error:
         raise InvalidRequest(str(error), param=error.field) from error
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed

@@ -7,7 +7,7 @@ from collections import deque
 
 from app.metrics import Metrics
 
-TICK_S = 0.01
+TICK_S = 0.025  # each waking takes a core from the network
 MINUTE_S = 60.0
 
 

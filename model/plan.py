@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +116,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    @property
+    @cached_property
     def rows(self) -> NDArray[np.int64]:
         """Rows of a U-Net batch that each step takes, int64 [S]: two where guidance adds the null class."""
         return np.where(self.table[:, 0] == 1, 1, 2)

@@ -135,6 +135,7 @@ class Request:
     def __post_init__(self) -> None:
         self.samples = [Sample(self, i) for i in range(self.n)]
         self.work_left = self.n * int(self.plan.rows.sum())  # in U-Net rows
+        self.rows = self.n * int(self.plan.rows.max())  # U-Net rows of a step of all its images, at most
         self.images: Image | None = None
         self._frames: dict[int, tuple[Image, set[int]]] = {}  # step → canvas and the images on it
 
@@ -142,11 +143,6 @@ class Request:
     def model(self) -> str:
         """The checkpoint's name, for the metrics."""
         return self.served.name
-
-    @property
-    def rows(self) -> int:
-        """U-Net rows of a step of all its images, at most."""
-        return self.n * int(self.plan.rows.max())
 
     @property
     def seconds_left(self) -> float:

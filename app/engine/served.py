@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
 
 from app.engine.knee import knee
 from app.engine.rate import Rate
 from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
 from model.checkpoint import Checkpoint
+from model.plan import Plan, SamplingDefaults, make_plan
 
 log = logging.getLogger("ddpm.engine")
 
+PLANS = 64  # that are kept: up to 90 KB each
 WARM_UPS = 4  # the first pays for kernel selection and memory; the fastest was least disturbed by others
 
 
@@ -31,9 +35,14 @@ class Served:
         self.runs_on = {"device": runner.device.type, "runtime": runner.runtime, "precision": runner.precision}
         self.runner = runner
         self.scheduler, self.rate = Scheduler(max_rows), Rate()
+        # Made for every request anew they would take a fifth of what the event loop does for it.
+        self.plan = lru_cache(PLANS)(self._plan)  # of settings, and of ddpm's variance
         self.spent = 0.0  # seconds of the device, as `Turns` counts them
         self.warm = False
         self.portions = self._warm_up()  # what has to be run before it serves, each about as long as a step
+
+    def _plan(self, sampling: SamplingDefaults, variance: str | None) -> Plan:
+        return make_plan(self.diffusion, variance=variance, **asdict(sampling))
 
     def _warm_up(self) -> Iterator[None]:
         yield from self.runner.probe()

@@ -249,3 +249,13 @@ def test_guidance_needs_a_null_class(colour_checkpoint: Path) -> None:
     assert job(colour, GenerateBody(guidance_scale=1)).sampling.guidance_scale == 1
     with pytest.raises(InvalidRequest, match="null class"):
         job(colour, GenerateBody(guidance_scale=2))
+
+
+def test_a_plan_is_made_once_for_equal_settings_of_a_checkpoint(grey: Checkpoint) -> None:
+    one, other = served(grey), served(grey)
+    asked = SamplingDefaults("ddim", 7)
+    assert one.plan(asked, None) is one.plan(replace(asked), None)
+    assert one.plan(asked, None) is not one.plan(replace(asked, steps=8), None)
+    assert one.plan(asked, None) is not other.plan(asked, None)
+    small, large = (one.plan(SamplingDefaults("ddpm", 1000), v).table for v in ("fixed_small", "fixed_large"))
+    assert not np.array_equal(small, large)

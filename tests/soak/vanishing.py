@@ -13,6 +13,7 @@ from tests.soak.clients import MOMENTS, Siege
 from tests.soak.flood import busy, witness
 
 AT_ONCE = 32
+HELD_UP_S = 0.25  # a thread, by a machine that has more to do than cores
 
 
 def let_vanish(server: ServerProcess, number: int, seed: int = 0) -> Findings:
@@ -44,9 +45,12 @@ def let_vanish(server: ServerProcess, number: int, seed: int = 0) -> Findings:
         "cancel latency: half, 99 %, all within (s)": told(cancels),
         "step: half, 99 %, all within (s)": told(steps),
     }
-    # A cancel waits for the end of the present step. Bounds of buckets are 2.5 times apart at most.
-    if cancels and cancels[1] > 2.5 * steps[2]:
-        findings.wrong.append(f"99 % of the cancels took up to {cancels[1]} s, and no step more than {steps[2]} s")
+    # A cancel waits for the end of the present step. Bounds of buckets are 2.5 times apart at most. What else runs on
+    # the machine may hold the engine's thread up between two steps, now and then, but not half of the time.
+    if cancels:
+        for share, took, besides in (("half", cancels[0], 0.0), ("99 %", cancels[1], HELD_UP_S)):
+            if took > 2.5 * steps[2] + besides:
+                findings.wrong.append(f"{share} of the cancels took up to {took} s, and no step more than {steps[2]} s")
     ended: dict[str, Counter[str]] = {moment: Counter() for moment in MOMENTS}
     for line in server.logs():
         moment = line.get("request_id", "").partition("-")[0]
