@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 import numpy as np
@@ -43,7 +43,7 @@ class Job:
         names = self.checkpoint.config.class_names
         # A mix is what a request without a class label gives: there is no word for it to send back.
         label = {} if self.class_label is None else {"class_label": names[self.class_label]}
-        settings = {name: str(value) for name, value in asdict(self.sampling).items()}
+        settings = {name: str(value) for name, value in vars(self.sampling).items()}
         variance = {"variance": self.variance} if self.variance else {}
         return {
             "model": self.checkpoint.name,

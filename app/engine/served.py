@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import lru_cache
 
 from app.engine.knee import knee
@@ -42,7 +41,7 @@ class Served:
         self.portions = self._warm_up()  # what has to be run before it serves, each about as long as a step
 
     def _plan(self, sampling: SamplingDefaults, variance: str | None) -> Plan:
-        return make_plan(self.diffusion, variance=variance, **asdict(sampling))
+        return make_plan(self.diffusion, variance=variance, **vars(sampling))
 
     def _warm_up(self) -> Iterator[None]:
         yield from self.runner.probe()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -63,7 +62,7 @@ def _encode(media_type: str, job: Job, pictures: Image, columns: int | None) -> 
     response = GenerateResponse(
         model=job.checkpoint.name,
         checkpoint=job.checkpoint.sha256,
-        **asdict(job.sampling),
+        **vars(job.sampling),
         images=listed,
     )
     return response.model_dump_json().encode()

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -95,7 +94,7 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
         "seed": job.request.seed,
         "index": job.request.index,
         "n": job.request.n,
-        **asdict(job.sampling),
+        **vars(job.sampling),
         "frames": len(job.request.frame_steps),
         "view": job.request.view,
     }
