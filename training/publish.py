@@ -32,7 +32,7 @@ def publish(args: argparse.Namespace) -> Path:
     return path
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m training.publish",
         description="Write the averaged weights of a checkpoint or run as a checkpoint with these settings.",
@@ -43,8 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--half", action="store_true", help="weights rounded to bfloat16: half the bytes")
     add("--notes", metavar="TEXT", help="what its card tells besides (default: what it told before)")
     add_sampling_options(parser)
+    return parser.read(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     try:
-        path = publish(parser.read(argv))
+        path = publish(args)
     except (ValueError, OSError) as error:
         print(f"training.publish: {error}", file=sys.stderr)
         return 2

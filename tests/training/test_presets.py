@@ -61,6 +61,19 @@ def test_mnist_is_the_recipe_of_the_bundled_checkpoint() -> None:
     assert parsed("--preset mnist --run_name a") == parsed(words)
 
 
+def test_cifar10_small_is_the_recipe_of_the_bundled_checkpoint() -> None:
+    words = (
+        "--use_labels --label_dropout 0.1 --class_conditioning both --flip --patch_size 2 --base_channels 96 "
+        "--channel_mults 1,2 --num_res_blocks 1 --attention_at 8 --time_emb_dim 256 --norm_groups 16 --dropout 0 "
+        "--schedule cosine --prediction v --timestep_sampler stratified --batch_size 64 --learning_rate 6e-4 "
+        "--warmup 300 --lr_schedule cosine --grad_clip 1 --ema_decay 0.999,0.9995 --precision bf16 "
+        "--guidance_scale 1.5 --iterations 10000 --run_name a"
+    )
+    small, said = parsed("--preset cifar10-small --run_name a"), parsed(words)
+    assert small.unet((3, 32, 32), 10) == said.unet((3, 32, 32), 10)
+    assert replace(said, attention_at=()) == small
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_no_preset_has_groups_of_a_single_channel(name: str) -> None:
     assert single_channel_groups(parsed(f"--preset {name}").unet((3, 64, 64), 10)) is None
