@@ -1,6 +1,7 @@
 """Makes the README's pictures from a running server: python docs/pictures.py [http://localhost:8000]
 
-They are the answers to the README's commands, enlarged without smoothing. Needs Pillow.
+They are the answers to the README's commands, enlarged without smoothing. Needs Pillow, and a server of both bundled
+checkpoints: python -m app --checkpoint mnist,cifar10
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def main() -> None:
     x, y = 6 % 4 * alone.width * 4, 6 // 4 * alone.height * 4
     ImageDraw.Draw(grid).rectangle((x, y, x + alone.width * 4 - 1, y + alone.height * 4 - 1), outline=MARK, width=3)
     beside([grid, one], gap=32).save(FOLDER / "again.png", optimize=True)
+
+    # 4. Horses, in colour.
+    horses = Image.open(io.BytesIO(generate(model="cifar10", class_label="horse", n=16, columns=8, seed=1)))
+    enlarged(horses, 3).save(FOLDER / "horses.png", optimize=True)
 
     sizes = {path.name: path.stat().st_size for path in sorted(FOLDER.iterdir())}
     print("\n".join(f"{size:7} {name}" for name, size in sizes.items()), f"\n{sum(sizes.values()):7} in all")
