@@ -167,10 +167,8 @@ class Graphs:
         if self._null_class is not None:
             u = out[:, : x.shape[1]].index_select(0, at["null"])
             out = guided(out, u, plan[:, COLUMNS.index("g")])
-        z = torch.zeros_like(x)
-        if noisy:
-            none = plan[:, COLUMNS.index("s")].reshape(-1, 1, 1, 1) == 0
-            z = normals_of(words, self._config.image_shape).masked_fill(none, 0)
+        # Rows without noise are given some, too: their s is 0.
+        z = normals_of(words, self._config.image_shape) if noisy else torch.zeros_like(x)
         x_next, x0 = apply_step(x, out, x0_prev, x0_prev2, plan, z, False)
         self.slots.x.index_copy_(0, at["x_next"], x_next)
         self.slots.x0.index_copy_(0, at["x0_next"], x0)

@@ -245,7 +245,13 @@ def test_noise_that_could_not_be_drawn_is_drawn_again(runner: Runner, plain: Run
     assert all(sample.has_noise for sample in crowd)
 
 
-def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(runner: Runner, samples: Samples) -> None:
+def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
+    checkpoint: Checkpoint, samples: Samples
+) -> None:
+    """Even a single one: this network does not spread it."""
+    runner = graphed(checkpoint, 8)
+    runner._network = lambda x, t, y: 0.1 * x
+    runner.warm_up(8)
     crowd = samples()
     runner.start(crowd)
     runner.step(crowd)
