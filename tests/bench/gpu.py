@@ -4,8 +4,8 @@
 
 Steps are the engine's, with the host's part: deterministic ones (ddim), and noisy ones (ddpm), whose noise is drawn in
 the graph. It needs torch, numpy and safetensors, and nothing else. The weights of cifar10 are random. Contenders take
-turns, medians of the rounds; the device is waited for. `--device cpu --nets tiny --rows 1,2,8` shows that it runs. Not a
-test.
+turns, medians of the rounds; the device is waited for. Not a test; `--device cpu --nets tiny --rows 1,2,8` shows that
+it runs.
 """
 
 from __future__ import annotations
