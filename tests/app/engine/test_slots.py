@@ -51,15 +51,15 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture
 def plain(checkpoint: Checkpoint) -> Runner:
-    runner = Runner(checkpoint, CPU, 8)
-    runner.warm_up(8)
+    runner = Runner(checkpoint, CPU, 4)
+    runner.warm_up(4)
     return runner
 
 
 @pytest.fixture
 def runner(checkpoint: Checkpoint) -> Runner:
-    runner = graphed(checkpoint, 8)
-    runner.warm_up(8)
+    runner = graphed(checkpoint, 4)
+    runner.warm_up(4)
     assert runner._graphs is not None
     return runner
 
@@ -67,9 +67,9 @@ def runner(checkpoint: Checkpoint) -> Runner:
 @pytest.fixture
 def narrow(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Runner:
     """With 8 slots."""
-    monkeypatch.setattr("app.engine.slots.MOST", 1)
-    runner = graphed(checkpoint, 8)
-    runner.warm_up(8)
+    monkeypatch.setattr("app.engine.slots.MOST", 8)
+    runner = graphed(checkpoint, 4)
+    runner.warm_up(4)
     assert slots(runner).count == 8
     return runner
 
@@ -249,9 +249,9 @@ def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
     checkpoint: Checkpoint, samples: Samples
 ) -> None:
     """Even a single one: this network does not spread it."""
-    runner = graphed(checkpoint, 8)
+    runner = graphed(checkpoint, 4)
     runner._network = lambda x, t, y: 0.1 * x
-    runner.warm_up(8)
+    runner.warm_up(4)
     crowd = samples()
     runner.start(crowd)
     runner.step(crowd)
