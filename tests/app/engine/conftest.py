@@ -168,7 +168,7 @@ def samples(ask: Callable[..., Request]) -> Iterator[Callable[[], list[Sample]]]
         {"seed": 1, "n": 3, "sampler": "ddpm", "steps": 12, "label": 0},
         {"seed": 2**63 + 5, "n": 2, "sampler": "ddim", "steps": 5, "eta": 0.7, "label": 2, "guidance_scale": 2.5},
         {"seed": 3, "n": 1, "index": 7, "sampler": "dpmpp_2m", "steps": 6, "guidance_scale": 0.0},
-        {"seed": 4, "n": 8, "steps": 7},
+        {"seed": 4, "n": 8, "sampler": "dpmpp_3m", "steps": 7},
     ]
     yield lambda: [sample for fields in wanted for sample in ask(loop, **fields).samples]
     loop.close()

@@ -134,6 +134,38 @@ def test_a_batch_that_has_more_samples_than_slots_runs_without_them(
     assert equal([state(narrow, sample) for sample in crowd], finish(plain, samples()))
 
 
+def test_a_warm_up_of_more_rows_than_slots_runs_as_such_a_batch_would(narrow: Runner) -> None:
+    """Or the knee would be told of a speed that is not there."""
+    graphs = narrow._graphs
+    assert graphs is not None
+    graphs._graphs = {}
+    with pytest.raises(KeyError):
+        narrow.warm_up(8)
+    narrow.warm_up(9)
+
+
+def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoint, samples: Samples) -> None:
+    """The table's rows from earlier steps among them: written again, they would bring back old states."""
+
+    def fussy(runner: Runner) -> Runner:
+        network = runner._network
+        runner._network = lambda x, t, y: network(x, t, y) + (1e-6 if 1 < len(x) < 8 else 0)
+        runner.warm_up(8)
+        assert runner.sizes == [1, 8]
+        return runner
+
+    runner, plain = fussy(graphed(checkpoint, 8)), fussy(Runner(checkpoint, CPU, 8))
+    assert runner._graphs is not None
+    expected = finish(plain, samples())
+    crowd, chance = samples(), random.Random(2)
+    runner.start(crowd)
+    while left := [s for s in crowd if not s.finished]:
+        assert runner.step(chance.sample(left, min(len(left), chance.choice((2, 3, 7))))) == []
+    assert equal([state(runner, sample) for sample in crowd], expected)
+    nobody = slots(runner).nobody
+    assert not slots(runner).x[2 * nobody].any()
+
+
 def test_a_dynamic_limit_is_for_steps_without_graphs_and_the_others_come_back(
     checkpoint: Checkpoint, runner: Runner, plain: Runner, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
 ) -> None:
