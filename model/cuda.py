@@ -1,4 +1,4 @@
-"""The U-Net on a GPU: PyTorch's own kernels, recorded as CUDA graphs.
+"""The U-Net on a GPU: PyTorch's own kernels, and how calls of them are recorded as CUDA graphs.
 
 A small batch takes the GPU less time than Python needs to launch its kernels, one by one. A graph has them all, for one
 number of rows, and is one launch (PyTorch's notes on CUDA, "CUDA Graphs", whose rules are followed here).
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 WARM_UPS = 3  # calls before a recording: they choose kernels, load them, and reserve what libraries need
 
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""A call → (what repeats it on whatever its inputs hold then, where its output is)."""
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+"""A call that reads and writes memory which stays where it is → what repeats it on whatever is there then. The call
+itself runs, too, and more than once."""
 
 
 def autocast_network(network: UNet, device: torch.device, dtype: torch.dtype) -> Forward:
@@ -49,57 +50,13 @@ def autocast_network(network: UNet, device: torch.device, dtype: torch.dtype) ->
     return forward
 
 
-class Graphs:
-    """A network, repeated by graphs for the numbers of rows that were captured; any other runs as ever (`eager`).
-
-    For one thread at a time. Graphs share their memory: each output is copied before another graph runs.
-    """
-
-    def __init__(self, eager: Forward, record: Record) -> None:
-        self.eager, self._record = eager, record
-        self._inputs: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self._graphs: dict[int, tuple[tuple[Tensor, Tensor, Tensor | None], Callable[[], None], Tensor]] = {}
-
-    @property
-    def rows(self) -> list[int]:
-        """Numbers of rows that have a graph, ascending."""
-        return sorted(self._graphs)
-
-    @torch.inference_mode()
-    def capture(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        """Makes the graph for so many rows of this shape; what is in them does not matter.
-
-        The largest number comes first: the others use the head of its inputs, and its memory. Raises whatever a
-        recording raises; the graphs that are there stay.
-        """
-        if self._inputs is None:
-            self._inputs = torch.zeros_like(x), torch.zeros_like(t), None if y is None else torch.zeros_like(y)
-        rows = len(x)
-        assert rows <= len(self._inputs[0])
-        all_x, all_t, all_y = self._inputs
-        inputs = all_x[:rows], all_t[:rows], None if all_y is None else all_y[:rows]
-        self._graphs[rows] = (inputs, *self._record(lambda: self.eager(*inputs)))
-
-    @torch.inference_mode()
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        if len(x) not in self._graphs:
-            return self.eager(x, t, y)
-        inputs, replay, out = self._graphs[len(x)]
-        for place, value in zip(inputs, (x, t, y), strict=True):
-            if place is not None:
-                assert value is not None
-                place.copy_(value)
-        replay()
-        return out.clone()
-
-
 class CudaRecorder:
     """Records calls as CUDA graphs with one private pool of memory: they never run at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Other threads may use the device meanwhile ("thread_local"). Raises what `run` or CUDA raises."""
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
@@ -114,9 +71,10 @@ class CudaRecorder:
             gc.disable()  # of garbage: an old graph that is destroyed now would spoil the new one
             try:
                 with recording:
-                    out = run()
+                    run()
             finally:
                 if collects:
                     gc.enable()
         torch.cuda.current_stream().wait_stream(side)
-        return graph.replay, out
+        replay: Callable[[], None] = graph.replay
+        return replay

@@ -55,10 +55,16 @@ def normals(
     Step 0 is x_T. Box-Muller in float64 on u = (word + ½)·2⁻³², all four words of a block used, elements in
     C, H, W order. Seeds are in [0, 2⁶⁴), indices and steps in [0, 2³²).
     """
-    size = math.prod(shape)
     words = [[s & _WORD, s >> 32, i, t] for s, i, t in zip(seeds, indices, steps, strict=True)]
-    low, high, index, step = torch.tensor(words, dtype=torch.int64, device=device).reshape(-1, 4, 1).unbind(1)
-    block = torch.arange((size + 3) // 4, device=device).expand(len(words), -1)
+    return normals_of(torch.tensor(words, dtype=torch.int64, device=device).reshape(-1, 4), shape)
+
+
+def normals_of(words: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same of words int64 [N, 4] on a device: the seed's low and high word, index and step. The host has no part
+    in it, so it can be in a CUDA graph."""
+    size = math.prod(shape)
+    low, high, index, step = words.reshape(-1, 4, 1).unbind(1)
+    block = torch.arange((size + 3) // 4, device=words.device).expand(len(words), -1)
     draws = philox((block, step, index, torch.full_like(index, NOISE)), (low, high))
     u = [(word.double() + 0.5) * 2.0**-32 for word in draws]
     pairs = []

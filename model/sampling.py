@@ -16,25 +16,26 @@ DYNAMIC_QUANTILE = 0.995
 
 
 def apply_step(
-    x: Tensor, out: Tensor, x0_prev: Tensor, x0_prev2: Tensor, rows: Tensor, z: Tensor
+    x: Tensor, out: Tensor, x0_prev: Tensor, x0_prev2: Tensor, rows: Tensor, z: Tensor, dynamic: bool = True
 ) -> tuple[Tensor, Tensor]:
     """One update of a batch, whatever its samplers: (x_next, x0).
 
     x, x0_prev, x0_prev2 and z are [N, C, H, W], out (guidance applied) too, or [N, 2C, H, W] with learned variance;
-    `rows` [N, 10] holds one plan row per sample.
+    `rows` [N, 10] holds one plan row per sample. `dynamic` False: the limit of none of them is, and nobody has to wait
+    for the device to say so.
     """
     _, p, q, limit, a, b, c, d, k, s = (column.reshape(-1, 1, 1, 1) for column in rows.unbind(1))
     channels = x.shape[1]
     if out.shape[1] == 2 * channels:
         s = s * torch.exp(k * out[:, channels:])
     x0 = p * x - q * out[:, :channels]
-    x0 = torch.where(limit > 0, _limited(x0, limit), x0)
+    x0 = torch.where(limit > 0, _limited(x0, limit, dynamic), x0)
     return a * x + b * x0 + c * x0_prev + d * x0_prev2 + s * z, x0
 
 
-def _limited(x0: Tensor, limit: Tensor) -> Tensor:
+def _limited(x0: Tensor, limit: Tensor, dynamic: bool) -> Tensor:
     """x0 within ±1: clamped at 1, or, where `limit` says dynamic, at the image's own quantile, if more, and divided."""
-    if not (limit == LIMITS.index("dynamic")).any():
+    if not dynamic or not (limit == LIMITS.index("dynamic")).any():
         return x0.clamp(-1, 1)
     # Once for all rows: a row's bytes do not depend on its mates
     largest = torch.quantile(x0.flatten(1).abs(), DYNAMIC_QUANTILE, dim=1).clamp(min=1).reshape(-1, 1, 1, 1)
@@ -61,6 +62,17 @@ def predict(network: Network, x: Tensor, t: Tensor, y: Tensor | None, g: Tensor,
     e = result[guided, :channels]
     result[guided, :channels] = u + g[guided].reshape(-1, 1, 1, 1) * (e - u)
     return result
+
+
+def guided(out: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    """The same where both outputs are there for every row: of `out` [N, C or 2C, H, W] and g [N], and u [N, C, H, W].
+
+    Rows with g = 1 are left alone, whatever their u. The host has no part in it, so it can be in a CUDA graph.
+    """
+    channels = u.shape[1]
+    e, g = out[:, :channels], g.reshape(-1, 1, 1, 1)
+    mixed = torch.where(g != 1, u + g * (e - u), e)
+    return mixed if out.shape[1] == channels else torch.cat([mixed, out[:, channels:]], dim=1)
 
 
 @torch.no_grad()

@@ -173,16 +173,25 @@ class Request:
 
 
 class Sample:
-    """One image on its way: place i in its request, steps done, x_t and the last two x_0 [C, H, W] (None at first)."""
+    """One image on its way: place i in its request, steps done, and its state, which is the runner's.
 
-    __slots__ = ("i", "request", "step", "x", "x0", "x0_prev")
+    That is x_t and the last two x_0 [C, H, W], or the number of the slot that they are in; all None before the noise.
+    """
+
+    __slots__ = ("__weakref__", "i", "request", "slot", "step", "x", "x0", "x0_prev")
 
     def __init__(self, request: Request, i: int) -> None:
         self.request, self.i = request, i
         self.step = 0
+        self.slot: int | None = None  # see `app.engine.slots`
         self.x: Tensor | None = None
         self.x0: Tensor | None = None
         self.x0_prev: Tensor | None = None
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether its x_T was drawn."""
+        return self.x is not None or self.slot is not None
 
     @property
     def rows(self) -> int:

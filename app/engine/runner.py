@@ -7,17 +7,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from app.engine.batch import Batch, words_of
+from app.engine.graphs import Graphs, agree
 from app.engine.memory import is_out_of_memory, return_freed_memory
 from app.engine.openvino import compile_openvino
 from app.engine.request import Sample, View
 from app.engine.sizes import agreeing, candidates, gpu_chunk
+from app.engine.slots import Slots, slots_for
 from model.checkpoint import Checkpoint
-from model.cuda import CudaRecorder, Graphs, Record
+from model.cuda import CudaRecorder, Record
 from model.images import Image, to_uint8
 from model.inference import compile_for_inference
-from model.rng import normals
+from model.rng import normals, normals_of
 from model.sampling import apply_step, predict
 from model.unet import UNet
 
@@ -38,7 +42,8 @@ class Runner:
 
     The U-Net runs on `chunk` rows, or on fewer where that gives the same bits. The first warm-up finds out which
     numbers of rows agree (see `app.engine.sizes`); the others are filled up with zeros. On a GPU each number that
-    agrees gets a CUDA graph then. Runtime and precision are those of all batches.
+    agrees gets CUDA graphs of whole steps then (see `app.engine.graphs`), and samples are in slots; steps that are not
+    among those run without, to the same bits. Runtime and precision are those of all batches.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Runner:
         else:
             self._network = compile_for_inference(checkpoint.network, device, precision)
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
+        self._graphs: Graphs | None = None
         self._last_timestep = checkpoint.config.diffusion.num_timesteps - 1
         self.sizes = [chunk]  # numbers of rows that may run, ascending
         self._probed = False
@@ -68,8 +74,14 @@ class Runner:
 
     @torch.inference_mode()
     def start(self, samples: list[Sample]) -> None:
-        """Draws x_T."""
-        noise = self._noise(samples, steps=[0] * len(samples))
+        """Draws x_T. Nothing is changed if it raises."""
+        words = words_of(samples, [0] * len(samples))
+        if self._graphs is not None and len(samples) <= self._graphs.slots.count:
+            slots = self._graphs.slots.find(len(samples), samples)
+            self._graphs.start(np.array(slots), words)
+            self._graphs.slots.give(samples, slots)
+            return
+        noise = self._noise(words)
         for sample, x in zip(samples, noise.unbind(), strict=True):
             sample.x, sample.x0, sample.x0_prev = x, torch.zeros_like(x), torch.zeros_like(x)
 
@@ -79,29 +91,37 @@ class Runner:
 
         Nothing is changed if it raises: the same samples can be stepped again.
         """
-        plans = [sample.request.plan for sample in samples]
-        rows = np.stack([plan.table[sample.step] for plan, sample in zip(plans, samples, strict=True)])
-        table = torch.from_numpy(rows.astype(np.float32)).to(self.device)
-        t = torch.tensor([int(p.timesteps[s.step]) for p, s in zip(plans, samples, strict=True)], device=self.device)
-        y = None
-        if self.config.num_classes is not None:
-            y = torch.tensor([s.request.classes[s.i] for s in samples], device=self.device)  # type: ignore[index]
+        batch = Batch.of(samples)
+        if self._graphs is not None:
+            if self._graphs.fits(batch):
+                self._graphs.slots.enter(samples)
+                steps = np.array([sample.step for sample in samples])
+                finite = self._graphs.step(np.array([sample.slot for sample in samples]), steps, batch).tolist()
+                for sample in samples:
+                    sample.step += 1
+                return [sample for sample, ok in zip(samples, finite, strict=True) if not ok]
+            self._graphs.slots.leave(samples)
         x = torch.stack([s.x for s in samples])  # type: ignore[misc]
         x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
         x0_prev2 = torch.stack([s.x0_prev for s in samples])  # type: ignore[misc]
-        z = torch.zeros_like(x)
-        noisy = np.flatnonzero(rows[:, -1])
-        if len(noisy):
-            drawn = [samples[i] for i in noisy]
-            z[torch.from_numpy(noisy).to(self.device)] = self._noise(drawn, [s.step + 1 for s in drawn])
-
-        out = predict(self.forward, x, t, y, table[:, 0], self._null_class)
-        x_next, x0 = apply_step(x, out, x0_prev, x0_prev2, table, z)
+        x_next, x0 = self._update(batch, x, x0_prev, x0_prev2)
         finite = torch.isfinite(x_next).flatten(1).all(1).tolist()
         for sample, next_x, next_x0 in zip(samples, x_next.unbind(), x0.unbind(), strict=True):
             sample.x, sample.x0, sample.x0_prev = next_x, next_x0, sample.x0
             sample.step += 1
         return [sample for sample, ok in zip(samples, finite, strict=True) if not ok]
+
+    def _update(self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor) -> tuple[Tensor, Tensor]:
+        """x_next and x0, each [N, C, H, W] as the states."""
+        table = torch.from_numpy(batch.plan.astype(np.float32)).to(self.device)
+        t = torch.from_numpy(batch.t).to(self.device)
+        y = None if batch.y is None else torch.from_numpy(batch.y).to(self.device)
+        z = torch.zeros_like(x)
+        noisy = np.flatnonzero(batch.noisy)
+        if len(noisy):
+            z[torch.from_numpy(noisy).to(self.device)] = self._noise(batch.words[noisy])
+        out = predict(self.forward, x, t, y, table[:, 0], self._null_class)
+        return apply_step(x, out, x0_prev, x0_prev2, table, z)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
@@ -141,7 +161,7 @@ class Runner:
         self.sizes = agreeing(outs)
         self.chunk = self.sizes[-1]
         if self._record is not None:
-            yield from self._capture(self._record, x, t, y, outs)
+            yield from self._capture(self._record)
         self._probed = True
 
     def _tried(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
@@ -159,38 +179,46 @@ class Runner:
         self.free_memory()
         return None
 
-    def _capture(
-        self, record: Record, x: Tensor, t: Tensor, y: Tensor | None, outs: dict[int, Tensor]
-    ) -> Iterator[None]:
-        """A graph for each of `sizes`. If one cannot be made, or computes something else, there are none."""
-        graphs = Graphs(self._network, record)
+    def _capture(self, record: Record) -> Iterator[None]:
+        """Graphs for each of `sizes`. If one cannot be made, or computes something else, there are none."""
+        shape = self.config.image_shape
         try:
+            slots = Slots(slots_for(shape, self.chunk), shape, self.device)
+            graphs = Graphs(self._network, self.config, self.sizes, slots, record, self.device)
             for size in reversed(self.sizes):
+                yield from graphs.capture(size)
+            for size in self.sizes:
                 yield
-                graphs.capture(*last(size, x, t, y))
-                if not torch.equal(graphs(*last(size, x, t, y)), outs[size]):
-                    raise RuntimeError(f"the graph of {size} rows does not give the bits of the network")
+                if not agree(graphs, self.config, size, self._last_timestep, self._update):
+                    raise RuntimeError(f"graphs of {size} rows do not give the bits of a step without them")
         except Exception as error:
-            log.warning("no CUDA graphs: the network runs without them, slower", exc_info=error)
+            log.warning("no CUDA graphs: steps run without them, slower", exc_info=error)
         else:
-            self._network = graphs
-            log.info("CUDA graphs captured", extra={"rows": graphs.rows})
+            self._graphs = graphs
+            log.info("CUDA graphs captured", extra={"rows": graphs.rows, "slots": slots.count})
             return
-        del graphs
+        slots = graphs = None  # type: ignore[assignment]
         self.free_memory()
 
     def read(self, samples: list[Sample], view: View) -> Image:
         """The samples as pictures, uint8 [N, C, H, W] on the host."""
-        states = [sample.x0 if view == "x0" else sample.x for sample in samples]
-        return to_uint8(torch.stack(states)).cpu().numpy()  # type: ignore[arg-type]
+        if self._graphs is not None:
+            of = self._graphs.slots.x0_of if view == "x0" else self._graphs.slots.x_of
+            states = [of(sample) for sample in samples]
+        else:
+            states = [s.x0 if view == "x0" else s.x for s in samples]  # type: ignore[misc]
+        return to_uint8(torch.stack(states)).cpu().numpy()
 
     @torch.inference_mode()
     def warm_up(self, rows: int) -> None:
-        """Runs the network once on `rows` rows, as the engine will, on `threads` threads from now on (0: as is)."""
+        """Runs `rows` rows once, as the engine will, on `threads` threads from now on (0: as is)."""
         self._take_threads()
         if not self._probed:
             for _ in self.probe():
                 pass
+        if self._graphs is not None and rows <= self._graphs.slots.count:
+            self._graphs.idle(rows)
+            return
         x = torch.zeros(rows, *self.config.image_shape, device=self.device)
         t = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.forward(x, t, None if self.config.num_classes is None else t)
@@ -199,6 +227,7 @@ class Runner:
 
     def close(self) -> None:
         """Gives back the weights and what the allocator kept for them. It cannot run any more."""
+        self._graphs = None
         del self._network
         self.free_memory()
 
@@ -213,10 +242,8 @@ class Runner:
         if self._threads:
             torch.set_num_threads(self._threads)  # of the calling thread's team
 
-    def _noise(self, samples: list[Sample], steps: list[int]) -> Tensor:
-        seeds = [sample.request.seed for sample in samples]
-        indices = [sample.request.index + sample.i for sample in samples]
-        return normals(seeds, indices, steps, self.config.image_shape, self.device)
+    def _noise(self, words: NDArray[np.int64]) -> Tensor:
+        return normals_of(torch.from_numpy(words).to(self.device), self.config.image_shape)
 
 
 def last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

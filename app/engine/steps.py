@@ -36,7 +36,7 @@ class Steps:
 
     def start(self, batch: list[Sample]) -> None:
         """Draws the noise of those that have none."""
-        fresh = [sample for sample in batch if sample.x is None]
+        fresh = [sample for sample in batch if not sample.has_noise]
         if not fresh:
             return
         fresh[0].request.served.runner.start(fresh)

@@ -1,9 +1,11 @@
-"""The runner on a GPU: its network calls with and without CUDA graphs, whole steps, and one image from noise to bytes.
+"""The runner on a GPU: whole steps with and without CUDA graphs, beside the bare network, and one image to its bytes.
 
     python -m tests.bench.gpu [--nets cifar10,mnist] [--rows 1,8,64,256,512,1024] [--precision bf16] [--chunk N]
 
-It needs torch, numpy and safetensors, and nothing else. `--device cpu --nets tiny --rows 1,2,8` shows that it runs.
-The weights of cifar10 are random. Contenders take turns, medians of the rounds; the device is waited for. Not a test.
+Steps are the engine's, with the host's part: deterministic ones (ddim), and noisy ones (ddpm), whose noise is drawn in
+the graph. It needs torch, numpy and safetensors, and nothing else. The weights of cifar10 are random. Contenders take
+turns, medians of the rounds; the device is waited for. Not a test; `--device cpu --nets tiny --rows 1,2,8` shows that
+it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 
 import torch
@@ -22,13 +25,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.engine.memory import device_memory
-from app.engine.request import Mailbox, Request
+from app.engine.request import Mailbox, Request, Sample
 from app.engine.runner import Runner, best_chunk, last
 from app.engine.served import Served
 from app.engine.sizes import candidates
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
-from model.cuda import Graphs
 from model.diffusion import DiffusionConfig
 from model.inference import best_precision
 from model.plan import make_plan
@@ -118,53 +120,85 @@ class Bench:
         for _ in self.served.portions:
             pass
         self.ready = time.perf_counter() - started
-        network = self.runner._network
-        self.graphs = network.rows if isinstance(network, Graphs) else []
-        self.eager = network.eager if isinstance(network, Graphs) else network
 
-    def request(self, n: int, steps: int) -> Request:
-        plan = make_plan(self.diffusion, "ddim", steps)
+    def request(self, n: int, steps: int, sampler: str = "ddim") -> Request:
+        plan = make_plan(self.diffusion, sampler, steps)
         classes = None if self.config.num_classes is None else (1,) * n
         return Request(plan, 0, 0, n, classes, math.inf, Mailbox(self.loop), self.served)
 
-    def eagerly(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """As many rows at a time as the runner takes, but no padding and no graphs."""
-        parts = [range(len(x))[i : i + self.runner.chunk] for i in range(0, len(x), self.runner.chunk)]
-        cut = [slice(part.start, part.stop) for part in parts]
-        return torch.cat([self.eager(x[rows], t[rows], None if y is None else y[rows]) for rows in cut])
+    @contextmanager
+    def graphs(self, wanted: bool) -> Iterator[None]:
+        """Without them where they are not wanted; samples have to be started so, too."""
+        graphs = self.runner._graphs
+        self.runner._graphs = graphs if wanted else None
+        try:
+            yield
+        finally:
+            self.runner._graphs = graphs
 
-    @torch.inference_mode()
-    def row(self, rows: int, peak: float) -> str:
-        """A line of the table."""
-        given = inputs(self.config, rows, self.device)
-        samples = self.request(rows, 1000).samples
-        self.runner.start(samples)
+    def stepping(self, rows: int, sampler: str, graphs: bool) -> Callable[[], object]:
+        """A step of so many samples, over and over."""
+        samples = self.request(rows, 1000, sampler).samples
+        with self.graphs(graphs):
+            self.runner.start(samples)
 
         def step() -> None:
             if samples[0].finished:
                 for sample in samples:
                     sample.step = 0
-            self.runner.step(samples)
+            with self.graphs(graphs):
+                self.runner.step(samples)
 
-        runs = {"eager": lambda: self.eagerly(*given), "served": lambda: self.runner.forward(*given), "step": step}
-        took = medians(runs, self.device, self.rounds)
-        per_second, share = rows / took["step"], {name: rows * self.flops / s / peak for name, s in took.items()}
-        same = torch.equal(self.eagerly(*given), self.runner.forward(*given))
-        cells = [f"{1e3 * s:.3f} ({share[name]:.1%})" for name, s in took.items()]
-        return f"| {rows} | {' | '.join(cells)} | {per_second:.4g} | {'yes' if same else 'no'} |"
+        return step
+
+    def eagerly(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The network with as many rows at a time as the runner takes, but no padding."""
+        network, parts = self.runner._network, []
+        for start in range(0, len(x), self.runner.chunk):
+            rows = slice(start, start + self.runner.chunk)
+            parts.append(network(x[rows], t[rows], None if y is None else y[rows]))
+        return torch.cat(parts)
+
+    def same_bits(self, rows: int) -> bool:
+        """Whether samples of both samplers come out alike with and without graphs, all their steps in one batch."""
+        images = []
+        for graphs in (True, False):
+            requests = [self.request(max(1, rows // 2), 10, sampler) for sampler in ("ddim", "ddpm")]
+            samples: list[Sample] = [sample for request in requests for sample in request.samples][: max(2, rows)]
+            with self.graphs(graphs):
+                self.runner.start(samples)
+                while not samples[0].finished:
+                    self.runner.step(samples)
+                states = [self.runner._graphs.slots.x_of(s) if self.runner._graphs else s.x for s in samples]
+                images.append(torch.stack(states))  # type: ignore[arg-type]
+        return torch.equal(*images)
 
     @torch.inference_mode()
-    def one_image(self) -> tuple[float, float]:
+    def row(self, rows: int, peak: float) -> str:
+        """A line of the table."""
+        given = inputs(self.config, rows, self.device)
+        runs: dict[str, Callable[[], object]] = {"network": lambda: self.eagerly(*given)}
+        for sampler in ("ddim", "ddpm"):
+            for graphs in (False, True):
+                runs[f"{sampler} {graphs}"] = self.stepping(rows, sampler, graphs)
+        took = medians(runs, self.device, self.rounds)
+        cells = [f"{1e3 * s:.3f} ({rows * self.flops / s / peak:.1%})" for s in took.values()]
+        per_second = rows / took["ddim True"]
+        return f"| {rows} | {' | '.join(cells)} | {per_second:.4g} | {'yes' if self.same_bits(rows) else 'no'} |"
+
+    @torch.inference_mode()
+    def one_image(self, graphs: bool) -> tuple[float, float]:
         """Median and longest seconds of one image of 20 steps, from the noise to its bytes on the host."""
         times = []
-        for _ in range(3 + 4 * self.rounds):
-            samples = self.request(1, STEPS).samples
-            started = time.perf_counter()
-            self.runner.start(samples)
-            while not samples[0].finished:
-                self.runner.step(samples)
-            self.runner.read(samples, "xt")
-            times.append(time.perf_counter() - started)
+        with self.graphs(graphs):
+            for _ in range(3 + 4 * self.rounds):
+                samples = self.request(1, STEPS).samples
+                started = time.perf_counter()
+                self.runner.start(samples)
+                while not samples[0].finished:
+                    self.runner.step(samples)
+                self.runner.read(samples, "xt")
+                times.append(time.perf_counter() - started)
         return statistics.median(times[3:]), max(times[3:])
 
     def report(self, rows: list[int], peak: float) -> None:
@@ -172,15 +206,25 @@ class Bench:
         runner = self.runner
         print(f"{self.flops / 1e9:.4g} GFLOP a row, {runner.precision}; ready after {self.ready:.1f} s; ", end="")
         print(f"{used:.1f} of {total:.0f} GiB in use")
-        print(f"same bits: {groups(self.eager, self.config, self.chunk, self.device)}; ", end="")
-        print(f"run: {' '.join(map(str, runner.sizes))}; graphs: {' '.join(map(str, self.graphs)) or 'none'}; ", end="")
+        print(f"same bits: {groups(runner._network, self.config, self.chunk, self.device)}; ", end="")
+        print(f"run: {' '.join(map(str, runner.sizes))}; ", end="")
+        graphs = runner._graphs
+        print(f"graphs: {f'all of them, {graphs.slots.count} slots' if graphs else 'none'}; ", end="")
         print(f"rows in a step at most: {self.served.scheduler.max_rows}\n")
-        print("| rows | network, eager: ms (of the peak) | as served | a whole step | image-steps/s | same bits |")
-        print("|---:|---:|---:|---:|---:|---|")
+        print(
+            "Milliseconds (of the peak): the network alone; steps of ddim and of ddpm, without graphs and as served.\n"
+        )
+        print(
+            "| rows | network | ddim, no graphs | **ddim** | ddpm, no graphs | **ddpm** | image-steps/s | same bits |"
+        )
+        print("|---:|---:|---:|---:|---:|---:|---:|---|")
         for n in rows:
             print(self.row(n, peak), flush=True)
-        middle, longest = self.one_image()
-        print(f"\none image, {STEPS} steps of ddim: {1e3 * middle:.2f} ms (longest {1e3 * longest:.2f})\n", flush=True)
+        for graphs_too in (False, True):
+            middle, longest = self.one_image(graphs_too)
+            how = "as served" if graphs_too else "no graphs"
+            print(f"\none image, {STEPS} steps of ddim, {how}: {1e3 * middle:.2f} ms (longest {1e3 * longest:.2f})")
+        print(flush=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a GPU runs. The recording itself needs one; all else is tried on the CPU with a recorder that repeats calls."""
+"""What a GPU runs. The recording itself needs one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cuda import CudaRecorder, Graphs, autocast_network
+from model.cuda import CudaRecorder, Record, autocast_network
+from model.inference import Forward
 from model.unet import UNet, UNetConfig
 from tests.networks import randomised
 
 CPU = torch.device("cpu")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+Inputs = tuple[Tensor, Tensor, Tensor | None]
 GRID: dict[str, dict[str, Any]] = {
     "as it is": {},
     "unconditional": {"num_classes": None, "null_class": False},
@@ -28,7 +30,7 @@ GRID: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(config: UNetConfig, n: int, seed: int = 1, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+def inputs(config: UNetConfig, n: int, seed: int = 1, device: str = "cpu") -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, *config.image_shape, generator=generator)
     t = torch.randint(0, 1000, (n,), generator=generator)
@@ -36,14 +38,27 @@ def inputs(config: UNetConfig, n: int, seed: int = 1, device: str = "cpu") -> tu
     return x.to(device), t.to(device), None if y is None else y.to(device)
 
 
-def record_by_repeating(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """As a graph does: it works on the same memory each time, and shows what was in it when it was recorded."""
-    out = run()
+def recorded(eager: Forward, record: Record, given: Inputs) -> Forward:
+    """The network on memory that stays where it is, of the size of `given`."""
+    places = [None if value is None else torch.zeros_like(value) for value in given]
+    out = torch.empty(0, device=given[0].device)
 
-    def replay() -> None:
-        out.copy_(run())
+    def run() -> None:
+        nonlocal out
+        out = eager(*places)  # type: ignore[arg-type]
 
-    return replay, out
+    with torch.inference_mode():
+        replay = record(run)
+
+    @torch.inference_mode()
+    def forward(*values: Tensor | None) -> Tensor:
+        for place, value in zip(places, values, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        replay()
+        return out.clone()
+
+    return forward
 
 
 @pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())
@@ -65,65 +80,6 @@ def test_weights_that_are_rounded_once_give_what_autocast_gives(
     assert {"mid.0.conv_1.weight", "mid.0.time_bias.weight", "mid.0.attention.qkv.weight", "out_conv.weight"} <= rounded
 
 
-@pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())
-def test_graphs_compute_what_the_network_computes(tiny_config: UNetConfig, changes: dict[str, Any]) -> None:
-    config = replace(tiny_config, **changes)
-    eager = autocast_network(randomised(config), CPU, torch.float32)
-    graphs = Graphs(eager, record_by_repeating)
-    for rows in (4, 2, 1):
-        graphs.capture(*inputs(config, rows, seed=rows))
-    assert graphs.rows == [1, 2, 4]
-    asked = [inputs(config, rows, seed=rows + 10 * again) for again in range(2) for rows in (1, 4, 3, 2)]
-    got = [graphs(*each) for each in asked]  # 3 has no graph
-    for each, out in zip(asked, got, strict=True):
-        assert torch.equal(out, eager(*each)), "nor does a later call change what an earlier one gave"
-
-
-def test_only_what_has_no_graph_runs_eagerly_and_all_share_their_inputs(tiny: UNet) -> None:
-    ran: list[Tensor] = []
-    network = autocast_network(tiny, CPU, torch.float32)
-
-    def eager(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        ran.append(x)
-        return network(x, t, y)
-
-    def record_once(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        out = run()
-        return lambda: None, out
-
-    graphs = Graphs(eager, record_once)
-    graphs.capture(*inputs(tiny.config, 4))
-    graphs.capture(*inputs(tiny.config, 2))
-    assert [len(x) for x in ran] == [4, 2]
-    assert ran[0].data_ptr() == ran[1].data_ptr()
-    x, t, y = inputs(tiny.config, 2)
-    graphs(x, t, y)
-    assert torch.equal(ran[0][:2], x)
-    assert len(ran) == 2
-    graphs(*inputs(tiny.config, 3))
-    assert len(ran[2]) == 3
-
-
-def test_a_recording_that_fails_leaves_the_others(tiny: UNet) -> None:
-    eager = autocast_network(tiny, CPU, torch.float32)
-    calls = 0
-
-    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory, said a test")
-        return record_by_repeating(run)
-
-    graphs = Graphs(eager, record)
-    graphs.capture(*inputs(tiny.config, 4))
-    with pytest.raises(torch.OutOfMemoryError):
-        graphs.capture(*inputs(tiny.config, 2))
-    assert graphs.rows == [4]
-    for rows in (2, 4):
-        assert torch.equal(graphs(*inputs(tiny.config, rows)), eager(*inputs(tiny.config, rows)))
-
-
 @cuda
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())
@@ -132,12 +88,10 @@ def test_cuda_graphs_give_the_bits_of_the_network(
 ) -> None:
     config = replace(tiny_config, **changes)
     eager = autocast_network(randomised(config), torch.device("cuda"), precision)
-    graphs = Graphs(eager, CudaRecorder())
-    sizes = (64, 32, 16, 8, 4, 2, 1)
-    for rows in sizes:
-        graphs.capture(*inputs(config, rows, device="cuda"))
+    sizes, record = (64, 32, 16, 8, 4, 2, 1), CudaRecorder()
+    graphs = {rows: recorded(eager, record, inputs(config, rows, device="cuda")) for rows in sizes}
     asked = [inputs(config, rows, seed=rows, device="cuda") for rows in (*sizes, *reversed(sizes))]
-    got = [graphs(*each) for each in asked]
+    got = [graphs[len(each[0])](*each) for each in asked]
     for each, out in zip(asked, got, strict=True):
         assert torch.equal(out, eager(*each))
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
@@ -161,10 +115,9 @@ def test_another_thread_may_use_the_device_while_a_graph_is_recorded(tiny: UNet)
     thread.start()
     try:
         for _ in range(20):
-            graphs = Graphs(eager, CudaRecorder())
-            graphs.capture(*inputs(tiny.config, 8, device="cuda"))
+            graph = recorded(eager, CudaRecorder(), inputs(tiny.config, 8, device="cuda"))
             asked = inputs(tiny.config, 8, seed=2, device="cuda")
-            assert torch.equal(graphs(*asked), eager(*asked))
+            assert torch.equal(graph(*asked), eager(*asked))
     finally:
         stop.set()
         thread.join()
@@ -182,9 +135,7 @@ def test_graphs_that_are_gone_give_their_memory_back(tiny: UNet) -> None:
         return torch.cuda.memory_reserved()
 
     def use() -> None:
-        graphs = Graphs(eager, CudaRecorder())
-        graphs.capture(*asked)
-        graphs(*asked)
+        recorded(eager, CudaRecorder(), asked)(*asked)
 
     use()  # what libraries reserve stays
     before = reserved()
@@ -210,9 +161,7 @@ def test_a_recording_that_fails_leaves_a_device_that_works(tiny: UNet, breaks: C
     asked = inputs(tiny.config, 8, device="cuda")
     expected = eager(*asked)
     with pytest.raises((RuntimeError, ZeroDivisionError)):
-        Graphs(broken, CudaRecorder()).capture(*asked)
+        recorded(broken, CudaRecorder(), asked)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.equal(eager(*asked), expected)
-    graphs = Graphs(eager, CudaRecorder())
-    graphs.capture(*asked)
-    assert torch.equal(graphs(*asked), expected)
+    assert torch.equal(recorded(eager, CudaRecorder(), asked)(*asked), expected)

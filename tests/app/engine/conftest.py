@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
+from torch import Tensor
 
 from app.engine.engine import Engine
 from app.engine.request import Mailbox, Request, Sample
@@ -144,6 +145,52 @@ def ask(checkpoint: Checkpoint, served: Served) -> Callable[..., Request]:
         return Request(plan, seed, index, n, (label,) * n, time.monotonic() + timeout_s, mailbox, served, **fields)
 
     return ask
+
+
+def record_by_repeating(run: Callable[[], None]) -> Callable[[], None]:
+    """As a graph does: it works on the same memory each time."""
+    run()
+    return run
+
+
+def graphed(checkpoint: Checkpoint, chunk: int) -> Runner:
+    """On the CPU, as on a GPU."""
+    runner = Runner(checkpoint, torch.device("cpu"), chunk)
+    runner._record = record_by_repeating
+    return runner
+
+
+@pytest.fixture
+def samples(ask: Callable[..., Request]) -> Iterator[Callable[[], list[Sample]]]:
+    """The same 14 each time, of four requests."""
+    loop = asyncio.new_event_loop()
+    wanted = [
+        {"seed": 1, "n": 3, "sampler": "ddpm", "steps": 12, "label": 0},
+        {"seed": 2**63 + 5, "n": 2, "sampler": "ddim", "steps": 5, "eta": 0.7, "label": 2, "guidance_scale": 2.5},
+        {"seed": 3, "n": 1, "index": 7, "sampler": "dpmpp_2m", "steps": 6, "guidance_scale": 0.0},
+        {"seed": 4, "n": 8, "sampler": "dpmpp_3m", "steps": 7},
+    ]
+    yield lambda: [sample for fields in wanted for sample in ask(loop, **fields).samples]
+    loop.close()
+
+
+def state(runner: Runner, sample: Sample) -> Tensor:
+    """A copy of its x, wherever that is."""
+    x = sample.x if runner._graphs is None else runner._graphs.slots.x_of(sample)
+    assert x is not None
+    return x.clone()
+
+
+def finish(runner: Runner, samples: list[Sample]) -> list[Tensor]:
+    """Steps them together, each until it is done."""
+    runner.start(samples)
+    while left := [s for s in samples if not s.finished]:
+        assert runner.step(left) == []
+    return [state(runner, sample) for sample in samples]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -1,11 +1,13 @@
-"""The runner with graphs: on the CPU with a recorder that repeats calls, on a GPU with the real one."""
+"""Graphs of whole steps are made, checked and done without: on the CPU with a recorder that repeats calls, on a GPU
+with the real one. What they compute in any company is in `test_slots`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,97 +19,87 @@ from app.engine.request import Request, Sample
 from app.engine.runner import Runner
 from app.engine.served import Served
 from model.checkpoint import Checkpoint
-from model.cuda import CudaRecorder, Graphs
-from tests.app.engine.conftest import Metrics, until
+from model.cuda import CudaRecorder
+from model.rng import normals_of
+from model.sampling import apply_step
+from tests.app.engine.conftest import Metrics, equal, finish, graphed, record_by_repeating, until
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 Ask = Callable[..., Request]
+Samples = Callable[[], list[Sample]]
 
 
-def record_by_repeating(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    out = run()
-
-    def replay() -> None:
-        out.copy_(run())
-
-    return replay, out
-
-
-@pytest.fixture
-def samples(ask: Ask) -> Iterator[Callable[[], list[Sample]]]:
-    """The same 14 each time, of four requests."""
-    loop = asyncio.new_event_loop()
-    wanted = [
-        {"seed": 1, "n": 3, "sampler": "ddpm", "steps": 12, "label": 0},
-        {"seed": 2**63 + 5, "n": 2, "sampler": "ddim", "steps": 5, "eta": 0.7, "label": 2, "guidance_scale": 2.5},
-        {"seed": 3, "n": 1, "index": 7, "sampler": "dpmpp_2m", "steps": 6, "guidance_scale": 0.0},
-        {"seed": 4, "n": 8, "steps": 7},
-    ]
-    yield lambda: [sample for fields in wanted for sample in ask(loop, **fields).samples]
-    loop.close()
-
-
-def finish(runner: Runner, samples: list[Sample]) -> list[Tensor]:
-    """Steps them together, each until it is done."""
-    runner.start(samples)
-    while left := [s for s in samples if not s.finished]:
-        assert runner.step(left) == []
-    return [s.x for s in samples if s.x is not None]
-
-
-def graphed(checkpoint: Checkpoint, chunk: int) -> Runner:
-    """On the CPU, as on a GPU."""
-    runner = Runner(checkpoint, CPU, chunk)
-    runner._record = record_by_repeating
-    return runner
-
-
-def equal(some: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
-
-
-def test_graphs_change_no_image(checkpoint: Checkpoint, samples: Callable[[], list[Sample]]) -> None:
+def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Samples) -> None:
     runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
     runner.warm_up(8)
     plain.warm_up(8)
-    assert isinstance(runner._network, Graphs)
-    assert runner._network.rows == runner.sizes == plain.sizes
+    assert runner._graphs is not None
+    assert runner._graphs.rows == runner.sizes == plain.sizes
     assert equal(finish(runner, samples()), finish(plain, samples()))
 
 
-def test_nothing_but_graphs_runs(checkpoint: Checkpoint, samples: Callable[[], list[Sample]]) -> None:
+def test_nothing_but_graphs_runs_and_noise_only_where_it_is_needed(checkpoint: Checkpoint, samples: Samples) -> None:
     runner = Runner(checkpoint, CPU, 8)
     network = runner._network
-    calls = replays = 0
+    recorded: list[str] = []
+    replayed: list[str] = []
+    calls = 0
 
     def counted(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         nonlocal calls
         calls += 1
         return network(x, t, y)
 
-    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        def replay() -> None:
-            nonlocal replays
-            replays += 1
-            out.copy_(run())
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        kind = ("start", "silent", "noisy")[len(recorded) % 3]
+        recorded.append(kind)
 
-        out = run()
-        return replay, out
+        def replay() -> None:
+            replayed.append(kind)
+            run()
+
+        return replay
 
     runner._network, runner._record = counted, record
     runner.warm_up(8)
-    calls = replays = 0
+    runner.warm_up(19)
+    calls, replayed[:] = 0, []
+    runner.warm_up(19)
+    assert replayed == ["silent"] * 3
     finish(runner, samples())
-    assert calls == replays > 0
+    assert calls == len(replayed) - replayed.count("start") > 3
+    assert replayed[3:5] == ["start", "start"]
+    noisy = replayed.index("noisy")
+    assert "silent" in replayed[noisy:], "the last steps of ddpm are silent"
+    replayed.clear()
+    finish(runner, samples()[-8:])
+    assert replayed == ["start"] + ["silent"] * 7
 
 
-@pytest.mark.parametrize("after", [0, 3])
-@pytest.mark.parametrize("how", ["raises", "has no memory", "computes something else"])
-def test_without_a_graph_the_network_runs_as_ever_and_says_so_once(
+def skewed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: function(*args) + 1e-6
+
+
+def skewed_step(*args: Any) -> tuple[Tensor, Tensor]:
+    x, x0 = apply_step(*args)
+    return x, x0 + 1e-6
+
+
+WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "noise": lambda patch: patch.setattr("app.engine.graphs.normals_of", skewed(normals_of)),
+    "guidance": lambda patch: patch.setattr("app.engine.graphs.guided", lambda out, u, g: out),
+    "update": lambda patch: patch.setattr("app.engine.graphs.apply_step", skewed_step),
+}
+
+
+@pytest.mark.parametrize("after", [0, 4])
+@pytest.mark.parametrize("how", ["raises", "has no memory", "does nothing", *WRONG])
+def test_without_graphs_all_runs_as_ever_and_says_so_once(
     checkpoint: Checkpoint,
-    samples: Callable[[], list[Sample]],
+    samples: Samples,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     how: str,
     after: int,
 ) -> None:
@@ -115,7 +107,7 @@ def test_without_a_graph_the_network_runs_as_ever_and_says_so_once(
     plain.warm_up(8)
     recorded = 0
 
-    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def record(run: Callable[[], None]) -> Callable[[], None]:
         nonlocal recorded
         recorded += 1
         if recorded <= after:
@@ -124,28 +116,34 @@ def test_without_a_graph_the_network_runs_as_ever_and_says_so_once(
             raise torch.OutOfMemoryError("CUDA out of memory, said a test")
         if how == "raises":
             raise RuntimeError("operation not permitted when stream is capturing, said a test")
-        out = run()
-
-        def replay() -> None:
-            out.copy_(run() + 1e-6)
-
-        return replay, out
+        if how in WRONG:
+            WRONG[how](monkeypatch)
+            return record_by_repeating(run)
+        return lambda: None
 
     runner._record = record
-    network = runner._network
     with caplog.at_level(logging.WARNING):
         runner.warm_up(8)
     assert [(r.levelname, r.message) for r in caplog.records] == [
-        ("WARNING", "no CUDA graphs: the network runs without them, slower")
+        ("WARNING", "no CUDA graphs: steps run without them, slower")
     ]
-    assert runner._network is network
+    assert runner._graphs is None
     assert runner.sizes == plain.sizes
     assert equal(finish(runner, samples()), finish(plain, samples()))
 
 
-def test_what_does_not_fit_into_the_memory_is_not_used(
-    checkpoint: Checkpoint, samples: Callable[[], list[Sample]]
+def test_graphs_without_room_for_their_slots_are_done_without(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app.engine.runner.slots_for", lambda shape, chunk: 2**50)
+    runner = graphed(checkpoint, 8)
+    with caplog.at_level(logging.WARNING):
+        runner.warm_up(8)
+    assert [r.message for r in caplog.records] == ["no CUDA graphs: steps run without them, slower"]
+    assert runner._graphs is None
+
+
+def test_what_does_not_fit_into_the_memory_is_not_used(checkpoint: Checkpoint, samples: Samples) -> None:
     runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
     plain.warm_up(8)
     network = runner._network
@@ -202,46 +200,46 @@ def gpu(checkpoint: Checkpoint) -> Callable[[], Runner]:
 
 @cuda
 def test_on_a_gpu_every_number_of_rows_has_a_graph_and_no_image_depends_on_its_mates(
-    gpu: Callable[[], Runner], samples: Callable[[], list[Sample]], caplog: pytest.LogCaptureFixture
+    gpu: Callable[[], Runner], samples: Samples, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner, again = gpu(), gpu()  # that of a restarted server
     with caplog.at_level(logging.WARNING):
         runner.warm_up(64)
         again.warm_up(64)
     assert not caplog.records
-    assert isinstance(runner._network, Graphs)
-    assert runner._network.rows == runner.sizes == again.sizes
+    assert runner._graphs is not None
+    assert runner._graphs.rows == runner.sizes == again.sizes
     crowd = finish(runner, samples()[::-1])[::-1]
     assert equal(finish(again, samples()), crowd)
     for i, x in enumerate(crowd):
         assert torch.equal(finish(runner, samples()[i : i + 1])[0], x)
-    runner._network = runner._network.eager
+    runner._graphs = None
     assert equal(finish(runner, samples()), crowd)
 
 
 @cuda
 def test_on_a_gpu_a_graph_that_has_no_memory_is_done_without(
-    gpu: Callable[[], Runner], samples: Callable[[], list[Sample]], caplog: pytest.LogCaptureFixture
+    gpu: Callable[[], Runner], samples: Samples, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner, sound = gpu(), gpu()
     real, hoarded = CudaRecorder(), []
 
-    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        def greedy() -> Tensor:
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        def greedy() -> None:
             if torch.cuda.is_current_stream_capturing():
                 hoarded.append(torch.empty(2**46, dtype=torch.uint8, device=CUDA))  # 64 TiB
-            return run()
+            run()
 
         return real(greedy)
 
     runner._record = record
     with caplog.at_level(logging.WARNING):
         runner.warm_up(64)
-    assert [r.message for r in caplog.records] == ["no CUDA graphs: the network runs without them, slower"]
+    assert [r.message for r in caplog.records] == ["no CUDA graphs: steps run without them, slower"]
     assert not hoarded
-    assert not isinstance(runner._network, Graphs)
+    assert runner._graphs is None
     sound.warm_up(64)
-    assert isinstance(sound._network, Graphs), "and whoever comes next has graphs"
+    assert sound._graphs is not None, "and whoever comes next has graphs"
     assert equal(finish(runner, samples()), finish(sound, samples()))
 
 
@@ -286,4 +284,4 @@ def test_on_a_gpu_a_newcomer_is_captured_while_others_are_served_and_loaded(
         loader.join()
         engine.drain(0)
         assert engine.join(30)
-    assert isinstance(second.runner._network, Graphs)
+    assert second.runner._graphs is not None

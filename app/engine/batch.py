@@ -1,0 +1,62 @@
+"""What the host says of the samples of one step: a few numbers for each. Their states stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.engine.request import Sample
+from model.plan import COLUMNS, LIMITS
+
+Ints = NDArray[np.int64]
+G, LIMIT, S = (COLUMNS.index(name) for name in ("g", "limit", "s"))
+WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One row for each of N samples; thrown away after the step.
+
+    `t` and `y` [N] are what the network sees (y None where it has no classes), `plan` float64 [N, 10] the plans' rows,
+    `words` [N, 4] what the noise is drawn from (see `model.rng.normals_of`).
+    """
+
+    t: Ints
+    y: Ints | None
+    plan: NDArray[np.float64]
+    words: Ints
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Batch:
+        """For the next step of each."""
+        plans = [sample.request.plan for sample in samples]
+        rows = [plan.table[sample.step] for plan, sample in zip(plans, samples, strict=True)]
+        t = [plan.timesteps[sample.step] for plan, sample in zip(plans, samples, strict=True)]
+        y = None
+        if samples[0].request.classes is not None:
+            y = np.array([s.request.classes[s.i] for s in samples], np.int64)  # type: ignore[index]
+        return cls(np.array(t, np.int64), y, np.stack(rows), words_of(samples, [s.step + 1 for s in samples]))
+
+    @property
+    def noisy(self) -> NDArray[np.bool_]:
+        """Whose step adds noise [N]."""
+        return np.not_equal(self.plan[:, S], 0)
+
+    @property
+    def guided(self) -> NDArray[np.bool_]:
+        """Whose step takes two rows of the network, one of them for the null class [N]."""
+        return np.not_equal(self.plan[:, G], 1)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether anybody's x_0 has a dynamic limit."""
+        return bool((self.plan[:, LIMIT] == LIMITS.index("dynamic")).any())
+
+
+def words_of(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:
+    """What each one's noise of such a step (0: x_T) is drawn from, int64 [N, 4]: seed, low word first, index, step."""
+    seeds = [(s.request.seed, s.request.index + s.i, step) for s, step in zip(samples, steps, strict=True)]
+    return np.array([(seed & WORD, seed >> 32, i, step) for seed, i, step in seeds], np.int64).reshape(-1, 4)
