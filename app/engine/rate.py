@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 SMOOTHING = 0.1  # of the newest step in the running estimates
+MOST = 4.0  # times as long as expected that a step counts for: one that hung tells little of those after it
 
 
 class Rate:
@@ -22,8 +23,8 @@ class Rate:
     def observe(self, rows: int, seconds: float, full: int) -> None:
         """A step of `rows`, where `full` would have had place: a small batch tells of no slowness."""
         if 2 * rows > full or rows / seconds > self.rows_per_second:
-            self.step_seconds += SMOOTHING * (seconds - self.step_seconds)
+            self.step_seconds += SMOOTHING * (min(seconds, MOST * self.step_seconds) - self.step_seconds)
             # A mean of times: one of rates would hardly notice the steps that take long.
             row_seconds = 1 / self.rows_per_second
-            row_seconds += SMOOTHING * (seconds / rows - row_seconds)
+            row_seconds += SMOOTHING * (min(seconds / rows, MOST * row_seconds) - row_seconds)
             self.rows_per_second = 1 / row_seconds

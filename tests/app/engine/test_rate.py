@@ -21,6 +21,17 @@ def test_steps_that_take_long_count_for_as_long_as_they_take() -> None:
     assert 4 < rate.rows_per_second < 16, "32 rows in 4 s; the mean of the four rates is 60"
 
 
+def test_one_step_that_hangs_does_not_make_everybody_wait() -> None:
+    rate = Rate()
+    rate.begin(8, 0.01)
+    rate.observe(8, 4.0, 8)
+    assert rate.rows_per_second > 600, "800 before; an idle server would else refuse what it can do"
+    assert rate.step_seconds < 0.014
+    for _ in range(30):
+        rate.observe(8, 1.0, 8)
+    assert rate.rows_per_second < 10, "but those that go on being slow are believed"
+
+
 @pytest.mark.parametrize(("rows", "seconds", "known"), [(4, 1.0, 8), (4, 0.25, 8.42), (5, 1.0, 7.55)])
 def test_a_small_batch_tells_of_no_slowness(rows: int, seconds: float, known: float) -> None:
     rate = Rate()
