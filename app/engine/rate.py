@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 SMOOTHING = 0.1  # of the newest step in the running estimates
-MOST = 4.0  # times as long as expected that a step counts for: one that hung tells little of those after it
+MOST = 4.0  # times as long as expected that a step counts for: one that hung tells little of those after it,
+STALL_S = 0.1  # where it is more than this: a busy machine holds up short steps for longer, again and again
 
 
 class Rate:
@@ -23,8 +24,9 @@ class Rate:
     def observe(self, rows: int, seconds: float, full: int) -> None:
         """A step of `rows`, where `full` would have had place: a small batch tells of no slowness."""
         if 2 * rows > full or rows / seconds > self.rows_per_second:
-            self.step_seconds += SMOOTHING * (min(seconds, MOST * self.step_seconds) - self.step_seconds)
+            seconds = min(seconds, max(MOST * self.step_seconds, STALL_S))
+            self.step_seconds += SMOOTHING * (seconds - self.step_seconds)
             # A mean of times: one of rates would hardly notice the steps that take long.
             row_seconds = 1 / self.rows_per_second
-            row_seconds += SMOOTHING * (min(seconds / rows, MOST * row_seconds) - row_seconds)
+            row_seconds += SMOOTHING * (seconds / rows - row_seconds)
             self.rows_per_second = 1 / row_seconds

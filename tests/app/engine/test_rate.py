@@ -23,13 +23,21 @@ def test_steps_that_take_long_count_for_as_long_as_they_take() -> None:
 
 def test_one_step_that_hangs_does_not_make_everybody_wait() -> None:
     rate = Rate()
-    rate.begin(8, 0.01)
+    rate.begin(8, 0.05)
     rate.observe(8, 4.0, 8)
-    assert rate.rows_per_second > 600, "800 before; an idle server would else refuse what it can do"
-    assert rate.step_seconds < 0.014
+    assert rate.rows_per_second > 120, "160 before, 18 if it counted in full, and an idle server would refuse work"
+    assert rate.step_seconds < 0.066
     for _ in range(30):
         rate.observe(8, 1.0, 8)
     assert rate.rows_per_second < 10, "but those that go on being slow are believed"
+
+
+def test_stalls_of_short_steps_count_in_full() -> None:
+    rate = Rate()
+    rate.begin(8, 0.004)
+    for seconds in (0.004, 0.004, 0.004, 0.068) * 20:
+        rate.observe(8, seconds, 8)
+    assert 200 < rate.rows_per_second < 800, "32 rows in 80 ms"
 
 
 @pytest.mark.parametrize(("rows", "seconds", "known"), [(4, 1.0, 8), (4, 0.25, 8.42), (5, 1.0, 7.55)])
