@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ classifier's features.
 |---|---|---|---|---|---|---|
 """
 
+PICTURE = """
+![each of the first samples, its nearest training images by pixels, and those by features]({name})
+"""
+
 COMPARISON = """
 By sampler, steps and weights, each by the same command with the options of its row. "Held out" is the Fréchet distance
 of as many held-out images, and × how many times that the samples' is.
@@ -84,8 +89,10 @@ of as many held-out images, and × how many times that the samples' is.
 """
 
 
-def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint) -> str:
+def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint, picture: str | None = None) -> str:
     """What `training.evaluate` found, Markdown: the first result by itself, and a table of all where there are more.
+
+    `picture` is the file name of its samples' neighbours.
 
     Raises ValueError where one is of another checkpoint, or not by the first one's classifier. Raw weights are in the
     state that the run saved at the checkpoint's iteration, a file of its own.
@@ -98,6 +105,8 @@ def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint) -> str:
         if result["features"]["sha256"] != results[0]["features"]["sha256"]:
             raise ValueError("the evaluations are by different classifiers")
     text = headline(results[0])
+    if picture:
+        text += PICTURE.format(name=picture)
     return text + COMPARISON + "".join(map(comparison_row, results)) if len(results) > 1 else text
 
 
@@ -172,6 +181,14 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
     )
 
 
+def neighbours_picture(evaluation: Path, file: Path) -> str | None:
+    """Copies what `training.evaluate --neighbours` drew, if it did, to beside the checkpoint. Its name there."""
+    found = evaluation.with_name(f"{evaluation.stem}-neighbours.png")
+    if not found.is_file():
+        return None
+    return shutil.copyfile(found, file.with_name(f"{file.stem}-neighbours.png")).name
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.card", description="Write a checkpoint's model card.")
     parser.add_argument("checkpoint", help="a bundled checkpoint's name, or the path of a .safetensors file")
@@ -183,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         file = checkpoint.find(args.checkpoint)
         loaded = checkpoint.load(file)
         results = [json.loads(path.read_text()) for path in args.evaluation]
-        text = card(loaded, file, evaluation_text(results, loaded) if results else "")
+        picture = neighbours_picture(args.evaluation[0], file) if results else None
+        text = card(loaded, file, evaluation_text(results, loaded, picture) if results else "")
     except (CheckpointError, OSError, ValueError) as error:
         print(f"training.card: {error}", file=sys.stderr)
         return 2

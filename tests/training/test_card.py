@@ -87,7 +87,12 @@ def test_a_card_shows_bits_per_dimension_and_neighbours_where_they_were_asked_fo
     found = evaluation(file, bits_per_dim=bits, neighbours=nearest)
     (tmp_path / "a.json").write_text(json.dumps(found))
     assert card.main([str(file), "--evaluation", str(tmp_path / "a.json")]) == 0
+    assert "neighbours.png" not in file.with_suffix(".md").read_text()
+    (tmp_path / "a-neighbours.png").write_bytes(b"a picture")
+    assert card.main([str(file), "--evaluation", str(tmp_path / "a.json")]) == 0
+    assert (tmp_path / "blobs-neighbours.png").read_bytes() == b"a picture"
     text = file.with_suffix(".md").read_text()
+    assert "(blobs-neighbours.png)" in text
     assert "1.2346 ± 0.0100 bits per dimension on 300 held-out images" in text
     assert "500 samples are from the nearest of 6,000 training images" in text
     for name in ("pixels", "features"):
