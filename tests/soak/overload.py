@@ -12,7 +12,7 @@ from tests.soak.clients import REFUSALS, Siege
 from tests.soak.exchange import ask, message
 
 BODY = {"n": 16, "steps": 50}  # work for the engine; to say no to many small ones is work for the event loop
-TIME_OUTS = (10.0, 2.0)  # in turn
+TIME_OUTS = (10.0, 4.0)  # in turn; a full queue took 2.1 s on the slowest machine seen, whose speed changed by half
 IN_TIME = 0.99  # of what is admitted, but for that of the first LEARNING_S, has to be answered within its time-out
 LEARNING_S = 2.0  # in which the server sees how slow its steps become
 CONNECTIONS = 400  # no more than the server takes
