@@ -34,7 +34,7 @@ class Served:
         self.runs_on = {"device": runner.device.type, "runtime": runner.runtime, "precision": runner.precision}
         self.runner = runner
         self.scheduler, self.rate = Scheduler(max_rows), Rate()
-        # Made for every request anew they would take a fifth of what the event loop does for it.
+        # Made anew for every request they would keep the event loop busy for much of its time.
         self.plan = lru_cache(PLANS)(self._plan)  # of settings, and of ddpm's variance
         self.spent = 0.0  # seconds of the device, as `Turns` counts them
         self.warm = False
