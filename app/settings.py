@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=65_536,
-        description="most U-Net rows in a network call (it decides an image's last bits); 0 is 16 on a "
+        description="most U-Net rows in a network call (it decides an image's last bits); 0 is 32 on a "
         "CPU, 8 there from 10 million parameters on, up to 256 on a GPU",
     )
     api_keys_file: str = Field("", description="file of API keys (see app/access.py); with one, requests need a key")

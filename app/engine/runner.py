@@ -34,7 +34,7 @@ def best_chunk(network: UNet, device: torch.device) -> int:
     """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
     if device.type == "cuda":
         return gpu_chunk(network.config.image_size)
-    return 16 if sum(weights.numel() for weights in network.parameters()) < SMALL else 8
+    return 32 if sum(weights.numel() for weights in network.parameters()) < SMALL else 8
 
 
 class Runner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 from app.engine.request import Request, Sample
 
@@ -15,12 +16,15 @@ class Scheduler:
     """Every eighth step goes round robin over the requests, the others to those with the least left to do.
 
     Round robin keeps every request moving: each in turn gives one image to the batch, those furthest behind first,
-    until `max_rows` U-Net rows are full. Least work first lets a single image pass a crowd, and equal requests finish
-    one after another instead of all at the end. A request of 64 images never keeps a request of one waiting.
+    until the batch is full. Least work first lets a single image pass a crowd, and equal requests finish one after
+    another instead of all at the end. A request of 64 images never keeps a request of one waiting.
+
+    A batch has room for `usual_rows` U-Net rows, or for an image of each request if those are more, but never for more
+    than `max_rows`: a crowd waits less where all of it moves in larger steps, and nobody else has to bear them.
     """
 
     def __init__(self, max_rows: int) -> None:
-        self.max_rows = self._most_rows = max_rows
+        self.allow(max_rows, max_rows)
         self._shrunk = 0  # at which step
         self._turns: deque[Request] = deque()
         self._steps = 0
@@ -42,9 +46,10 @@ class Scheduler:
         """It has its answer: none of its samples runs again."""
         self._turns.remove(request)
 
-    def allow(self, rows: int) -> None:
-        """From now on a batch has at most so many."""
-        self.max_rows = self._most_rows = rows
+    def allow(self, usual: int, most: int) -> None:
+        """From now on a batch has so many rows, and for a crowd up to `most`."""
+        self.usual_rows = self.room = usual
+        self.max_rows = self._most_rows = most
 
     def shrink(self, rows: int) -> None:
         """A batch of `rows` was too large: half of it will do, until enough steps went well to try more again."""
@@ -52,11 +57,13 @@ class Scheduler:
         self._shrunk = self._steps
 
     def schedule(self) -> list[Sample]:
-        """The samples of the next step."""
+        """The samples of the next step, of at most `room` rows."""
         self._steps += 1
         if self.max_rows < self._most_rows and self._steps - self._shrunk > RECOVERY:
             self.max_rows = min(2 * self.max_rows, self._most_rows)
             self._shrunk = self._steps
+        crowd = sum(request.samples[0].rows for request in islice(self._turns, self.max_rows))
+        self.room = min(max(self.usual_rows, crowd), self.max_rows)
         return self._least_work_first() if self._steps % ROUND_ROBIN_EVERY else self._round_robin()
 
     def _least_work_first(self) -> list[Sample]:
@@ -64,7 +71,7 @@ class Scheduler:
         rows = 0
         for request in sorted(self._turns, key=lambda request: (request.work_left, request.number)):
             for sample in furthest_behind_first(request):
-                if rows + sample.rows > self.max_rows and batch:
+                if rows + sample.rows > self.room and batch:
                     return batch
                 batch.append(sample)
                 rows += sample.rows
@@ -83,7 +90,7 @@ class Scheduler:
             sample = next(queues[request], None)
             if sample is None:
                 spent.add(request)
-            elif rows + sample.rows > self.max_rows and batch:
+            elif rows + sample.rows > self.room and batch:
                 break
             else:
                 batch.append(sample)

@@ -25,7 +25,7 @@ class Served:
 
     What a checkpoint says of itself never changes; `runner`, `scheduler`, `rate` and `spent` are the engine's. It does
     not keep the checkpoint, which has the weights: those are the runner's to give back. `max_rows` is the most of a
-    step; 0 is as many as the warm-up finds good.
+    step; 0 is as many as the warm-up finds good: see `app.engine.knee`.
     """
 
     def __init__(self, checkpoint: Checkpoint, runner: Runner, max_rows: int) -> None:
@@ -46,7 +46,7 @@ class Served:
     def _warm_up(self) -> Iterator[None]:
         yield from self.runner.probe()
         if not self.scheduler.max_rows:
-            self.scheduler.allow((yield from knee(self.runner.warm_up, self.runner.chunk, self.runner.device.type)))
+            self.scheduler.allow(*(yield from knee(self.runner.warm_up, self.runner.chunk, self.runner.device.type)))
         rows, seconds = self.scheduler.max_rows, []
         for _ in range(WARM_UPS):
             started = time.monotonic()

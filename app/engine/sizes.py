@@ -13,6 +13,7 @@ from torch import Tensor
 
 GPU_CHUNK = 256
 GPU_POSITIONS = GPU_CHUNK * 32 * 32  # of larger images fewer fill a GPU, and its memory
+ALL = 16  # rows up to which a CPU tries all numbers: of more, few are filled up, and each try takes longer
 SINGLE = 32  # rows, at most, that a single image is filled up to where others agree on larger numbers only
 
 
@@ -23,9 +24,10 @@ def gpu_chunk(image_size: tuple[int, int]) -> int:
 
 
 def candidates(chunk: int, device: str) -> list[int]:
-    """What is tried, largest first: all numbers, but on a GPU, where each costs a graph, powers of two."""
+    """What is tried, largest first: all numbers, of the large ones every fourth; on a GPU, where each costs a graph,
+    powers of two."""
     if device != "cuda":
-        return list(range(chunk, 0, -1))
+        return [rows for rows in range(chunk, 0, -1) if rows <= ALL or rows % 4 == 0 or rows == chunk]
     return [chunk] + [2**i for i in range(chunk.bit_length(), -1, -1) if 2**i < chunk]
 
 

@@ -75,7 +75,7 @@ class Steps:
         ended = time.monotonic()
         self._measure(served, ended - started, len(batch), rows)
         # What comes between two steps delays everybody as the steps do.
-        served.rate.observe(rows, ended - (self._since or started), served.scheduler.max_rows)
+        served.rate.observe(rows, ended - (self._since or started), served.scheduler.room)
         self._since = ended
 
     def _replay(self, batch: list[Sample]) -> None:
@@ -104,7 +104,7 @@ class Steps:
             self._pending.answer(batch[0].request, OutOfMemory(message))
 
     def _measure(self, served: Served, seconds: float, samples: int, rows: int) -> None:
-        full = served.scheduler.max_rows
+        full = served.scheduler.room
         self._metrics.step_seconds.labels(served.name).observe(seconds)
         self._metrics.batch_rows.labels(served.name).observe(rows)
         self._metrics.batch_fill.labels(served.name).observe(rows / full)

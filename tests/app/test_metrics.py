@@ -69,11 +69,11 @@ def test_every_count_is_what_the_clients_saw(fresh: ServerProcess) -> None:
 
 def test_the_limit_of_a_batch_is_measured_and_changes_no_image(fresh: ServerProcess, server: ServerProcess) -> None:
     (told,) = [line for line in server.logs() if line["message"] == "batches measured"]
-    assert told["rows"] in (4, 8, 16)
-    assert set(told["milliseconds_per_row"]) == {"4", "8", "16"}
-    assert server.metric("ddpm_batch_rows_limit", model="grey") == told["rows"]
+    assert told["rows"] <= told["most"]
+    assert set(told["milliseconds_per_row"]) == {"8", "16", "32"} >= {str(told["rows"]), str(told["most"])}
+    assert server.metric("ddpm_batch_rows_limit", model="grey") == told["most"]
     caps = [process.client.get("/models").json()["models"][0]["batch_rows"] for process in (server, fresh)]
-    assert caps == [told["rows"], MAX_ROWS]
+    assert caps == [told["most"], MAX_ROWS]
     body = {"n": 11, "steps": 3, "seed": 5, "guidance_scale": 2}
     limited, measured = (process.client.post("/generate", json=body).content for process in (fresh, server))
     assert limited == measured

@@ -201,7 +201,7 @@ def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint)
 
 
 def test_a_small_network_gets_more_rows_in_a_call(checkpoint: Checkpoint) -> None:
-    assert best_chunk(checkpoint.network, CPU) == 16
+    assert best_chunk(checkpoint.network, CPU) == 32
     with torch.device("meta"):
         large = UNet(replace(checkpoint.config.unet, base_channels=128, channel_mults=(1, 2, 4)))
     assert best_chunk(large, CPU) == 8

@@ -78,6 +78,29 @@ def test_a_small_request_passes_a_crowd(ask: Callable[..., Request], loop: async
     assert not small.samples
 
 
+def test_a_crowd_has_a_place_each_up_to_the_most(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
+    scheduler = Scheduler(max_rows=4)
+    scheduler.allow(4, 8)
+    scheduler.add(ask(loop, seed=0, n=9, steps=50))
+    for present in range(1, 12):
+        assert sum(run_step(scheduler).values()) == scheduler.room == min(max(4, present), 8)
+        scheduler.add(ask(loop, seed=present, n=9, steps=50))
+    for request in list(scheduler)[3:]:
+        scheduler.remove(request)
+    assert len(run_step(scheduler)) == 1
+    assert scheduler.room == 4, "steps are short again when the crowd has gone"
+
+
+def test_a_guided_crowd_counts_twice(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
+    scheduler = Scheduler(max_rows=4)
+    scheduler.allow(4, 8)
+    for seed in range(3):
+        scheduler.add(ask(loop, seed=seed, n=2, guidance_scale=2.0))
+    assert len(scheduler.schedule()) == 3
+    scheduler.shrink(8)
+    assert len(scheduler.schedule()) == 2, "no room for them in memory"
+
+
 def test_a_batch_never_has_more_rows_than_fit_and_guidance_counts_twice(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:

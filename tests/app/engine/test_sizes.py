@@ -15,8 +15,9 @@ def test_the_larger_the_images_the_fewer_at_once_on_a_gpu(image_size: tuple[int,
     assert gpu_chunk(image_size) == rows
 
 
-def test_a_cpu_tries_every_number_and_a_gpu_powers_of_two() -> None:
+def test_a_cpu_tries_every_number_or_every_fourth_and_a_gpu_powers_of_two() -> None:
     assert candidates(5, "cpu") == [5, 4, 3, 2, 1]
+    assert candidates(26, "cpu") == [26, 24, 20, *range(16, 0, -1)]
     assert candidates(256, "cuda") == [256, 128, 64, 32, 16, 8, 4, 2, 1]
     assert candidates(100, "cuda") == [100, 64, 32, 16, 8, 4, 2, 1]
     assert candidates(1, "cpu") == candidates(1, "cuda") == [1]
