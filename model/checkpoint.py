@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from model.files import write_tensors
 from model.plan import SamplingDefaults, make_plan
 from model.unet import UNet, UNetConfig
 
@@ -99,16 +98,9 @@ class Checkpoint:
 
 def save(path: str | Path, weights: dict[str, Tensor], config: CheckpointConfig) -> None:
     """Writes a U-Net's state dict and its `config` atomically: a reader sees the old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    try:
-        data = json.loads(config.to_json())
-        data["sha256"] = _digest(data, tensors)
-        save_file(tensors, temporary, metadata={"ddpm": json.dumps(data, ensure_ascii=False)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    data = json.loads(config.to_json())
+    data["sha256"] = _digest(data, weights)
+    write_tensors(Path(path), weights, {"ddpm": json.dumps(data, ensure_ascii=False)})
 
 
 def find(name_or_path: str | Path) -> Path:
@@ -172,7 +164,7 @@ def _digest(data: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         kind = str(tensor.dtype).removeprefix("torch.")
         digest.update(json.dumps([name, kind, list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint
@@ -21,6 +20,7 @@ from model.blocks import ResBlock
 from model.checkpoint import Checkpoint
 from model.conversion import Weights
 from model.diffusion import DiffusionConfig
+from model.files import write_tensors
 from model.import_diffusers import DIFFUSERS, PREDICTIONS, norm_groups
 from model.unet import UNet, UNetConfig
 
@@ -71,7 +71,7 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         "unet/config.json": unet_json(config),
         "scheduler/scheduler_config.json": scheduler_json(source.config.diffusion),
     }
-    save_file(renamed(config, weights), folder / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", renamed(config, weights), {"format": "pt"})
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from model.files import write_tensors
 from training import inception
 from training.convnet import Classifier, ClassifierConfig
 from training.inception import Inception
@@ -73,15 +72,7 @@ def save(path: Path, network: Classifier, class_names: tuple[str, ...], provenan
     """Writes the file atomically. `provenance` holds "accuracy", in [0, 1], and whatever else people should know."""
     written = next(name for name, kind in NETWORKS.items() if type(network) is kind)
     metadata = {"format": written, "network": asdict(network.config), "class_names": class_names} | provenance
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, part, metadata={"classifier": json.dumps(metadata, ensure_ascii=False)})
-        os.replace(part, path)
-    except SafetensorError as error:  # its word for a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, network.state_dict(), {"classifier": json.dumps(metadata, ensure_ascii=False)})
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -116,6 +117,17 @@ def test_saving_replaces_the_old_file_and_leaves_nothing_else(tiny: UNet, config
         assert reader.read() == b"old"  # whoever reads the old file reads it to its end
     assert load(path).config == config
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_others_may_read_it_where_the_umask_lets_them(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            os.umask(umask)
+            save(path, tiny.state_dict(), config)
+            assert path.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
 
 
 def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing_else(
