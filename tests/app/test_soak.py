@@ -3,13 +3,17 @@ test_breakdowns.py; hostile requests and files in test_hostile.py, slow readers 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.app.conftest import CLASSES, GREY, write_checkpoint
-from tests.app.processes import ServerProcess
-from tests.soak.run import lay_siege
+from tests.app.processes import ROOT, ServerProcess, environment, wait_for
+from tests.soak.run import FAULTY, lay_siege
 from tests.soak.vanishing import let_vanish
 
 
@@ -35,3 +39,24 @@ def test_clients_that_vanish_at_any_moment_leave_nothing_behind(grey_checkpoint:
         findings = let_vanish(server, 60)
     assert not findings.wrong
     assert findings.numbers["cancels"] > 10
+
+
+def test_a_siege_that_is_told_to_end_leaves_no_server_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.soak", "mixed", "--results", "soak.json", "--report", "soak.md"]
+    siege = subprocess.Popen(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)))
+
+    def servers() -> list[int]:
+        children = Path(f"/proc/{siege.pid}/task/{siege.pid}/children").read_text().split()
+        return [int(child) for child in children if FAULTY in Path(f"/proc/{child}/cmdline").read_text()]
+
+    try:
+        wait_for(servers, "its server")
+        (server,) = servers()
+        time.sleep(1)  # the siege knows it by then
+        siege.terminate()
+        assert siege.wait(30) == 143
+        with pytest.raises(ProcessLookupError):
+            os.kill(server, 0)
+    finally:
+        siege.kill()
+        siege.wait()

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import logging
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -58,6 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and not without ending the servers
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every byte written to a server that hung up
     parts = report.read(args.results) if args.parts else {}
     for name in args.parts or PARTS:

@@ -32,6 +32,13 @@ def checkpoint(tiny: UNet) -> Checkpoint:
     return Checkpoint("tiny", "0" * 64, config, tiny)
 
 
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
 class HeldRunner(Runner):
     """The real runner. `hold()` stops it before its next step until `release(k)` lets k steps pass (or `free()` all);
     `fail` decides, from the samples of a step, whether it raises; `poison` which samples turn to NaN."""

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -40,13 +40,6 @@ from tests.networks import randomised
 CPU = torch.device("cpu")
 Samples = Callable[[], list[Sample]]
 Ask = Callable[..., Request]
-
-
-@pytest.fixture
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture

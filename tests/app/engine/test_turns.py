@@ -25,13 +25,6 @@ PORTIONS = CHUNK + WARM_UPS  # the whole chunk, and every smaller number of rows
 
 
 @pytest.fixture
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture
 def others(checkpoint: Checkpoint) -> list[Served]:
     return [Served(checkpoint, HeldRunner(checkpoint), max_rows=4) for _ in range(3)]
 
