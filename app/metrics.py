@@ -59,7 +59,7 @@ class EngineMetrics:
         )
         self.batch_rows = Histogram("ddpm_batch_rows", "U-Net rows in a step's batch.", model, buckets=ROWS, registry=r)
         self.batch_fill = Histogram(
-            "ddpm_batch_fill_ratio", "A batch's U-Net rows over the most it may have.", model, buckets=RATIO, registry=r
+            "ddpm_batch_fill_ratio", "A batch's U-Net rows over its room for them.", model, buckets=RATIO, registry=r
         )
         self.queue_seconds = Histogram(
             "ddpm_queue_seconds", "From admission to the first step of a request.", model, buckets=SECONDS, registry=r

@@ -139,8 +139,8 @@ class ModelCard(BaseModel):
     checkpoint: str = Field(description="SHA-256 of the checkpoint's file")
     runs_on: dict[str, str] = Field(description="device, runtime and precision; with others images differ a little")
     batch_rows: int | None = Field(
-        description="most network rows in a step: configured, or measured when it was warmed up; null until then. Less "
-        "for a while after the device had no memory"
+        description="most network rows in a step, for a crowd: configured, or measured when it was warmed up; null "
+        "until then. Less for a while after the device had no memory"
     )
     image_shape: list[int] = Field(description="channels, height, width", min_length=3, max_length=3)
     class_names: list[str]

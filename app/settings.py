@@ -67,7 +67,11 @@ class Settings(BaseSettings):
         description="most work admitted at once, in U-Net rows: images x steps, twice that with guidance",
     )
     max_batch_rows: int = Field(
-        0, ge=0, le=65_536, description="most U-Net rows in a step; 0 is as many as the warm-up finds to be worth it"
+        0,
+        ge=0,
+        le=65_536,
+        description="most U-Net rows in a step; 0 is as many as the warm-up finds to be worth it, and for a crowd as "
+        "many as gain anything",
     )
     chunk_rows: int = Field(
         0,

@@ -124,7 +124,7 @@ ROWS: dict[str, list[Graph]] = {
         ),
         Graph(
             "Batch fill",
-            "Rows of a mean batch over the most it may have. Low under load: requests come one by one.",
+            "Rows of a mean batch over its room for them. Low under load: requests come one by one.",
             "percentunit",
             [(mean("ddpm_batch_fill_ratio", "instance, model"), "{{model}} {{instance}}")],
         ),

@@ -59,7 +59,7 @@ def test_every_count_is_what_the_clients_saw(fresh: ServerProcess) -> None:
     assert metric(text, "ddpm_first_frame_seconds_count", model="grey") == 1  # a file's frames come all at once
     assert metric(text, "ddpm_encode_seconds_count") == 2 + events.count("frame") + 1 + 1  # and the final picture; gif
     assert metric(text, "ddpm_wasted_image_steps_total") == metric(text, "ddpm_cancel_seconds_count") == 0
-    # No guidance: a row is an image's step, and a batch's fill is its rows over the most.
+    # No guidance: a row is an image's step, and a batch's fill is its rows over those it had room for.
     assert metric(text, "ddpm_batch_rows_sum", model="grey") == metric(text, "ddpm_image_steps_total")
     assert metric(text, "ddpm_batch_rows_count") == metric(text, "ddpm_step_seconds_count")
     assert metric(text, "ddpm_batch_rows_limit", model="grey") == MAX_ROWS

@@ -1,8 +1,8 @@
 """Which scheduling policy? Arrivals replayed through the engine's real scheduler, and through others, in virtual time.
 
-    python -m tests.bench.policies [--threads 2] [--caps 4,8,16] [--out docs/serving]
+    python -m tests.bench.policies [--threads 2] [--caps 4,8,16,16-32] [--out docs/serving]
 
-No network runs but to measure how long a step of 1 … 16 images takes (by the real runner). Then a step of so many rows
+No network runs but to measure how long a step of 1 … 32 images takes (by the real runner). Then a step of so many rows
 takes that long in virtual time, and nothing else takes any. Loads are fractions of the best rate among the step times.
 The traces are the workloads of `tests.bench.serving`, long enough that p95 is steady.
 """
@@ -210,13 +210,13 @@ def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], s
                 scheduler.remove(request)
                 ended[i], done = now, done + 1
     latency = ended - np.array([a.at for a in trace])
-    cap = scheduler.max_rows
+    cap = scheduler.usual_rows
     alone = np.array([a.steps * (a.n // cap * step_s[cap] + step_s[a.n % cap]) for a in trace])
     return Outcome(latency, latency / alone, gap)
 
 
-def table(step_s: list[float], caps: list[int], requests: int) -> str:
-    """Markdown: one table for each workload, load and batch cap."""
+def table(step_s: list[float], caps: list[str], requests: int) -> str:
+    """Markdown: one table for each workload and load. A cap of two numbers, usual and most, is the engine's only."""
     diffusion = checkpoint.load("mnist").diffusion
     plans = {steps: make_plan(diffusion, "ddim", steps) for kinds in KINDS.values() for _, steps in kinds}
     capacity = max(rows / step_s[rows] for rows in range(1, len(step_s)))
@@ -231,8 +231,11 @@ def table(step_s: list[float], caps: list[int], requests: int) -> str:
                 "|---|---:|---:|---:|---:|---:|---:|",
             ]
             for cap in caps:
-                for name, policy in POLICIES.items():
-                    found = replay(policy(cap), trace, plans, step_s)
+                usual, *most = (int(rows) for rows in cap.split("-"))
+                for name, policy in list(POLICIES.items())[: 1 if most else None]:
+                    scheduler = policy(usual)
+                    scheduler.allow(usual, *most or [usual])
+                    found = replay(scheduler, trace, plans, step_s)
                     cells = [percentile(v, p) for v in (found.latency, found.slowdown) for p in (50, 95)]
                     cells.append(float(found.starved.max()))
                     lines.append(f"| {name} | {cap} | {' | '.join(f'{cell:.3g}' for cell in cells)} |")
@@ -246,7 +249,7 @@ def step_options(doc: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--threads", type=int, default=2)
     add("--seconds", type=float, default=10.0, help="for the step times")
-    add("--step_ms", help="step times for 1, 2, … images by commas, instead of measuring them")
+    add("--step_ms", help="step times instead of measuring them: of 1, 2, … images, or IMAGES:TIME,… and even between")
     add("--out", type=Path, help="folder that gets the page")
     return parser
 
@@ -254,7 +257,10 @@ def step_options(doc: str | None) -> argparse.ArgumentParser:
 def steps_of(args: argparse.Namespace, most: int) -> tuple[list[float], str]:
     """Seconds of a step with 0 … `most` images, as given or measured; and the same in words."""
     if args.step_ms:
-        step_s = [0.0, *(float(ms) / 1e3 for ms in args.step_ms.split(","))][: most + 1]
+        told = [pair.rpartition(":")[::2] for pair in args.step_ms.split(",")]
+        images = [int(number or place) for place, (number, _) in enumerate(told, 1)]
+        times_ms = np.interp(range(most + 1), [0, *images], [0.0, *(float(ms) for _, ms in told)])
+        step_s = [float(ms) / 1e3 for ms in times_ms]
     else:
         step_s = step_times(args.threads, most, args.seconds)
     times = ", ".join(f"{1e3 * s:.3g}" for s in step_s[1:])
@@ -272,17 +278,18 @@ def publish(text: str, folder: Path | None, name: str) -> None:
 
 def main() -> None:
     parser = step_options(__doc__)
-    parser.add_argument("--caps", default="4,8,16", help="batch caps (default: 4,8,16)")
+    parser.add_argument("--caps", default="4,8,16,16-32", help="batch caps (default: 4,8,16,16-32)")
     parser.add_argument("--requests", type=int, default=2000, help="in each trace")
     args = parser.parse_args()
-    caps = [int(cap) for cap in args.caps.split(",")]
-    step_s, times = steps_of(args, max(caps))
+    caps = args.caps.split(",")
+    step_s, times = steps_of(args, max(int(rows) for cap in caps for rows in cap.split("-")))
     text = f"""# Scheduling policies, compared
 
 `{shlex.join(["python", "-m", "tests.bench.policies", *sys.argv[1:]])}`, in virtual time.
 {times}
 Traces of {args.requests} requests, the same for all; slowdown is latency over what the request takes alone, starved is
-the longest time in which a request got no step. The cap is that of a step's images.
+the longest time in which a request got no step. The cap is that of a step's images; 16-32 is 16, and up to 32 for a
+crowd of as many requests.
 
 {table(step_s, caps, args.requests)}
 """
