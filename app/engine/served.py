@@ -47,7 +47,7 @@ class Served:
         yield from self.runner.probe()
         if not self.scheduler.max_rows:
             self.scheduler.allow(*(yield from knee(self.runner.warm_up, self.runner.chunk, self.runner.device.type)))
-        rows, seconds = self.scheduler.max_rows, []
+        rows, seconds = self.scheduler.usual_rows, []
         for _ in range(WARM_UPS):
             started = time.monotonic()
             self.runner.warm_up(rows)

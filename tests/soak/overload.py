@@ -21,7 +21,9 @@ PARTS = (0.5, 0.95, 0.99, 1.0)
 RECOVERY_S = 5.0  # after which it has to serve a small request as ever
 
 
-async def overload(siege: Siege, server: ServerProcess, seconds: float, queue: int) -> dict[str, float | str]:
+async def overload(
+    siege: Siege, server: ServerProcess, seconds: float, queue: int, in_time: float = IN_TIME
+) -> dict[str, float | str]:
     """What it measured, for the report; what must not be is written down with the siege. `queue` is the most U-Net rows
     that the server admits."""
     rate = server.metric("ddpm_expected_rows_per_second")
@@ -77,7 +79,7 @@ async def overload(siege: Siege, server: ServerProcess, seconds: float, queue: i
             f"only {sent} requests of {wanted * (ended - started):.0f} were sent",
         ),
         (
-            sum(kept[True]) < IN_TIME * len(kept[True]),
+            sum(kept[True]) < in_time * len(kept[True]),
             f"{kept[True].count(False)} of {len(kept[True])} were answered late",
         ),
         (not refusals, "nobody was refused"),

@@ -15,7 +15,7 @@ from tests.app.processes import ServerProcess, metric, wait_for
 from tests.soak.accounts import Balance, Findings, quantiles, told
 from tests.soak.clients import CANARY, Siege
 from tests.soak.exchange import PATIENCE, ask, message
-from tests.soak.overload import overload
+from tests.soak.overload import IN_TIME, overload
 from tests.soak.weights import Weights
 
 FAULTY = "tests.app.faulty_server"
@@ -31,9 +31,12 @@ def arguments(checkpoint: Path) -> list[str]:
     return ["--checkpoint", str(checkpoint), "--step-timeout-s", "10", *limits]
 
 
-def lay_siege(checkpoints: list[Path], seconds: float, overload_s: float, seed: int) -> Findings:
+def lay_siege(
+    checkpoints: list[Path], seconds: float, overload_s: float, seed: int, in_time: float = IN_TIME
+) -> Findings:
     """Mixed load for `seconds`, ten times too much for `overload_s`, then the accounts. The first checkpoint is served;
-    while it is, the others take its place and give it back. One server process, and a quiet one for each of them."""
+    while it is, the others take its place and give it back. One server process, and a quiet one for each of them.
+    `in_time` is the part of what an overload gets admitted that has to be answered within its time-out."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
         weights = Weights(Path(folder), checkpoints)
@@ -43,7 +46,7 @@ def lay_siege(checkpoints: list[Path], seconds: float, overload_s: float, seed: 
             balance = Balance(server)
             asyncio.run(_mixed_load(siege, weights, server, balance, seconds))
             if overload_s:
-                findings.numbers |= asyncio.run(overload(siege, server, overload_s, QUEUE))
+                findings.numbers |= asyncio.run(overload(siege, server, overload_s, QUEUE, in_time))
             balance.close(findings)
             asyncio.run(siege.look_at_canary("in the end"))
             _account_for_requests(server, siege, findings)
