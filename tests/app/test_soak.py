@@ -25,9 +25,8 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.slow
 def test_a_server_under_siege_answers_everyone_rightly(grey_checkpoint: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other.safetensors", GREY, CLASSES, seed=1)
-    findings = lay_siege(
-        [grey_checkpoint, other], seconds=5, overload_s=5, seed=0, in_time=0.5
-    )  # the machine may be a busy one
+    in_time = 0.5  # the machine may be a busy one
+    findings = lay_siege([grey_checkpoint, other], seconds=5, overload_s=5, seed=0, in_time=in_time)
     assert not findings.wrong
     assert findings.numbers["unanswered"] == 0
     assert any("made again" in name and not made.startswith("0,") for name, made in findings.numbers.items())
