@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
@@ -106,7 +105,7 @@ class RunDir:
             torch.save(state, self.path / "state.part")  # last: from here on a resume takes the above as done
             self._move("state.part", f"state-{iteration:07d}.pt")
             _flush(self.path)  # the names too, before older files go
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+        except (OSError, RuntimeError) as error:  # torch has its own for a full disk
             for part in self.path.glob("*.part"):
                 part.unlink()
             raise OSError(f"cannot save iteration {iteration} in {self.path} (is the disk full?): {error}") from error

@@ -259,6 +259,8 @@ def steps_of(args: argparse.Namespace, most: int) -> tuple[list[float], str]:
     if args.step_ms:
         told = [pair.rpartition(":")[::2] for pair in args.step_ms.split(",")]
         images = [int(number or place) for place, (number, _) in enumerate(told, 1)]
+        if images[-1] < most:
+            raise SystemExit(f"--step_ms ends at {images[-1]} images; {most} are needed")
         times_ms = np.interp(range(most + 1), [0, *images], [0.0, *(float(ms) for _, ms in told)])
         step_s = [float(ms) / 1e3 for ms in times_ms]
     else:
