@@ -23,9 +23,10 @@ from model.images import to_uint8
 from model.plan import make_plan
 from model.sampling import sample
 from tests.bench.policies import POLICIES, InOrder, replay
-from tests.bench.serving import generator, numbers, workloads
+from tests.bench.serving import generator, numbers, report, workloads
 from tests.bench.serving.backend import Backend
 from tests.bench.serving.contenders import CONTENDERS
+from tests.bench.serving.phases import Plan
 from tests.bench.serving.server import MARK, kill
 from tests.bench.serving.settings import Settings
 from tests.bench.serving.workloads import Arrival
@@ -118,6 +119,42 @@ def test_goodput_and_recovery() -> None:
     assert numbers.goodput(trace, records, deadline_s=2, until=6) == pytest.approx(2 * 20 / 4)
     assert numbers.recovery(trace, records, deadline_s=2, until=6) == pytest.approx(0.5)
     assert numbers.recovery(trace[:6], records[:6], deadline_s=2, until=6) == INF
+
+
+def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_path: Path) -> None:
+    """Three rounds of ours at 1, 2 and 9 s, of a peer at 4 s; the loop that they are compared with ran as fast as it
+    was told before, twice as fast, and half as fast."""
+    plan = Plan({"capacity": 100.0, "alone_s": {"1x10": 0.5, "1x20": 1, "1x50": 1, "1x200": 1, "16x20": 1}}, seconds=9)
+    naive = plan.naive | {"step_s": {"1": 0.01}, "knee": 1, "precision": "bf16", "checkpoint": "0" * 64}
+    traces = {name: trace for name, trace in plan.traces.items() if name.startswith(("mixed", "overload"))}
+    workloads.save(plan.traces, tmp_path / "traces.json")
+
+    def turn(seconds: float, pace: float) -> dict[str, Any]:
+        found = {name: [[200, None, seconds, 0.0, None] for _ in trace] for name, trace in traces.items()}
+        return found | {"capacity": {"uniform": 90.0}, "pace": [pace, pace]}
+
+    rounds = [
+        {"ours": turn(seconds, pace), "mosec": turn(4.0, pace), "bentoml": {"unavailable": "a | reason"}}
+        for seconds, pace in ((9.0, 100.0), (1.0, 200.0), (2.0, 50.0))
+    ]
+    results = {
+        "naive": naive | {"processor": "any", "torch": "any"},
+        "circumstances": {"date": "", "threads": 1, "cores": 1, "seconds": 9, "deadline_s": 10, "overload_s": 30},
+        "settings": {"mosec": [8, 5.0]},
+        "rounds": rounds,
+    }
+    report.write(results, {}, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| mixed steps: median latency | 0.5 (0.25–2.25) | ≤ 0.5 | met | mosec |" in text
+    assert "| mixed steps: p95 latency | 0.5 (0.25–2.25) | ≤ 1 | met | mosec |" in text
+    assert "| images/s through HTTP, saturated, of naive | 0.9 (0.45–1.8) | ≥ 0.95 | **not met** |  |" in text
+    assert "from\n  50 to 200" in text
+    count = 3 * len(traces["mixed steps"])
+    assert f"| 2000 | 2000 | 2000 | 2 | 4 | 0 of {count} |" in text
+    assert "| mosec (8, 5 ms) |" in text
+    assert "| BentoML | a / reason |" in text
+    assert "| LitServe | not measured |" in text
+    assert (tmp_path / "latency.png").stat().st_size > 10_000
 
 
 def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:

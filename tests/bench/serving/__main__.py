@@ -1,11 +1,12 @@
 """Our server and what people would use instead, under the same arrivals: measures, tables, plots.
 
-    python -m tests.bench.serving --out docs/serving                    # half an hour; the machine must be quiet
+    python -m tests.bench.serving --out docs/serving                    # an hour and a half; the machine must be quiet
     python -m tests.bench.serving --out docs/serving --sweep            # batch size × wait of each peer, ten minutes
     python -m tests.bench.serving --quick                               # does each contender give the right images?
     python -m tests.bench.serving --out docs/serving --only litserve    # one of them again
     python -m tests.bench.serving --out docs/serving --tables           # the tables and plots again, from results.json
 
+Contenders take turns, round after round, and between any two the naive loop shows what the machine gives just then.
 Each peer has a virtual environment DIR/NAME of its own under `--venvs DIR`, with peers/NAME.txt installed and this
 project's dependencies visible: `make bench` makes them. Where there is none, the Python that runs this must have it.
 """
@@ -43,12 +44,12 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-def measure_naive(told: Settings, seconds: float) -> dict[str, Any]:
+def measure_naive(told: Settings, seconds: float, *options: str) -> dict[str, Any]:
     """Runs `naive` in a process of its own. `seconds` for each batch size."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "naive.json"
         environment = os.environ | replace(told, wait_ms=1e3 * seconds, counter=f"{folder}/counter").variables()
-        command = [sys.executable, "-m", "tests.bench.serving.naive", str(result)]
+        command = [sys.executable, "-m", "tests.bench.serving.naive", str(result), *options]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
         found: dict[str, Any] = json.loads(result.read_text())
         return found
@@ -72,7 +73,8 @@ def options() -> argparse.Namespace:
     add("--threads", type=int, default=2, help="of torch, in every contender (default: 2)")
     add("--checkpoint", default="mnist")
     add("--only", default=",".join(CONTENDERS), help="contenders, by commas; the others keep what --out has of them")
-    add("--seconds", type=float, default=36.0, help="of the longest workload; the others are shares of it")
+    add("--seconds", type=float, default=24.0, help="of the longest workload; the others are shares of it")
+    add("--rounds", type=int, default=3, help="turns of every contender (default: 3)")
     add("--venvs", type=Path, help="folder of virtual environments, one for each peer")
     add("--sweep", action="store_true", help="only the sweep: batch size × wait of each peer")
     add("--quick", action="store_true", help="only: right images, and a few seconds of load")
@@ -106,7 +108,7 @@ def main() -> None:
     naive = measure_naive(told, 0.5 if args.quick else 4.0)
     if results and set(args.only) != set(CONTENDERS):  # the others ran at this load, so these do
         naive |= {key: results["naive"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
-        args.seconds = results["circumstances"]["seconds"]
+        args.seconds, args.rounds = results["circumstances"]["seconds"], len(results["rounds"])
     told = replace(told, rows=naive["knee"])
     say(f"capacity {naive['capacity']:.0f} image-steps/s at the knee, {naive['knee']} images; {naive['precision']}")
     plan = Plan(naive, 4.0 if args.quick else args.seconds)
@@ -131,25 +133,35 @@ def main() -> None:
         swept["naive"], swept["circumstances"] = without_pictures(naive), circumstances
         (args.out / "sweep.json").write_text(json.dumps(swept, indent=1))
         return
-    contenders: dict[str, Any] = results.get("contenders", {})
-    results = {"naive": without_pictures(naive), "circumstances": circumstances, "contenders": contenders}
-    for name in args.only:
-        contender = CONTENDERS[name]
-        chosen = tuned(told, name, swept)
-        say(contender.title + (f", batch {chosen.batch}, wait {chosen.wait_ms:g} ms" if contender.batching else ""))
-        course = Course(contender, python_of(contender, sys.executable, args.venvs), chosen, plan, say)
-        contenders[name] = course.run(args.quick) | {"batch": chosen.batch, "wait_ms": chosen.wait_ms}
-        if args.quick:
-            say(f"  pictures: {contenders[name].get('pictures')}")
-        else:
+    rounds: list[dict[str, Any]] = results.get("rounds", []) or [{} for _ in range(1 if args.quick else args.rounds)]
+    settings = results.get("settings", {})
+    results = {"naive": without_pictures(naive), "circumstances": circumstances, "settings": settings, "rounds": rounds}
+    for i, found in enumerate(rounds):
+        before = pace(told)
+        for name in args.only[:: 1 if i % 2 == 0 else -1]:  # there and back, so that nobody is always the first
+            contender = CONTENDERS[name]
+            chosen = tuned(told, name, swept)
+            settings[name] = [chosen.batch, chosen.wait_ms]
+            how = f", batch {chosen.batch}, wait {chosen.wait_ms:g} ms" if contender.batching else ""
+            say(f"round {i + 1}: {contender.title}{how}")
+            course = Course(contender, python_of(contender, sys.executable, args.venvs), chosen, plan, say)
+            found[name] = course.run(args.quick)
+            if args.quick:
+                say(f"  pictures: {found[name].get('pictures')}")
+                continue
+            after = pace(told)
+            say(f"  the naive loop before and after it: {before:.0f} and {after:.0f} image-steps/s")
+            found[name]["pace"], before = [before, after], after
             keep(results, plan, args.out)
     if args.quick:
-        failed = [name for name in args.only if "unavailable" in contenders[name]]
+        failed = [name for name in args.only if "unavailable" in rounds[0][name]]
         sys.exit(f"not available: {', '.join(failed)}" if failed else 0)
-    results["naive"]["capacity_after"] = measure_naive(told, 4.0)["capacity"]
-    say(f"capacity at the end: {results['naive']['capacity_after']:.0f} image-steps/s")
-    keep(results, plan, args.out)
     report.write(results, swept, args.out)
+
+
+def pace(told: Settings) -> float:
+    """Image-steps a second of the naive loop at the knee, just now."""
+    return float(measure_naive(told, 6.0, "--pace")["pace"])
 
 
 def keep(results: dict[str, Any], plan: Plan, out: Path) -> None:

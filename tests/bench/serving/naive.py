@@ -1,16 +1,17 @@
 """The yardstick: `model.sampling.sample` in a loop, without a server. Its rate at the knee batch is "capacity".
 
     python -m tests.bench.serving.naive RESULT
+    python -m tests.bench.serving.naive RESULT --pace
 
 The settings come from the environment, as those of the servers do. RESULT is JSON: seconds of a step by batch, knee,
-image-steps a second there, what single requests take alone, and the pictures that every contender must give.
+image-steps a second there, what single requests take alone, and the pictures that every contender must give. With
+--pace only `pace`, image-steps a second at the knee that the settings tell: it is taken between the contenders.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -28,21 +29,24 @@ CHECKED = [{"class_label": i % 10, "n": 1 + 3 * (i % 2), "seed": 100 + i, "steps
 
 
 def step_seconds(backend: Backend, rows: int, seconds: float) -> float:
-    """Of the loop at a batch: the median of runs of 10 steps."""
-    times: list[float] = []
+    """Of the loop at a batch: the mean of so many seconds, since a server too has a machine's slow moments."""
+    runs = 0
     backend.run([(0, i) for i in range(rows)], [0] * rows, 10)
-    while sum(times) < seconds or len(times) < 3:
-        started = time.perf_counter()
+    started = time.perf_counter()
+    while (taken := time.perf_counter() - started) < seconds or runs < 3:
         backend.run([(0, i) for i in range(rows)], [0] * rows, 10)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times) / 10
+        runs += 1
+    return taken / runs / 10
 
 
-def main(result: Path) -> None:
-    """Measures each batch for `wait_ms`."""
+def main(result: Path, pace: bool) -> None:
+    """Measures each batch for `wait_ms`, or only one."""
     told = settings()
     backend = Backend(told)
     seconds = told.wait_ms / 1e3
+    if pace:
+        result.write_text(json.dumps({"pace": told.rows / step_seconds(backend, told.rows, seconds)}))
+        return
     steps = {rows: step_seconds(backend, rows, seconds) for rows in BATCHES}
     rates = {rows: rows / taken for rows, taken in steps.items()}
     knee = min(rows for rows in BATCHES if rates[rows] >= ENOUGH * max(rates.values()))
@@ -66,4 +70,4 @@ def main(result: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "--pace" in sys.argv)

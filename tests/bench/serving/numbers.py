@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,15 @@ def summary(trace: Sequence[Arrival], records: Records, alone_s: dict[str, float
         "slow95": percentile(slow, 95),
         "failed": int((~whole).sum()),
         "requests": len(trace),
+    }
+
+
+def middle(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The summaries of several rounds: the median of each number, but the sum of what is counted."""
+    counted = ("failed", "requests")
+    return {
+        key: float((sum if key in counted else statistics.median)(one[key] for one in found))  # type: ignore[operator]
+        for key in found[0]
     }
 
 

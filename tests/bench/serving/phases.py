@@ -186,7 +186,7 @@ class Course:
 
 def compact(record: dict[str, Any]) -> list[Any]:
     """[status, first, done, late, error]; seconds since the intended arrival."""
-    times = [None if record[key] is None else round(record[key], 4) for key in ("first", "done", "late")]
+    times = [None if record[key] is None else round(record[key], 3) for key in ("first", "done", "late")]
     return [record["status"], *times, record["error"]]
 
 

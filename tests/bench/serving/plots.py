@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ STYLES = {name: {"color": f"C{i}", "linewidth": 2.5 if name == "ours" else 1.2} 
 
 
 def latency(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Path) -> None:
-    """Latency and slowdown of both mixed workloads: the share of requests that took longer."""
+    """Latency and slowdown of both mixed workloads, all rounds: the share of requests that took longer."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey=True, layout="constrained")
     for row, kind in zip(axes, ("mixed steps", "mixed n"), strict=True):
-        for name, result in results["contenders"].items():
-            if kind not in result:
+        for name in CONTENDERS:
+            ran = [found[name][kind] for found in results["rounds"] if kind in found.get(name, {})]
+            if not ran:
                 continue
-            slow = slowdowns(traces[kind], result[kind], results["naive"]["alone_s"])
-            for axis, values in zip(row, (latencies(result[kind]), slow), strict=True):
+            times = np.concatenate([latencies(records) for records in ran])
+            slow = np.concatenate([slowdowns(traces[kind], records, results["naive"]["alone_s"]) for records in ran])
+            for axis, values in zip(row, (times, slow), strict=True):
                 values = np.sort(values)
                 share = 1 - np.arange(len(values)) / len(values)
                 axis.plot(values, share, drawstyle="steps-post", label=CONTENDERS[name].title, **STYLES[name])
@@ -43,11 +46,15 @@ def overload(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Pa
     """Goodput over offered load, both as fractions of the naive loop's capacity."""
     where, capacity = results["circumstances"], results["naive"]["capacity"]
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for name, result in results["contenders"].items():
-        levels = [trace for trace in traces if trace.startswith("overload") and trace in result]
-        offered = [float(level.split()[1]) for level in levels]
-        good = [goodput(traces[x], result[x], where["deadline_s"], where["overload_s"]) / capacity for x in levels]
-        axis.plot(offered, good, marker="o", label=CONTENDERS[name].title, **STYLES[name])
+    for name in CONTENDERS:
+        offered, shares = [], []
+        for level in (trace for trace in traces if trace.startswith("overload")):
+            ran = [found[name][level] for found in results["rounds"] if level in found.get(name, {})]
+            good = [goodput(traces[level], records, where["deadline_s"], where["overload_s"]) for records in ran]
+            if good:
+                offered.append(float(level.split()[1]))
+                shares.append(statistics.median(good) / capacity)
+        axis.plot(offered, shares, marker="o", label=CONTENDERS[name].title, **STYLES[name])
     axis.plot([0.5, 1, 3], [0.5, 1, 1], color="grey", linestyle=":", label="as much as there is")
     axis.set(xlabel="offered load, of capacity", ylabel="goodput, of capacity", ylim=(0, None))
     axis.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from tests.bench.serving.numbers import (
     first_pictures,
     goodput,
     latencies,
+    middle,
     outcomes,
     percentile,
     recovery,
     score,
     summary,
 )
-from tests.bench.serving.workloads import Arrival, load
+from tests.bench.serving.workloads import Arrival, load, replace_time
 
 MIXED = ("mixed steps", "mixed n")
 TITLES = {
@@ -41,7 +43,7 @@ def write(results: Results, swept: Results, out: Path) -> None:
     sections = [_head(results), _bar(results, traces)]
     for name in ("uniform", *MIXED):
         sections.append(f"## {TITLES[name]}\n\n{_workload(results, traces, name)}")
-    sections += [_own(results, traces), _bursts(results, traces), _overload(results, traces), _frames(results, traces)]
+    sections += [_own(results, traces), _bursts(results, traces), _overload(results, traces), _frames(results)]
     sections += [_cancels(results), _idle(results), _sweep(swept)]
     (out / "README.md").write_text("\n\n".join(sections) + "\n")
 
@@ -61,22 +63,34 @@ def number(value: float, digits: int = 3) -> str:
 
 def title(name: str, results: Results) -> str:
     """In bold: ours; with the settings: those that batch."""
-    contender, found = CONTENDERS[name], results["contenders"][name]
-    if contender.batching:
-        return f"{contender.title} ({found['batch']}, {found['wait_ms']:g} ms)"
+    contender = CONTENDERS[name]
+    if contender.batching and name in results["settings"]:
+        batch, wait_ms = results["settings"][name]
+        return f"{contender.title} ({batch}, {wait_ms:g} ms)"
     return f"**{contender.title}**" if name == "ours" else contender.title
 
 
-def rows(results: Results, key: str, cells: Callable[[Any, str], list[str]], columns: int) -> list[list[str]]:
-    """One for each contender; where it has nothing under `key`, the reason."""
-    found = []
-    for name, result in results["contenders"].items():
-        if key in result:
-            found.append([title(name, results), *cells(result[key], name)])
+def turns(results: Results, name: str, key: str) -> list[Results]:
+    """What the contender measured in each round that it got as far as `key` in."""
+    return [found[name] for found in results["rounds"] if key in found.get(name, {})]
+
+
+def rows(results: Results, key: str, cells: Callable[[str, list[Results]], list[str]], columns: int) -> list[list[str]]:
+    """One for each contender; where it never got as far as `key`, the reason."""
+    lines = []
+    for name in CONTENDERS:
+        if found := turns(results, name, key):
+            lines.append([title(name, results), *cells(name, found)])
         else:
-            reason = result.get("unavailable", "not measured").replace("|", "/")[:160]
-            found.append([CONTENDERS[name].title, reason, *[""] * (columns - 1)])
-    return found
+            reasons = [found["unavailable"] for found in turns(results, name, "unavailable")]
+            reason = (reasons or ["not measured"])[-1].replace("|", "/")[:160]
+            lines.append([CONTENDERS[name].title, reason, *[""] * (columns - 1)])
+    return lines
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median, and between which they lie."""
+    return f"{number(statistics.median(ratios))} ({number(min(ratios))}–{number(max(ratios))})"
 
 
 def _head(results: Results) -> str:
@@ -88,7 +102,8 @@ def _head(results: Results) -> str:
             ["image-steps/s", *(number(int(n) / s) for n, s in naive["step_s"].items())],
         ],
     )
-    pictures = [r["pictures"] for r in results["contenders"].values() if "pictures" in r]
+    pictures = [turn["pictures"] for name in CONTENDERS for turn in turns(results, name, "pictures")]
+    paces = [pace for name in CONTENDERS for turn in turns(results, name, "pace") for pace in turn["pace"]]
     worst = max((p["mean_levels"] for p in pictures), default=0), max((p["far_share"] for p in pictures), default=0)
     return f"""# Serving, compared
 
@@ -99,9 +114,13 @@ of an {naive["processor"]}, no GPU; torch {naive["torch"]}, {where["threads"]} t
 
 - **Arrivals** are an open loop: the generator, a process of its own, does not wait for answers, and latencies count
   from the moment when a request was meant to be sent. All contenders get the same trace, seeds and all.
+- **Rounds**: contenders take turns, {len(results["rounds"])} of them. A number is the median of its rounds', counts are
+  sums; in brackets behind a ratio is what its rounds lie between.
 - **Capacity** is that of `model.sampling.sample` in a loop at its knee batch, {naive["knee"]} images, without a
-  server: {number(naive["capacity"])} image-steps/s before the run, and after it
-  {number(naive.get("capacity_after", math.nan))}. Loads are fractions of it.
+  server: {number(naive["capacity"])} image-steps/s before the run. Loads are fractions of it. Between any two
+  contenders the loop ran again, with a median of {number(statistics.median(paces))} image-steps/s, from
+  {number(min(paces))} to {number(max(paces))}: so steady was the machine. "Of naive" is over the loop's mean before and
+  after the contender's turn.
 - **Slowdown** is latency over what the naive loop takes for the request alone, the same for all.
 - A request without an answer took infinitely long (—) and counts in every percentile.
 - **Peers** run the same network function, weights, loop and precision, and group a batch by plan: see
@@ -114,41 +133,47 @@ of an {naive["processor"]}, no GPU; torch {naive["torch"]}, {where["threads"]} t
 {steps}"""
 
 
-def _summaries(results: Results, traces: Traces, name: str, trace: str | None = None) -> dict[str, dict[str, float]]:
+def _summaries(results: Results, traces: Traces, name: str) -> dict[str, list[dict[str, float]]]:
+    """By contender, of each of its rounds."""
     alone = results["naive"]["alone_s"]
-    return {
-        who: summary(traces[trace or name], result[name], alone)
-        for who, result in results["contenders"].items()
-        if name in result
-    }
+    found = {who: turns(results, who, name) for who in CONTENDERS}
+    return {who: [summary(traces[name], turn[name], alone) for turn in ran] for who, ran in found.items() if ran}
 
 
 def _bar(results: Results, traces: Traces) -> str:
     lines = []
     for name in MIXED:
-        found = _summaries(results, traces, name)
-        peers = {who: s for who, s in found.items() if CONTENDERS[who].batching}
-        if "ours" not in found or not peers:
+        rounds = _summaries(results, traces, name)
+        peers = {who: middle(found) for who, found in rounds.items() if CONTENDERS[who].batching}
+        if "ours" not in rounds or not peers:
             continue
+
+        def ratios(key: str, best: str, rounds: Results = rounds) -> list[float]:
+            return [ours[key] / theirs[key] for ours, theirs in zip(rounds["ours"], rounds[best], strict=False)]
+
         for key, (what, bar) in BARS.items():
             best = min(peers, key=lambda who: peers[who][key])
-            ratio = found["ours"][key] / peers[best][key]
-            lines.append(
-                [f"{name}: {what}", number(ratio), f"≤ {bar:g}", _verdict(ratio <= bar), CONTENDERS[best].title]
-            )
+            found = ratios(key, best)
+            met = _verdict(statistics.median(found) <= bar)
+            lines.append([f"{name}: {what}", spread(found), f"≤ {bar:g}", met, CONTENDERS[best].title])
         best = max(peers, key=lambda who: peers[who]["images_s"])
-        ratio = found["ours"]["images_s"] / peers[best]["images_s"]
-        lines.append([f"{name}: images/s", number(ratio), "≥ 1", _verdict(ratio >= 0.995), CONTENDERS[best].title])
-    ours, where = results["contenders"].get("ours", {}), results["circumstances"]
-    capacity = results["naive"]["capacity"]
-    ratios = {}
-    if "overload 2" in ours:
-        good = goodput(traces["overload 2"], ours["overload 2"], where["deadline_s"], where["overload_s"])
-        ratios["goodput at 2× overload over the naive loop's capacity"] = good / capacity
-        ratios["goodput at 2× overload over its own capacity"] = good / ours["capacity"]["uniform"]
-    if "capacity" in ours:
-        ratios["images/s through HTTP over the naive loop's, saturated"] = ours["capacity"]["uniform"] / capacity
-    lines += [[what, number(ratio), "≥ 0.95", _verdict(ratio >= 0.95), ""] for what, ratio in ratios.items()]
+        found = ratios("images_s", best)
+        met = _verdict(statistics.median(found) >= 0.995)
+        lines.append([f"{name}: images/s", spread(found), "≥ 1", met, CONTENDERS[best].title])
+    where, shares = results["circumstances"], {}
+    if ran := [turn for turn in turns(results, "ours", "overload 2") if "pace" in turn]:
+        trace, late, until = traces["overload 2"], where["deadline_s"], where["overload_s"]
+        good = [goodput(trace, turn["overload 2"], late, until) for turn in ran]
+        of_naive = [each / statistics.mean(turn["pace"]) for each, turn in zip(good, ran, strict=True)]
+        of_own = [each / turn["capacity"]["uniform"] for each, turn in zip(good, ran, strict=True)]
+        shares["goodput at 2× overload, of naive"] = of_naive
+        shares["goodput at 2× overload over its own capacity"] = of_own
+        own = [turn["capacity"]["uniform"] / statistics.mean(turn["pace"]) for turn in ran]
+        shares["images/s through HTTP, saturated, of naive"] = own
+    lines += [
+        [what, spread(found), "≥ 0.95", _verdict(statistics.median(found) >= 0.95), ""]
+        for what, found in shares.items()
+    ]
     head = ["at 75 % load, ours over the best batching peer's", "ratio", "bar", "", "the best peer"]
     return f"## The bar\n\n{table(head, lines)}\n\n![latency](latency.png)"
 
@@ -157,11 +182,11 @@ def _verdict(met: bool) -> str:
     return "met" if met else "**not met**"
 
 
-def _workload(results: Results, traces: Traces, name: str, trace: str | None = None) -> str:
-    found = _summaries(results, traces, name, trace)
+def _workload(results: Results, traces: Traces, name: str) -> str:
+    summaries = _summaries(results, traces, name)
 
-    def cells(_: Any, who: str) -> list[str]:
-        s = found[who]
+    def cells(who: str, _: list[Results]) -> list[str]:
+        s = middle(summaries[who])
         times = [number(1e3 * s[key]) for key in ("p50", "p95", "p99")]
         slow = [number(s["slow50"]), number(s["slow95"])]
         return [number(s["images_s"]), *times, *slow, f"{s['failed']:.0f} of {s['requests']:.0f}"]
@@ -173,33 +198,30 @@ def _workload(results: Results, traces: Traces, name: str, trace: str | None = N
 def _own(results: Results, traces: Traces) -> str:
     parts = []
     for kind in MIXED:
-        found = {}
-        for who, result in results["contenders"].items():
-            if f"own {kind}" in result:
-                stretch = results["naive"]["capacity"] / result["capacity"][kind]
-                trace = [Arrival(**{**a.__dict__, "at": a.at * stretch}) for a in traces[f"own {kind}"]]
-                found[who] = summary(trace, result[f"own {kind}"], results["naive"]["alone_s"])
 
-        def cells(_: Any, who: str, kind: str = kind, found: Results = found) -> list[str]:
-            s, own = found[who], results["contenders"][who]["capacity"][kind] / results["naive"]["capacity"]
-            return [
-                f"{own:.2f}",
-                number(s["images_s"]),
-                *(number(1e3 * s[key]) for key in ("p50", "p95")),
-                number(s["slow95"]),
-            ]
+        def cells(_: str, found: list[Results], kind: str = kind) -> list[str]:
+            summaries, owns = [], []
+            for turn in found:
+                stretch = results["naive"]["capacity"] / turn["capacity"][kind]
+                trace = [replace_time(a, a.at * stretch) for a in traces[f"own {kind}"]]
+                summaries.append(summary(trace, turn[f"own {kind}"], results["naive"]["alone_s"]))
+                owns.append(turn["capacity"][kind] / statistics.mean(turn["pace"]))
+            s = middle(summaries)
+            times = [number(1e3 * s[key]) for key in ("p50", "p95")]
+            return [spread(owns), number(s["images_s"]), *times, number(s["slow95"])]
 
-        head = [kind, "its capacity (naive: 1)", "images/s", "p50 ms", "p95 ms", "p95 slowdown"]
+        head = [kind, "its capacity, of naive", "images/s", "p50 ms", "p95 ms", "p95 slowdown"]
         parts.append(table(head, rows(results, f"own {kind}", cells, 5)))
     note = "Capacity is what a backlog of the workload runs at; each contender then gets 75 % of its own."
     return "\n\n".join(["## Each at 75 % of its own capacity", note, *parts])
 
 
 def _bursts(results: Results, traces: Traces) -> str:
-    found = _summaries(results, traces, "bursts")
+    summaries = _summaries(results, traces, "bursts")
 
-    def cells(_: Any, who: str) -> list[str]:
-        return [*(number(1e3 * found[who][key]) for key in ("p50", "p95", "p99")), number(found[who]["slow95"])]
+    def cells(who: str, _: list[Results]) -> list[str]:
+        s = middle(summaries[who])
+        return [*(number(1e3 * s[key]) for key in ("p50", "p95", "p99")), number(s["slow95"])]
 
     every = results["circumstances"]["seconds"] / 15
     note = f"Half of capacity, but the uniform requests of every {every:g} s come at one moment."
@@ -211,28 +233,28 @@ def _overload(results: Results, traces: Traces) -> str:
     where, capacity = results["circumstances"], results["naive"]["capacity"]
     late, until = where["deadline_s"], where["overload_s"]
     levels = [name for name in traces if name.startswith("overload")]
-
-    def good(name: str) -> Callable[[Any, str], list[str]]:
-        return lambda records, _: [f"{goodput(traces[name], records, late, until) / capacity:.2f}"]
-
     lines = []
-    for who, result in results["contenders"].items():
+    for who in CONTENDERS:
         line = [title(who, results)]
         for name in levels:
-            line += good(name)(result[name], who) if name in result else ["not measured"]
-        worst = [name for name in ("overload 2", "overload 3") if name in result]
+            good = [goodput(traces[name], turn[name], late, until) for turn in turns(results, who, name)]
+            line += [f"{statistics.median(good) / capacity:.2f}" if good else "not measured"]
+        worst = next((name for name in ("overload 2", "overload 3") if turns(results, who, name)), None)
         if worst:
-            records, trace = result[worst[0]], traces[worst[0]]
-            within = latencies([r for a, r in zip(trace, records, strict=True) if a.at < until and r[0] == 200])
-            refused, silent = outcomes([r for a, r in zip(trace, records, strict=True) if a.at < until])
-            back = recovery(trace, records, late, until)
-            line += [number(1e3 * percentile(within, 95)) if len(within) else "—"]
+            trace = traces[worst]
+            ran = [turn[worst] for turn in turns(results, who, worst)]
+            during = [[r for a, r in zip(trace, records, strict=True) if a.at < until] for records in ran]
+            answered = [latencies([r for r in records if r[0] == 200]) for records in during]
+            p95 = [percentile(within, 95) for within in answered if len(within)]
+            refused, silent = (statistics.median(share) for share in zip(*map(outcomes, during), strict=True))
+            back = max(recovery(trace, records, late, until) for records in ran)
+            line += [number(1e3 * statistics.median(p95)) if p95 else "—"]
             line += [f"{refused:.0%}", f"{silent:.0%}", number(back) if math.isfinite(back) else "not in time"]
         else:
             line += [""] * 4
         lines.append(line)
     head = ["goodput, of capacity", *(f"{name.split()[1]}×" for name in levels)]
-    head += ["at 2×: p95 ms of the answered", "refused", "given up", "recovery, s"]
+    head += ["at 2×: p95 ms of the answered", "refused", "given up", "longest recovery, s"]
     note = f"""Uniform requests, worth nothing after {late:g} s: then the client leaves. Goodput is the work of the
 images that came in time, from {late:g} s to {until:g} s after the start, over the naive loop's
 capacity. Recovery is counted from the end of the overload, at half of capacity, to the last request
@@ -242,11 +264,12 @@ they have a setting for it."""
     return f"## Overload\n\n{note}\n\n{table(head, lines)}\n\n![goodput](overload.png)"
 
 
-def _frames(results: Results, traces: Traces) -> str:
-    def cells(records: Any, who: str) -> list[str]:
-        first, whole = first_pictures(records), latencies(records)
-        times = [number(1e3 * percentile(v, p)) for v in (first, whole) for p in (50, 95)]
-        return ["5 frames" if CONTENDERS[who].stream else "the whole answer", *times]
+def _frames(results: Results) -> str:
+    def cells(who: str, found: list[Results]) -> list[str]:
+        pictures = [(first_pictures(turn["frames"]), latencies(turn["frames"])) for turn in found]
+        times = [[1e3 * percentile(of, p) for of in both for p in (50, 95)] for both in pictures]
+        medians = [number(statistics.median(column)) for column in zip(*times, strict=True)]
+        return ["5 frames" if CONTENDERS[who].stream else "the whole answer", *medians]
 
     note = """Uniform requests at half of capacity; who can shows five predictions of the image on the way.
 LitServe, Ray Serve and mosec have streams too; they are not used, as a batch is carried out plan
@@ -256,11 +279,12 @@ after plan in one call."""
 
 
 def _cancels(results: Results) -> str:
-    def cells(found: Any, who: str) -> list[str]:
-        wasted = found["computed"] - found["wanted"]
-        share = wasted / found["asked_of_those"] if found["asked_of_those"] else 0.0
-        metric = f"{found['metric']:.0f}" if "metric" in found else ""
-        return [f"{found['left']}", f"{found['asked_of_those']}", f"{wasted}", f"{share:.0%}", metric]
+    def cells(_: str, found: list[Results]) -> list[str]:
+        total = {key: sum(turn["cancels"][key] for turn in found) for key in found[0]["cancels"]}
+        wasted = total["computed"] - total["wanted"]
+        share = wasted / total["asked_of_those"] if total["asked_of_those"] else 0.0
+        metric = f"{total['metric']:.0f}" if "metric" in total else ""
+        return [f"{total['left']}", f"{total['asked_of_those']}", f"{wasted}", f"{share:.0%}", metric]
 
     note = "Mixed steps at half of capacity; every other client leaves early. Wasted is what was computed for nobody."
     head = ["", "clients that left", "image-steps they asked for", "wasted", "share", "by our metric"]
@@ -271,8 +295,8 @@ def _idle(results: Results) -> str:
     kinds = list(results["naive"]["alone_s"])
     naive = ["the naive loop", *(number(1e3 * results["naive"]["alone_s"][kind]) for kind in kinds)]
 
-    def cells(found: Any, who: str) -> list[str]:
-        return [number(1e3 * found[kind]) for kind in kinds]
+    def cells(_: str, found: list[Results]) -> list[str]:
+        return [number(1e3 * statistics.median(turn["idle_s"][kind] for turn in found)) for kind in kinds]
 
     head = ["ms", *(f"{k.split('x')[0]} of {k.split('x')[1]} steps" for k in kinds)]
     return f"## Alone on an idle server\n\n{table(head, [naive, *rows(results, 'idle_s', cells, len(kinds))])}"
