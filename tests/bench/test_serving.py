@@ -26,7 +26,7 @@ from tests.bench.policies import POLICIES, InOrder, replay
 from tests.bench.serving import generator, numbers, report, workloads
 from tests.bench.serving.backend import Backend
 from tests.bench.serving.contenders import CONTENDERS
-from tests.bench.serving.phases import Plan
+from tests.bench.serving.phases import Course, Plan
 from tests.bench.serving.server import MARK, kill
 from tests.bench.serving.settings import Settings
 from tests.bench.serving.workloads import Arrival
@@ -155,6 +155,19 @@ def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_
     assert "| BentoML | a / reason |" in text
     assert "| LitServe | not measured |" in text
     assert (tmp_path / "latency.png").stat().st_size > 10_000
+
+
+def test_only_the_workloads_that_were_asked_for_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are always verified; where nothing is left for the server that sheds, it is not started."""
+    went: list[tuple[int, int]] = []
+    monkeypatch.setattr(Course, "go", lambda self, told, tasks: went.append((told.queue, len(tasks))))
+    told = Settings(0, "mnist", 1, rows=2, batch=4, wait_ms=0, queue=1000, deadline_s=600, counter="")
+    plan = Plan({"capacity": 100.0, "alone_s": {"1x20": 1.0}}, seconds=9)
+    course = Course(CONTENDERS["ours"], sys.executable, told, plan, print)
+    course.run(False, ["mixed n", "backlog uniform"])
+    course.run(False, ["mixed n", "overload 2", "cancels"])
+    course.run(False)
+    assert went == [(1000, 3), (1000, 2), (plan.queue, 3), (1000, 12), (plan.queue, 6)]
 
 
 def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:

@@ -75,12 +75,16 @@ def options() -> argparse.Namespace:
     add("--only", default=",".join(CONTENDERS), help="contenders, by commas; the others keep what --out has of them")
     add("--seconds", type=float, default=24.0, help="of the longest workload; the others are shares of it")
     add("--rounds", type=int, default=3, help="turns of every contender (default: 3)")
+    add(
+        "--workloads", help="only these, by commas: idle, cancels, and the names in traces.json ('own' needs 'backlog')"
+    )
     add("--venvs", type=Path, help="folder of virtual environments, one for each peer")
     add("--sweep", action="store_true", help="only the sweep: batch size × wait of each peer")
     add("--quick", action="store_true", help="only: right images, and a few seconds of load")
     add("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
     args.only = args.only.split(",")
+    args.workloads = args.workloads and args.workloads.split(",")
     if unknown := set(args.only) - set(CONTENDERS):
         parser.error(f"no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
     if args.out is None and not args.quick:
@@ -105,7 +109,7 @@ def main() -> None:
         0, args.checkpoint, args.threads, rows=16, batch=1, wait_ms=0, queue=1000, deadline_s=600, counter=""
     )
     say("the naive loop")
-    naive = measure_naive(told, 0.5 if args.quick else 4.0)
+    naive = measure_naive(told, 0.5 if args.quick else 10.0)
     if results and set(args.only) != set(CONTENDERS):  # the others ran at this load, so these do
         naive |= {key: results["naive"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
         args.seconds, args.rounds = results["circumstances"]["seconds"], len(results["rounds"])
@@ -145,7 +149,7 @@ def main() -> None:
             how = f", batch {chosen.batch}, wait {chosen.wait_ms:g} ms" if contender.batching else ""
             say(f"round {i + 1}: {contender.title}{how}")
             course = Course(contender, python_of(contender, sys.executable, args.venvs), chosen, plan, say)
-            found[name] = course.run(args.quick)
+            found[name] = course.run(args.quick, args.workloads)
             if args.quick:
                 say(f"  pictures: {found[name].get('pictures')}")
                 continue

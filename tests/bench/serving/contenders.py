@@ -23,13 +23,15 @@ def _own_flags(told: Settings) -> list[str]:
 @dataclass(frozen=True)
 class Contender:
     """`package` is what it needs beside this project's own. `argv` follows the Python that has it. A batching one has
-    settings to sweep. `in_list` is one whose API takes and gives lists. `stream` is the path of its streams, if any."""
+    settings to sweep. `one_by_one`: no two requests run together. `in_list` is one whose API takes and gives lists.
+    `stream` is the path of its streams, if any."""
 
     name: str
     title: str
     argv: Callable[[Settings], list[str]]
     package: str = ""
     batching: bool = False
+    one_by_one: bool = False
     waits_ms: tuple[float, ...] = (50, 5)
     in_list: bool = False
     stream: str = ""
@@ -84,7 +86,7 @@ CONTENDERS = {
             stream="/diffusion-sequence",
             ours=True,
         ),
-        Contender("fastapi_lock", "FastAPI + lock", _module("fastapi_lock"), stream="/stream"),
+        Contender("fastapi_lock", "FastAPI + lock", _module("fastapi_lock"), one_by_one=True, stream="/stream"),
         Contender("litserve", "LitServe", _module("litserve"), "litserve", batching=True),
         Contender("rayserve", "Ray Serve", _module("rayserve"), "ray", batching=True),
         Contender(

@@ -45,7 +45,7 @@ class Plan:
         mixed = ("mixed steps", "mixed n")
         self.deadline_s = round(max(1.0, 10 * self.naive["alone_s"]["1x20"]), 1)
         self.queue = max(4, round(self.deadline_s * c / 20))  # uniform requests that can be done within the deadline
-        self.traces = {f"backlog {kind}": backlog(kind, c * s / 7, 1) for kind in KINDS}
+        self.traces = {f"backlog {kind}": backlog(kind, c * s / 2.5, 1) for kind in KINDS}
         self.traces["uniform"] = poisson("uniform", LOAD * c, s / 3, 2)
         for i, kind in enumerate(mixed):
             self.traces[kind] = poisson(kind, LOAD * c, s, 3 + i)
@@ -75,20 +75,23 @@ class Course:
     say: Say
     result: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, quick: bool) -> dict[str, Any]:
-        """All of it; where the server cannot be had, or breaks down, `unavailable` says why."""
+    def run(self, quick: bool, only: Sequence[str] | None = None) -> dict[str, Any]:
+        """All of it, or those workloads; where the server cannot be had, or breaks down, `unavailable` says why."""
         shed = replace(self.told, queue=self.plan.queue, deadline_s=self.plan.deadline_s)
         try:
             if quick:
                 self.go(self.told, [self.verify, self.of("mixed steps")])
                 return self.result
-            tasks = [self.verify, self.idle, *(self.capacity(kind) for kind in KINDS)]
-            tasks += [self.of(name) for name in ("uniform", "mixed steps", "mixed n", "bursts")]
-            tasks += [self.of("frames", streamed=True), self.own("mixed steps"), self.own("mixed n")]
-            self.go(self.told, tasks)
             late = self.plan.deadline_s
-            over = [self.of(f"overload {x:g}", patience_s=late, timeout_s=late) for x in self.plan.levels]
-            self.go(shed, [*over, self.cancels])
+            loads = {"idle": self.idle} | {f"backlog {kind}": self.capacity(kind) for kind in KINDS}
+            loads |= {name: self.of(name) for name in ("uniform", "mixed steps", "mixed n", "bursts")}
+            loads |= {"frames": self.of("frames", streamed=True)}
+            loads |= {f"own {kind}": self.own(kind) for kind in ("mixed steps", "mixed n")}
+            levels = [f"overload {x:g}" for x in self.plan.levels]
+            over = {name: self.of(name, patience_s=late, timeout_s=late) for name in levels} | {"cancels": self.cancels}
+            for told, tasks in ((self.told, loads), (shed, over)):
+                if chosen := [task for name, task in tasks.items() if only is None or name in only]:
+                    self.go(told, [self.verify, *chosen])
         except (Unavailable, subprocess.CalledProcessError, OSError, ValueError) as error:
             self.result["unavailable"] = str(error)
             self.say(f"  {error}")
@@ -152,6 +155,8 @@ class Course:
 
         def task(server: Server) -> bool:
             trace = self.plan.traces[f"backlog {kind}"]
+            if self.contender.one_by_one:  # a fraction shows it as well, and takes long enough
+                trace = trace[: max(6, len(trace) // 8)]
             records = server.run(trace, 10 * PATIENCE_S)
             done = [(a.work, r["done"]) for a, r in zip(trace, records, strict=True) if r["status"] == 200]
             rate = sum(work for work, _ in done) / max(at for _, at in done) if done else 0.0

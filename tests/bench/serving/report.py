@@ -89,7 +89,9 @@ def rows(results: Results, key: str, cells: Callable[[str, list[Results]], list[
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """The median, and between which they lie."""
+    """The median, and between which they lie if there are several."""
+    if len(ratios) == 1:
+        return number(ratios[0])
     return f"{number(statistics.median(ratios))} ({number(min(ratios))}–{number(max(ratios))})"
 
 
@@ -114,13 +116,12 @@ of an {naive["processor"]}, no GPU; torch {naive["torch"]}, {where["threads"]} t
 
 - **Arrivals** are an open loop: the generator, a process of its own, does not wait for answers, and latencies count
   from the moment when a request was meant to be sent. All contenders get the same trace, seeds and all.
-- **Rounds**: contenders take turns, {len(results["rounds"])} of them. A number is the median of its rounds', counts are
-  sums; in brackets behind a ratio is what its rounds lie between.
+- **Rounds**: {len(results["rounds"])}. Contenders take turns; a number is the median of its rounds', counts are sums,
+  and in brackets behind a ratio is what its rounds lie between.
 - **Capacity** is that of `model.sampling.sample` in a loop at its knee batch, {naive["knee"]} images, without a
-  server: {number(naive["capacity"])} image-steps/s before the run. Loads are fractions of it. Between any two
-  contenders the loop ran again, with a median of {number(statistics.median(paces))} image-steps/s, from
-  {number(min(paces))} to {number(max(paces))}: so steady was the machine. "Of naive" is over the loop's mean before and
-  after the contender's turn.
+  server: {number(naive["capacity"])} image-steps/s before the run. Loads are fractions of it. The loop ran again before
+  and after the contenders' turns, with a median of {number(statistics.median(paces))} image-steps/s, from
+  {number(min(paces))} to {number(max(paces))}: so steady was the machine. "Of naive" is over the mean of the two.
 - **Slowdown** is latency over what the naive loop takes for the request alone, the same for all.
 - A request without an answer took infinitely long (—) and counts in every percentile.
 - **Peers** run the same network function, weights, loop and precision, and group a batch by plan: see
@@ -161,7 +162,7 @@ def _bar(results: Results, traces: Traces) -> str:
         met = _verdict(statistics.median(found) >= 0.995)
         lines.append([f"{name}: images/s", spread(found), "≥ 1", met, CONTENDERS[best].title])
     where, shares = results["circumstances"], {}
-    if ran := [turn for turn in turns(results, "ours", "overload 2") if "pace" in turn]:
+    if ran := [turn for turn in turns(results, "ours", "overload 2") if {"pace", "capacity"} <= set(turn)]:
         trace, late, until = traces["overload 2"], where["deadline_s"], where["overload_s"]
         good = [goodput(trace, turn["overload 2"], late, until) for turn in ran]
         of_naive = [each / statistics.mean(turn["pace"]) for each, turn in zip(good, ran, strict=True)]
