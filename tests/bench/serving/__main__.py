@@ -104,18 +104,21 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.tables:
         return report.write(load(args.out / "results.json"), load(args.out / "sweep.json"), args.out)
-    results = load(args.out / "results.json") if args.out and not (args.quick or args.sweep) else {}
+    some = set(args.only) != set(CONTENDERS)
+    kept = load(args.out / "results.json") if args.out and some and not (args.quick or args.sweep) else {}
     told = Settings(
         0, args.checkpoint, args.threads, rows=16, batch=1, wait_ms=0, queue=1000, deadline_s=600, counter=""
     )
     say("the naive loop")
     naive = measure_naive(told, 0.5 if args.quick else 10.0)
-    if results and set(args.only) != set(CONTENDERS):  # the others ran at this load, so these do
-        naive |= {key: results["naive"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
-        args.seconds, args.rounds = results["circumstances"]["seconds"], len(results["rounds"])
+    if kept:  # the others ran at this load, so these do
+        naive |= {key: kept["naive"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
+        args.seconds, args.rounds = kept["circumstances"]["seconds"], len(kept["rounds"])
     told = replace(told, rows=naive["knee"])
     say(f"capacity {naive['capacity']:.0f} image-steps/s at the knee, {naive['knee']} images; {naive['precision']}")
     plan = Plan(naive, 4.0 if args.quick else args.seconds)
+    if unknown := set(args.workloads or ()) - {"idle", *plan.traces}:
+        sys.exit(f"no workload {', '.join(sorted(unknown))}; there are idle, {', '.join(plan.traces)}")
     circumstances = {
         "date": date.today().isoformat(),
         "threads": args.threads,
@@ -137,11 +140,11 @@ def main() -> None:
         swept["naive"], swept["circumstances"] = without_pictures(naive), circumstances
         (args.out / "sweep.json").write_text(json.dumps(swept, indent=1))
         return
-    rounds: list[dict[str, Any]] = results.get("rounds", []) or [{} for _ in range(1 if args.quick else args.rounds)]
-    settings = results.get("settings", {})
+    rounds: list[dict[str, Any]] = kept.get("rounds") or [{} for _ in range(1 if args.quick else args.rounds)]
+    settings = kept.get("settings", {})
     results = {"naive": without_pictures(naive), "circumstances": circumstances, "settings": settings, "rounds": rounds}
     for i, found in enumerate(rounds):
-        before = pace(told)
+        before = 0.0 if args.quick else pace(told)
         for name in args.only[:: 1 if i % 2 == 0 else -1]:  # there and back, so that nobody is always the first
             contender = CONTENDERS[name]
             chosen = tuned(told, name, swept)

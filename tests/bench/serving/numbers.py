@@ -49,11 +49,14 @@ def summary(trace: Sequence[Arrival], records: Records, alone_s: dict[str, float
 
 def middle(found: Sequence[dict[str, float]]) -> dict[str, float]:
     """The summaries of several rounds: the median of each number, but the sum of what is counted."""
+    columns = {key: [one[key] for one in found] for key in found[0]}
     counted = ("failed", "requests")
-    return {
-        key: float((sum if key in counted else statistics.median)(one[key] for one in found))  # type: ignore[operator]
-        for key in found[0]
-    }
+    return {key: sum(column) if key in counted else statistics.median(column) for key, column in columns.items()}
+
+
+def turns(results: dict[str, Any], name: str, key: str) -> list[dict[str, Any]]:
+    """What a contender measured in each round that it got as far as `key` in."""
+    return [found[name] for found in results["rounds"] if key in found.get(name, {})]
 
 
 def first_pictures(records: Records) -> np.ndarray:

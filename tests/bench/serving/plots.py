@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from tests.bench.serving.contenders import CONTENDERS
-from tests.bench.serving.numbers import goodput, latencies, slowdowns
+from tests.bench.serving.numbers import goodput, latencies, slowdowns, turns
 from tests.bench.serving.workloads import Arrival
 
 matplotlib.use("Agg")
@@ -24,7 +24,7 @@ def latency(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Pat
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey=True, layout="constrained")
     for row, kind in zip(axes, ("mixed steps", "mixed n"), strict=True):
         for name in CONTENDERS:
-            ran = [found[name][kind] for found in results["rounds"] if kind in found.get(name, {})]
+            ran = [turn[kind] for turn in turns(results, name, kind)]
             if not ran:
                 continue
             times = np.concatenate([latencies(records) for records in ran])
@@ -49,8 +49,8 @@ def overload(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Pa
     for name in CONTENDERS:
         offered, shares = [], []
         for level in (trace for trace in traces if trace.startswith("overload")):
-            ran = [found[name][level] for found in results["rounds"] if level in found.get(name, {})]
-            good = [goodput(traces[level], records, where["deadline_s"], where["overload_s"]) for records in ran]
+            ran = turns(results, name, level)
+            good = [goodput(traces[level], turn[level], where["deadline_s"], where["overload_s"]) for turn in ran]
             if good:
                 offered.append(float(level.split()[1]))
                 shares.append(statistics.median(good) / capacity)

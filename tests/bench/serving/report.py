@@ -20,6 +20,7 @@ from tests.bench.serving.numbers import (
     recovery,
     score,
     summary,
+    turns,
 )
 from tests.bench.serving.workloads import Arrival, load, replace_time
 
@@ -68,11 +69,6 @@ def title(name: str, results: Results) -> str:
         batch, wait_ms = results["settings"][name]
         return f"{contender.title} ({batch}, {wait_ms:g} ms)"
     return f"**{contender.title}**" if name == "ours" else contender.title
-
-
-def turns(results: Results, name: str, key: str) -> list[Results]:
-    """What the contender measured in each round that it got as far as `key` in."""
-    return [found[name] for found in results["rounds"] if key in found.get(name, {})]
 
 
 def rows(results: Results, key: str, cells: Callable[[str, list[Results]], list[str]], columns: int) -> list[list[str]]:
@@ -149,8 +145,10 @@ def _bar(results: Results, traces: Traces) -> str:
         if "ours" not in rounds or not peers:
             continue
 
-        def ratios(key: str, best: str, rounds: Results = rounds) -> list[float]:
-            return [ours[key] / theirs[key] for ours, theirs in zip(rounds["ours"], rounds[best], strict=False)]
+        def ratios(key: str, best: str, name: str = name) -> list[float]:
+            both = [found for found in results["rounds"] if all(name in found.get(who, {}) for who in ("ours", best))]
+            ours, theirs = (_summaries({**results, "rounds": both}, traces, name)[who] for who in ("ours", best))
+            return [one[key] / other[key] for one, other in zip(ours, theirs, strict=True)]
 
         for key, (what, bar) in BARS.items():
             best = min(peers, key=lambda who: peers[who][key])
