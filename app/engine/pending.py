@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 
 from app.engine.request import Answer, Frame, Mailbox, Request, post
+from app.engine.scheduler import steps_until_done
 from app.engine.served import Served
 from app.errors import DeadlineExceeded, Overloaded, ServiceError
 from app.metrics import EngineMetrics
@@ -49,20 +50,23 @@ class Pending:
             self._requests.add(request)
 
     def _ends_after(self, request: Request) -> float:
-        """Seconds. Its own steps last as long as the batches that it shares; where they are full, each of the others
-        delays it by at most its own work. Checkpoints share the device, so each of the others delays this one's by at
-        most as much as that takes alone."""
-        ahead, rows, alone = 0.0, request.rows, request.seconds_left
+        """Seconds. Those with less work left go first, then its own rows take the places that are free; a step lasts as
+        long as the batch that it shares. Checkpoints share the device, so each request for another delays this one by
+        at most as much as this takes alone."""
+        same: list[Request] = []
         elsewhere: defaultdict[Served, float] = defaultdict(float)
         for other in self._requests:
             if other.served is request.served:
-                ahead += min(other.seconds_left, alone)
-                rows += other.rows
+                same.append(other)
             else:
                 elsewhere[other.served] += other.seconds_left
-        full = request.served.scheduler.max_rows
-        step = min(rows, full) / request.served.rate.rows_per_second
-        own = max(alone, len(request.plan) * step) + (ahead if rows > full else 0)
+        scheduler = request.served.scheduler
+        room = scheduler.room_for(sum(other.rows // other.n for other in (*same, request)))
+        rows = sum(other.rows for other in same) + request.rows
+        before = sorted((other.work_left, other.rows) for other in same if other.work_left <= request.work_left)
+        jobs = [*((rows, work / rows) for work, rows in before), (request.rows, len(request.plan))]
+        step = min(rows, room) / request.served.rate.rows_per_second
+        own = max(request.seconds_left, steps_until_done(jobs, room) * step)
         return own + sum(min(seconds, own) for seconds in elsewhere.values())
 
     def _seconds(self) -> float:

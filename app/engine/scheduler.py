@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from heapq import heappush, heapreplace
 from itertools import islice
 
 from app.engine.request import Request, Sample
@@ -56,6 +57,10 @@ class Scheduler:
         self.max_rows = max(1, min(rows, self.max_rows) // 2)
         self._shrunk = self._steps
 
+    def room_for(self, crowd: int) -> int:
+        """The rows of a batch where an image of each request has `crowd` of them together."""
+        return min(max(self.usual_rows, crowd), self.max_rows)
+
     def schedule(self) -> list[Sample]:
         """The samples of the next step, of at most `room` rows."""
         self._steps += 1
@@ -63,7 +68,7 @@ class Scheduler:
             self.max_rows = min(2 * self.max_rows, self._most_rows)
             self._shrunk = self._steps
         crowd = sum(request.samples[0].rows for request in islice(self._turns, self.max_rows))
-        self.room = min(max(self.usual_rows, crowd), self.max_rows)
+        self.room = self.room_for(crowd)
         return self._least_work_first() if self._steps % ROUND_ROBIN_EVERY else self._round_robin()
 
     def _least_work_first(self) -> list[Sample]:
@@ -97,6 +102,26 @@ class Scheduler:
                 rows += sample.rows
             self._turns.rotate(-1)
         return batch
+
+
+def steps_until_done(jobs: Iterable[tuple[int, float]], places: int) -> float:
+    """Steps until the last of `jobs`, (rows, steps each), has ended in batches of `places` rows.
+
+    Each row in turn takes the place that is free first: list scheduling (Graham 1966), which is what least work first
+    comes to where nobody else arrives.
+    """
+    free, end = [(0.0, places)], 0.0  # since which step, how many
+    for rows, steps in jobs:
+        while rows:
+            since, there = free[0]
+            taken, end = min(rows, there), since + steps
+            if taken == there:
+                heapreplace(free, (end, taken))
+            else:
+                free[0] = since, there - taken
+                heappush(free, (end, taken))
+            rows -= taken
+    return end
 
 
 def furthest_behind_first(request: Request) -> list[Sample]:

@@ -4,8 +4,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
+import pytest
+
 from app.engine.request import Request
-from app.engine.scheduler import Scheduler
+from app.engine.scheduler import Scheduler, steps_until_done
 
 
 def run_step(scheduler: Scheduler) -> Counter[int]:
@@ -120,6 +123,36 @@ def test_images_of_a_request_stay_within_one_step_of_each_other(
         run_step(scheduler)
         steps = [sample.step for sample in request.samples]
         assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_rows_take_the_places_that_are_free_first() -> None:
+    assert steps_until_done([(1, 20)], 4) == 20
+    assert steps_until_done([(1, 3), (1, 8), (2, 20), (1, 20)], 4) == 23
+    assert steps_until_done([(1, 3), (1, 8), (2, 20), (1, 20), (1, 20)], 4) == 28
+    assert steps_until_done([(1, 3), (1, 8), (2, 20), (2, 20)], 4) == 28, "the last of its rows"
+    assert steps_until_done([(10, 5)], 4) == 15
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_promised_is_what_the_schedule_gives(
+    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    scheduler = Scheduler(max_rows=8)
+    asked = sorted(
+        (int(steps), int(n)) for steps, n in zip(rng.integers(5, 60, 12), rng.integers(1, 12, 12), strict=True)
+    )
+    for steps, n in asked:
+        scheduler.add(ask(loop, n=n, steps=steps))
+    requests = sorted(scheduler, key=lambda request: (request.work_left, request.number))
+    promised = [steps_until_done([(r.n, len(r.plan)) for r in requests[: i + 1]], 8) for i in range(len(requests))]
+    ended: dict[Request, int] = {}
+    for step in range(1, 5000):
+        run_step(scheduler)
+        ended |= {request: step for request in requests if not request.samples and request not in ended}
+    for request, steps in zip(requests, promised, strict=True):
+        assert ended[request] <= 8 / 7 * steps + 9, "an eighth of the steps goes round robin"
+    assert ended[requests[-1]] >= 0.8 * promised[-1], "its images go in turn, which wastes fewer places"
 
 
 def test_nothing_to_do_is_an_empty_batch() -> None:

@@ -225,8 +225,26 @@ def test_a_requests_own_steps_last_as_long_as_the_batches_that_it_shares(
     admit: Callable[[float], None] = lambda timeout_s: pending.admit(  # noqa: E731
         ask(loop, served=served, n=1, steps=20, timeout_s=timeout_s)
     )
-    for present, seconds in enumerate((0.5, 1.0, 1.5, 2.0, 2.0 + 4 * 0.5, 2.0 + 5 * 0.5)):
+    for present, seconds in enumerate((0.5, 1.0, 1.5, 2.0, 4.0, 4.0)):  # four places, and whoever comes later waits
         with pytest.raises(DeadlineExceeded):
             admit(seconds / 0.85 - 0.05)
         admit(seconds / 0.85 + 0.05)
         assert len(pending) == present + 1
+
+
+def test_a_request_waits_for_the_first_place_and_not_for_all_that_goes_before(
+    others: list[Served], metrics: Metrics, ask: Ask, loop: asyncio.AbstractEventLoop
+) -> None:
+    pending, served = Pending(metrics, max_work=1_000_000), others[0]  # four rows in a full batch
+    served.rate.rows_per_second = 40.0
+    there = [ask(loop, served=served, n=1, steps=20, timeout_s=900) for _ in range(4)]
+    for request, left in zip(there, (3, 8, 20, 20), strict=True):
+        pending.admit(request)
+        request.work_left = left
+    pending.admit(ask(loop, served=served, n=4, steps=100, timeout_s=900))  # more to do: it goes after the new one
+    with pytest.raises(DeadlineExceeded):
+        pending.admit(ask(loop, served=served, n=1, steps=20, timeout_s=2.3 / 0.85 - 0.05))
+    pending.admit(ask(loop, served=served, n=1, steps=20, timeout_s=2.3 / 0.85 + 0.05))  # 3 steps, and its own 20
+    with pytest.raises(DeadlineExceeded):
+        pending.admit(ask(loop, served=served, n=1, steps=20, timeout_s=2.8 / 0.85 - 0.05))
+    pending.admit(ask(loop, served=served, n=1, steps=20, timeout_s=2.8 / 0.85 + 0.05))  # 8, and 20

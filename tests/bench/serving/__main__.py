@@ -5,10 +5,14 @@
     python -m tests.bench.serving --quick                               # does each contender give the right images?
     python -m tests.bench.serving --out docs/serving --only litserve    # one of them again
     python -m tests.bench.serving --out docs/serving --tables           # the tables and plots again, from results.json
+    python -m tests.bench.serving --out OUT --step_ms 1:20,8:47,32:143  # every call of the network takes that long
 
 Contenders take turns, round after round, and between any two the naive loop shows what the machine gives just then.
 Each peer has a virtual environment DIR/NAME of its own under `--venvs DIR`, with peers/NAME.txt installed and this
 project's dependencies visible: `make bench` makes them. Where there is none, the Python that runs this must have it.
+
+With --step_ms the network's calls are held until so many milliseconds are over (of so many rows, and evenly between),
+for a host that is shared: as long as they are longer than the calls themselves, the machine is as fast for everybody.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,6 +38,7 @@ from tests.bench.serving.numbers import score
 from tests.bench.serving.phases import Course, Plan, sweep
 from tests.bench.serving.server import ROOT
 from tests.bench.serving.settings import Settings
+from tests.bench.serving.steady import read
 from tests.bench.serving.workloads import save
 
 SWEPT_BATCHES = (4, 8, 16)
@@ -79,6 +85,8 @@ def options() -> argparse.Namespace:
         "--workloads", help="only these, by commas: idle, cancels, and the names in traces.json ('own' needs 'backlog')"
     )
     add("--venvs", type=Path, help="folder of virtual environments, one for each peer")
+    add("--settings", type=Path, help="a sweep.json, for the peers' settings (default: that in --out)")
+    add("--step_ms", type=read, default=(), help="ROWS:MS,…: what the network's calls take, at least")
     add("--sweep", action="store_true", help="only the sweep: batch size × wait of each peer")
     add("--quick", action="store_true", help="only: right images, and a few seconds of load")
     add("--tables", action="store_true", help="measure nothing")
@@ -109,6 +117,7 @@ def main() -> None:
     told = Settings(
         0, args.checkpoint, args.threads, rows=16, batch=1, wait_ms=0, queue=1000, deadline_s=600, counter=""
     )
+    told = replace(told, step_ms=args.step_ms)
     say("the naive loop")
     naive = measure_naive(told, 0.5 if args.quick else 10.0)
     if kept:  # the others ran at this load, so these do
@@ -126,10 +135,12 @@ def main() -> None:
         "seconds": plan.seconds,
         "deadline_s": plan.deadline_s,
         "overload_s": plan.overload_s,
+        "step_ms": args.step_ms,
+        "command": shlex.join(["python", "-m", "tests.bench.serving", *sys.argv[1:]]),
     }
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    swept = load(args.out / "sweep.json") if args.out else {}
+    swept = load(args.settings or args.out / "sweep.json") if args.settings or args.out else {}
     if args.sweep:
         for name in args.only:
             contender = CONTENDERS[name]

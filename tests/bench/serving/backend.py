@@ -28,6 +28,7 @@ from model.inference import best_precision, compile_for_inference
 from model.plan import Plan, make_plan
 from model.sampling import sample
 from tests.bench.serving.settings import SAMPLER, Settings
+from tests.bench.serving.steady import held
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ class Backend:
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(told.threads,))
         self.told, self.checkpoint = told, checkpoint.load(told.checkpoint)
         self.precision = best_precision(CPU)
-        self.network = compile_for_inference(self.checkpoint.network, CPU, self.precision)
+        self.network = held(compile_for_inference(self.checkpoint.network, CPU, self.precision), told)
         self.plans: dict[int, Plan] = {}
         self.steps_done = 0
         for rows in {1, told.rows}:

@@ -75,7 +75,7 @@ CONTENDERS = {
         Contender(
             "ours",
             "python -m app",
-            lambda told: ["-m", "app", *_own_flags(told)],
+            lambda told: ["-m", f"{PEERS}.ours" if told.step_ms else "app", *_own_flags(told)],
             stream="/diffusion-sequence",
             ours=True,
         ),

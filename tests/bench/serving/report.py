@@ -102,14 +102,18 @@ def _head(results: Results) -> str:
     )
     pictures = [turn["pictures"] for name in CONTENDERS for turn in turns(results, name, "pictures")]
     paces = [pace for name in CONTENDERS for turn in turns(results, name, "pace") for pace in turn["pace"]]
+    calls = [turn["calls"] for name in CONTENDERS for turn in turns(results, name, "calls")]
+    command = where.get("command", "python -m tests.bench.serving --out docs/serving")
+    steady = _steady(where["step_ms"], calls) if calls else ""
     worst = max((p["mean_levels"] for p in pictures), default=0), max((p["far_share"] for p in pictures), default=0)
     return f"""# Serving, compared
 
-`python -m tests.bench.serving --out docs/serving` made this page on {where["date"]}. Machine: {where["cores"]} cores
+`{command}` made this page on {where["date"]}. Machine: {where["cores"]} cores
 of an {naive["processor"]}, no GPU; torch {naive["torch"]}, {where["threads"]} threads in every contender,
 {naive["precision"]}, checkpoint {naive["checkpoint"][:8]}…, DDIM without guidance. Everything that was sent is in
 `traces.json`, every answer's times in `results.json`.
 
+{steady}\
 - **Arrivals** are an open loop: the generator, a process of its own, does not wait for answers, and latencies count
   from the moment when a request was meant to be sent. All contenders get the same trace, seeds and all.
 - **Rounds**: {len(results["rounds"])}. Contenders take turns; a number is the median of its rounds', counts are sums,
@@ -128,6 +132,19 @@ of an {naive["processor"]}, no GPU; torch {naive["torch"]}, {where["threads"]} t
   than two.
 
 {steps}"""
+
+
+def _steady(step_ms: Sequence[Sequence[float]], calls: Sequence[Sequence[float]]) -> str:
+    """What was done so that the machine is as fast for everybody, and whether it was enough."""
+    times = ", ".join(f"{rows:g}: {ms:g}" for rows, ms in step_ms)
+    worst = max(lost / told for _, _, lost, told in calls)
+    count, late, lost, told = (sum(column) for column in zip(*calls, strict=True))
+    return f"""- **A steady machine**: every call of the network, in all contenders and the naive loop, is held until so
+  many milliseconds are over, by its rows and evenly between: {times}.
+  Of {count:.0f} calls of contenders {late / count:.2%} took longer by themselves, which made them {lost / told:.2%}
+  longer in all, and for the contender that fared worst in a round {worst:.2%}. The cores are free for the rest of a
+  call, for everybody's server and generator.
+"""
 
 
 def _summaries(results: Results, traces: Traces, name: str) -> dict[str, list[dict[str, float]]]:

@@ -21,6 +21,7 @@ from typing import Any
 from tests.bench.serving.contenders import Contender
 from tests.bench.serving.generator import parse
 from tests.bench.serving.settings import Settings
+from tests.bench.serving.steady import tally_of
 from tests.bench.serving.workloads import Arrival
 
 ROOT = Path(__file__).parents[3]
@@ -98,6 +99,10 @@ class Server:
         if not self.contender.ours:
             return int(Path(self.told.counter).read_text())
         return round(self.metric("ddpm_image_steps_total"))
+
+    def calls(self) -> list[float]:
+        """Calls of the network so far, and what else `tests.bench.serving.steady` counts."""
+        return [float(number) for number in Path(tally_of(self.told)).read_text().split()]
 
     def metric(self, name: str) -> float:
         """The sum over the series of one of our metrics."""

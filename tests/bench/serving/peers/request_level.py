@@ -14,6 +14,7 @@ import numpy as np
 from app.__main__ import read_settings, serve
 from app.engine.request import Request, Sample
 from app.engine.scheduler import Scheduler
+from tests.bench.serving.peers.ours import hold
 
 _batches: dict[int, list[Sample]] = {}  # by scheduler
 
@@ -41,5 +42,6 @@ def _same(a: Request, b: Request) -> bool:
 
 
 if __name__ == "__main__":
+    hold()
     Scheduler.schedule = schedule  # type: ignore[method-assign]
     serve(read_settings(sys.argv[1:]))
