@@ -6,6 +6,7 @@ import http.client
 import json
 import signal
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import httpx
 import pytest
 
 from tests.app.faulty_server import SLOW
-from tests.app.processes import PATIENCE, ServerProcess, run_to_its_end, wait_for
+from tests.app.processes import PATIENCE, ROOT, ServerProcess, run_to_its_end, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,27 @@ def test_a_port_in_use_stops_the_start(failed_starts: dict[str, subprocess.Compl
     errors = [line for line in map(json.loads, ended.stderr.splitlines()) if line["level"] == "error"]
     assert len(errors) == 1
     assert "address already in use" in errors[0]["message"]
+
+
+COUNTS_OBJECTS = """
+import gc, os, sys
+from app import __main__ as main
+
+def count(*_):
+    print(len(gc.get_objects()), flush=True)
+    os._exit(0)
+
+main.Server.run = count
+main.serve(main.read_settings(sys.argv[1:]))
+"""
+
+
+def test_a_full_collection_of_garbage_has_little_to_look_through(grey_checkpoint: Path) -> None:
+    """Nobody is served meanwhile; through all that is imported it took 0.2 s."""
+    argv = [sys.executable, "-c", COUNTS_OBJECTS, "--checkpoint", str(grey_checkpoint)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20_000
 
 
 def test_every_log_line_is_json_and_every_request_has_one_with_its_id(server: ServerProcess) -> None:
