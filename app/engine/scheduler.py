@@ -58,8 +58,8 @@ class Scheduler:
         self._shrunk = self._steps
 
     def room_for(self, crowd: int) -> int:
-        """The rows of a batch where an image of each request has `crowd` of them together."""
-        return min(max(self.usual_rows, crowd), self.max_rows)
+        """The rows of a batch where an image of each request has `crowd` of them together; before the warm-up, one."""
+        return max(1, min(max(self.usual_rows, crowd), self.max_rows))
 
     def schedule(self) -> list[Sample]:
         """The samples of the next step, of at most `room` rows."""

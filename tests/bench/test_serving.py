@@ -23,7 +23,7 @@ from model.images import to_uint8
 from model.plan import make_plan
 from model.sampling import sample
 from tests.bench.policies import POLICIES, InOrder, replay
-from tests.bench.serving import generator, numbers, report, workloads
+from tests.bench.serving import generator, numbers, report, steady, workloads
 from tests.bench.serving.backend import Backend
 from tests.bench.serving.contenders import CONTENDERS
 from tests.bench.serving.phases import Course, Plan
@@ -154,6 +154,15 @@ def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_
     assert "| mosec (8, 5 ms) |" in text
     assert "| BentoML | a / reason |" in text
     assert "| LitServe | not measured |" in text
+    assert "A steady machine" not in text
+    results["circumstances"] |= {"step_ms": [[1, 20], [8, 47.5]], "command": "python -m it --step_ms 1:20,8:47.5"}
+    for turns, calls in zip(rounds, ([100, 5, 0.5, 10.0], [200, 0, 0.0, 20.0], [100, 15, 1.0, 10.0]), strict=True):
+        turns["ours"]["calls"] = calls
+    report.write(results, {}, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "`python -m it --step_ms 1:20,8:47.5` made this page" in text
+    assert "1: 20, 8: 47.5.\n  Of 400 calls of contenders 5.00% took longer" in text
+    assert "which made them 3.75%\n  longer in all, and for the contender that fared worst in a round 10.00%" in text
     assert (tmp_path / "latency.png").stat().st_size > 10_000
 
 
@@ -168,6 +177,36 @@ def test_only_the_workloads_that_were_asked_for_are_run(monkeypatch: pytest.Monk
     course.run(False, ["mixed n", "overload 2", "cancels"])
     course.run(False)
     assert went == [(1000, 3), (1000, 2), (plan.queue, 3), (1000, 12), (plan.queue, 6)]
+
+
+def test_a_held_network_takes_the_time_that_it_is_told_and_counts_what_it_overran(tmp_path: Path) -> None:
+    takes_s = 0.0
+
+    def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        time.sleep(takes_s)
+        return 2 * x
+
+    settings = {"rows": 2, "batch": 4, "wait_ms": 0, "queue": 4, "deadline_s": 1, "counter": str(tmp_path / "counter")}
+    told = Settings(0, "mnist", 1, **settings, step_ms=steady.read("1:20,3:40"))  # type: ignore[arg-type]
+    held, x = steady.held(network, told), torch.ones(2, 1, 1, 1)
+    started = time.perf_counter()
+    assert torch.equal(held(x, x, None), 2 * x)
+    assert time.perf_counter() - started >= 0.03, "evenly between"
+    takes_s = 0.05
+    held(x, x, None)
+    calls, late, lost, seconds = map(float, Path(steady.tally_of(told)).read_text().split())
+    assert (calls, late) == (2, 1)
+    assert lost >= 0.02
+    assert seconds == pytest.approx(0.06)
+    assert steady.held(network, Settings(0, "mnist", 1, **settings)) is network  # type: ignore[arg-type]
+    assert "app" in CONTENDERS["ours"].argv(Settings(0, "mnist", 1, **settings))  # type: ignore[arg-type]
+    assert "app" not in CONTENDERS["ours"].argv(told)
+
+
+@pytest.mark.parametrize("text", ["", "1", "1:2,1:2:3", "8:20,1:3", "1:0", "0:1", "1:x"])
+def test_times_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"ROWS:MS|convert"):
+        steady.read(text)
 
 
 def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:

@@ -155,5 +155,10 @@ def test_what_is_promised_is_what_the_schedule_gives(
     assert ended[requests[-1]] >= 0.8 * promised[-1], "its images go in turn, which wastes fewer places"
 
 
+def test_before_the_warm_up_there_is_a_place() -> None:
+    assert Scheduler(0).room_for(3) == 1
+    assert Scheduler(4).room_for(3) == 4
+
+
 def test_nothing_to_do_is_an_empty_batch() -> None:
     assert Scheduler(max_rows=4).schedule() == []
