@@ -61,7 +61,7 @@ class Pending:
             else:
                 elsewhere[other.served] += other.seconds_left
         scheduler = request.served.scheduler
-        room = scheduler.room_for(sum(other.rows // other.n for other in (*same, request)))
+        room = scheduler.room_for([*same, request])
         rows = sum(other.rows for other in same) + request.rows
         before = sorted((other.work_left, other.rows) for other in same if other.work_left <= request.work_left)
         jobs = [*((rows, work / rows) for work, rows in before), (request.rows, len(request.plan))]

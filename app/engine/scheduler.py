@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from heapq import heappush, heapreplace
 from itertools import islice
 
@@ -21,7 +21,8 @@ class Scheduler:
     another instead of all at the end. A request of 64 images never keeps a request of one waiting.
 
     A batch has room for `usual_rows` U-Net rows, or for an image of each request if those are more, but never for more
-    than `max_rows`: a crowd waits less where all of it moves in larger steps, and nobody else has to bear them.
+    than `max_rows`: a crowd waits less where all of it moves in larger steps, and nobody else has to bear them. Where
+    each request fills the usual batch by itself, there is nobody for whom short steps would be good: it has all rows.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -57,8 +58,11 @@ class Scheduler:
         self.max_rows = max(1, min(rows, self.max_rows) // 2)
         self._shrunk = self._steps
 
-    def room_for(self, crowd: int) -> int:
-        """The rows of a batch where an image of each request has `crowd` of them together; before the warm-up, one."""
+    def room_for(self, requests: Collection[Request]) -> int:
+        """The rows of a batch where these are there; before the warm-up, one."""
+        if all(request.rows >= self.usual_rows for request in requests):
+            return max(1, self.max_rows)
+        crowd = sum(request.rows // request.n for request in islice(requests, self.max_rows))
         return max(1, min(max(self.usual_rows, crowd), self.max_rows))
 
     def schedule(self) -> list[Sample]:
@@ -67,8 +71,7 @@ class Scheduler:
         if self.max_rows < self._most_rows and self._steps - self._shrunk > RECOVERY:
             self.max_rows = min(2 * self.max_rows, self._most_rows)
             self._shrunk = self._steps
-        crowd = sum(request.samples[0].rows for request in islice(self._turns, self.max_rows))
-        self.room = self.room_for(crowd)
+        self.room = self.room_for(self._turns)
         return self._least_work_first() if self._steps % ROUND_ROBIN_EVERY else self._round_robin()
 
     def _least_work_first(self) -> list[Sample]:

@@ -30,42 +30,41 @@ ERRORS = {0.9: "10 % too low", 1.0: "known", 1.05: "5 % too high"}
 
 @dataclass(frozen=True)
 class Queue:
-    """What a rule knows: who is there, the new request's images and steps, the most rows of a step, their rate."""
+    """What a rule knows: who is there, who comes, and the rate of full batches."""
 
     there: Scheduler
-    n: int
-    steps: int
+    new: Request
     rate: float
 
     @property
     def rows(self) -> int:
         """Images there, with the new ones."""
-        return self.n + sum(request.n for request in self.there)
+        return self.new.n + sum(request.n for request in self.there)
 
     @property
-    def work(self) -> float:
-        """Seconds of those there, none for longer than the new one takes, in full batches."""
-        return sum(min(request.work_left, self.n * self.steps) for request in self.there) / self.rate
+    def seconds(self) -> float:
+        """Of those there, none for longer than the new one takes, in full batches."""
+        return sum(min(request.work_left, self.new.work_left) for request in self.there) / self.rate
 
 
 def all_of_it(queue: Queue) -> float:
     """What is there, and then the request itself, in full batches."""
-    return queue.work + queue.n * queue.steps / queue.rate
+    return queue.seconds + queue.new.work_left / queue.rate
 
 
 def own_steps(queue: Queue) -> float:
     """The request's steps as long as the batches that it shares; where those are full, after all that is there."""
     most = queue.there.max_rows
-    own = queue.steps * min(queue.rows, most) / queue.rate
-    return own + (queue.work if queue.rows > most else 0.0)
+    own = len(queue.new.plan) * min(queue.rows, most) / queue.rate
+    return own + (queue.seconds if queue.rows > most else 0.0)
 
 
 def places(queue: Queue) -> float:
     """Those with less left to do first, then the request as places get free: what the engine does."""
-    room = queue.there.room_for(len(queue.there) + 1)
+    room = queue.there.room_for([*queue.there, queue.new])
     left = sorted((request.work_left, request.n) for request in queue.there)
-    jobs = [(n, work / n) for work, n in left if work <= queue.n * queue.steps]
-    return steps_until_done([*jobs, (queue.n, queue.steps)], room) * min(queue.rows, room) / queue.rate
+    jobs = [(n, work / n) for work, n in left if work <= queue.new.work_left]
+    return steps_until_done([*jobs, (queue.new.n, len(queue.new.plan))], room) * min(queue.rows, room) / queue.rate
 
 
 Rule = Callable[[Queue], float]
@@ -90,11 +89,11 @@ def replay(
         nonlocal i, refused
         while i < len(trace) and trace[i].at <= until:
             asked, i = trace[i], i + 1
-            if rule(Queue(scheduler, asked.n, asked.steps, error * full)) > deadline_s:
-                refused += 1
-                continue
             request = Request(plans[asked.steps], 0, 0, asked.n, None, asked.at + deadline_s, None, None)  # type: ignore[arg-type]
-            scheduler.add(request)
+            if rule(Queue(scheduler, request, error * full)) > deadline_s:
+                refused += 1
+            else:
+                scheduler.add(request)
 
     while i < len(trace) or len(scheduler):
         if not len(scheduler):

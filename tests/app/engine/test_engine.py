@@ -416,25 +416,25 @@ def test_metrics_say_what_was_done(engine: Engine, runner: HeldRunner, metrics: 
 def test_the_engine_takes_a_crowd_in_larger_steps_and_measures_each_by_its_room(
     engine: Engine, runner: HeldRunner, served: Served, metrics: Metrics, ask: Ask
 ) -> None:
-    served.scheduler.allow(2, 8)
+    served.scheduler.allow(5, 8)
     served.rate.rows_per_second = before = 1e9  # only a full step can tell that it is less
 
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         alone = ask(loop, n=4, steps=2)
         engine.submit(alone)
         await alone.mailbox.answer()
-        assert [len(batch) for batch in runner.batches] == [2] * 4
+        assert [len(batch) for batch in runner.batches] == [4] * 2
         assert served.rate.rows_per_second < before
         runner.hold()
-        crowd = [ask(loop, seed=seed, n=2, steps=2) for seed in range(5)]
+        crowd = [ask(loop, seed=seed, n=2, steps=2) for seed in range(7)]
         for request in crowd:
             engine.submit(request)
         runner.free()
         await asyncio.gather(*(request.mailbox.answer() for request in crowd))
 
     run(main)
-    assert max(len(batch) for batch in runner.batches) == 5
-    assert metrics["ddpm_batch_fill_ratio_sum"] > 0.8 * metrics["ddpm_batch_fill_ratio_count"], "nearly all were full"
+    assert max(len(batch) for batch in runner.batches) == 7
+    assert metrics["ddpm_batch_fill_ratio_sum"] > 0.7 * metrics["ddpm_batch_fill_ratio_count"], "nearly all were full"
 
 
 def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_off(
