@@ -110,8 +110,9 @@ def main() -> None:
     """Runs what was asked for. A signal ends the servers too."""
     args = options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    swept = load(args.settings or args.out / "sweep.json") if args.settings or args.out else {}
     if args.tables:
-        return report.write(load(args.out / "results.json"), load(args.out / "sweep.json"), args.out)
+        return report.write(load(args.out / "results.json"), swept, args.out)
     some = set(args.only) != set(CONTENDERS)
     kept = load(args.out / "results.json") if args.out and some and not (args.quick or args.sweep) else {}
     told = Settings(
@@ -140,7 +141,6 @@ def main() -> None:
     }
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    swept = load(args.settings or args.out / "sweep.json") if args.settings or args.out else {}
     if args.sweep:
         for name in args.only:
             contender = CONTENDERS[name]

@@ -54,7 +54,8 @@ def overload(results: dict[str, Any], traces: dict[str, list[Arrival]], path: Pa
             if good:
                 offered.append(float(level.split()[1]))
                 shares.append(statistics.median(good) / capacity)
-        axis.plot(offered, shares, marker="o", label=CONTENDERS[name].title, **STYLES[name])
+        if offered:
+            axis.plot(offered, shares, marker="o", label=CONTENDERS[name].title, **STYLES[name])
     axis.plot([0.5, 1, 3], [0.5, 1, 1], color="grey", linestyle=":", label="as much as there is")
     axis.set(xlabel="offered load, of capacity", ylabel="goodput, of capacity", ylim=(0, None))
     axis.grid(alpha=0.3)

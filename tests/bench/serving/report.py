@@ -41,12 +41,13 @@ def write(results: Results, swept: Results, out: Path) -> None:
     traces = load(out / "traces.json")
     plots.latency(results, traces, out / "latency.png")
     plots.overload(results, traces, out / "overload.png")
-    sections = [_head(results), _bar(results, traces)]
-    for name in ("uniform", *MIXED):
-        sections.append(f"## {TITLES[name]}\n\n{_workload(results, traces, name)}")
-    sections += [_own(results, traces), _bursts(results, traces), _overload(results, traces), _frames(results)]
-    sections += [_cancels(results), _idle(results), _sweep(swept)]
-    (out / "README.md").write_text("\n\n".join(sections) + "\n")
+    sections = {name: f"## {TITLES[name]}\n\n{_workload(results, traces, name)}" for name in ("uniform", *MIXED)}
+    sections |= {"own mixed n": _own(results, traces), "bursts": _bursts(results, traces)}
+    sections |= {"overload 2": _overload(results, traces), "frames": _frames(results), "cancels": _cancels(results)}
+    sections |= {"idle_s": _idle(results)}
+    measured = [text for key, text in sections.items() if any(turns(results, name, key) for name in CONTENDERS)]
+    text = "\n\n".join([_head(results), _bar(results, traces), *measured, _sweep(swept)])
+    (out / "README.md").write_text(text + "\n")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -74,7 +75,7 @@ def title(name: str, results: Results) -> str:
 def rows(results: Results, key: str, cells: Callable[[str, list[Results]], list[str]], columns: int) -> list[list[str]]:
     """One for each contender; where it never got as far as `key`, the reason."""
     lines = []
-    for name in CONTENDERS:
+    for name in contenders(results):
         if found := turns(results, name, key):
             lines.append([title(name, results), *cells(name, found)])
         else:
@@ -82,6 +83,11 @@ def rows(results: Results, key: str, cells: Callable[[str, list[Results]], list[
             reason = (reasons or ["not measured"])[-1].replace("|", "/")[:160]
             lines.append([CONTENDERS[name].title, reason, *[""] * (columns - 1)])
     return lines
+
+
+def contenders(results: Results) -> list[str]:
+    """Those that had a turn."""
+    return [name for name in CONTENDERS if any(name in found for found in results["rounds"])]
 
 
 def spread(ratios: Sequence[float]) -> str:
@@ -248,9 +254,9 @@ def _bursts(results: Results, traces: Traces) -> str:
 def _overload(results: Results, traces: Traces) -> str:
     where, capacity = results["circumstances"], results["naive"]["capacity"]
     late, until = where["deadline_s"], where["overload_s"]
-    levels = [name for name in traces if name.startswith("overload")]
+    levels = [name for name in traces if any(turns(results, who, name) for who in CONTENDERS) and "overload" in name]
     lines = []
-    for who in CONTENDERS:
+    for who in contenders(results):
         line = [title(who, results)]
         for name in levels:
             good = [goodput(traces[name], turn[name], late, until) for turn in turns(results, who, name)]
