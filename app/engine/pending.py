@@ -64,7 +64,7 @@ class Pending:
         room = scheduler.room_for([*same, request])
         rows = sum(other.rows for other in same) + request.rows
         before = sorted((other.work_left, other.rows) for other in same if other.work_left <= request.work_left)
-        jobs = [*((rows, work / rows) for work, rows in before), (request.rows, len(request.plan))]
+        jobs = [*((places, work / places) for work, places in before), (request.rows, len(request.plan))]
         step = min(rows, room) / request.served.rate.rows_per_second
         own = max(request.seconds_left, steps_until_done(jobs, room) * step)
         return own + sum(min(seconds, own) for seconds in elsewhere.values())

@@ -42,10 +42,11 @@ def write(results: Results, swept: Results, out: Path) -> None:
     plots.latency(results, traces, out / "latency.png")
     plots.overload(results, traces, out / "overload.png")
     sections = {name: f"## {TITLES[name]}\n\n{_workload(results, traces, name)}" for name in ("uniform", *MIXED)}
-    sections |= {"own mixed n": _own(results, traces), "bursts": _bursts(results, traces)}
-    sections |= {"overload 2": _overload(results, traces), "frames": _frames(results), "cancels": _cancels(results)}
+    sections |= {"own ": _own(results, traces), "bursts": _bursts(results, traces)}
+    sections |= {"overload ": _overload(results, traces), "frames": _frames(results), "cancels": _cancels(results)}
     sections |= {"idle_s": _idle(results)}
-    measured = [text for key, text in sections.items() if any(turns(results, name, key) for name in CONTENDERS)]
+    ran = {key for found in results["rounds"] for turn in found.values() for key in turn}
+    measured = [text for start, text in sections.items() if any(key.startswith(start) for key in ran)]
     text = "\n\n".join([_head(results), _bar(results, traces), *measured, _sweep(swept)])
     (out / "README.md").write_text(text + "\n")
 

@@ -8,15 +8,15 @@ times are longer than what the call itself takes. How often they were not is cou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from model.inference import Forward
 from tests.bench.serving.settings import Settings
 
-Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Times = Sequence[Sequence[float]]  # [rows, milliseconds] each, ascending
 
 
