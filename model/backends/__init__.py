@@ -1,0 +1,1 @@
+"""The network as it runs fastest on a device."""

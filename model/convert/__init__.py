@@ -1,0 +1,1 @@
+"""Other projects' weights to ours and back, one file per project."""

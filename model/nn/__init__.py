@@ -1,0 +1,1 @@
+"""The network: U-Net, layers, moving averages of weights."""

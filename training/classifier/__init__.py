@@ -1,0 +1,1 @@
+"""python -m training.classifier: trains the network whose features `training.evaluate` compares images in."""

@@ -1,0 +1,1 @@
+"""Command lines: options, presets, and errors that say what would be right."""

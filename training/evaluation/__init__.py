@@ -1,0 +1,1 @@
+"""How good samples are: features, distances, likelihoods, copies."""
