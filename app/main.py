@@ -16,11 +16,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app.access import Keys
 from app.engine.engine import Engine
+from app.engine.instance import ModelInstance
 from app.engine.memory import keep_freed_memory
 from app.engine.runner import Runner, best_chunk
-from app.engine.served import Served
 from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, RequestTimeout, ServiceError
-from app.event_loop_monitor import Pulse
+from app.event_loop_monitor import EventLoopMonitor
 from app.metrics import Metrics
 from app.middleware import SECURITY_HEADERS, Access, BodyLimit, RequestLog, SecurityHeaders
 from app.model_registry import Models
@@ -61,23 +61,25 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
 
-    def make(checkpoint: Checkpoint) -> Served:
+    def make(checkpoint: Checkpoint) -> ModelInstance:
         chunk = settings.chunk_rows or best_chunk(checkpoint.network, device)
         runner = make_runner(checkpoint, device, chunk, threads, runtime, precision)
-        return Served(checkpoint, runner, settings.max_batch_rows)
+        return ModelInstance(checkpoint, runner, settings.max_batch_rows)
 
     metrics = Metrics()
-    engine = Engine(metrics.engine, max_work=settings.max_queue_rows, step_timeout_s=settings.step_timeout_s)
+    engine = Engine(metrics.engine, max_pending_nfe=settings.max_queue_rows, step_timeout_s=settings.step_timeout_s)
     served = Models(settings, metrics, engine, make)
-    metrics.ask(engine)
-    pulse = Pulse(metrics)
-    metrics.pending_rows_limit.set(settings.max_queue_rows)
+    metrics.bind_engine(engine.status)
+    loop_monitor = EventLoopMonitor(metrics)
+    metrics.pending_nfe_limit.set(settings.max_queue_rows)
     metrics.declare_build(VERSION)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        tasks = [asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine), pulse.beat())]
+        tasks = [
+            asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine), loop_monitor.run())
+        ]
         yield
         for task in tasks:
             task.cancel()

@@ -3,45 +3,92 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-PAUSE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+LAG_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RATIO = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
-class Watched(Protocol):
-    """What a scrape asks of the engine."""
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model at the moment of a scrape."""
 
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken."""
+    name: str
+    num_samples_running: int
+    num_samples_waiting: int
+    max_batch_size: int
 
-    @property
-    def stalled(self) -> bool:
-        """Whether the present step takes far longer than expected."""
 
-    @property
-    def step_age(self) -> float:
-        """Seconds since the present step began; 0 between steps."""
+@dataclass(frozen=True)
+class EngineStatus:
+    """The engine at the moment of a scrape."""
 
-    @property
-    def oldest_wait(self) -> float:
-        """Seconds for which the oldest request has waited for its first step."""
+    ready: bool
+    stalled: bool
+    current_step_age: float
+    oldest_queued_request_age: float
+    pending_nfe: int
+    estimated_nfe_per_second: float
+    models: list[ModelStatus]
 
-    @property
-    def pending_rows(self) -> int:
-        """U-Net rows still to be run."""
 
-    @property
-    def rows_per_second(self) -> float:
-        """Measured speed of the device."""
+ENGINE_GAUGES = {  # field of EngineStatus → metric, help
+    "ready": ("ddpm_ready", "1 when /readyz says yes."),
+    "stalled": ("ddpm_engine_stalled", "1 while a step takes far longer than expected."),
+    "current_step_age": (
+        "ddpm_current_step_age_seconds",
+        "How long the current step has been running; 0 between steps.",
+    ),
+    "oldest_queued_request_age": (
+        "ddpm_oldest_queued_request_age_seconds",
+        "How long the oldest request without a step has waited; 0 where there is none.",
+    ),
+    "pending_nfe": (
+        "ddpm_pending_nfe",
+        "Work admitted and not done, in network rows (NFE): images x steps, twice that with guidance.",
+    ),
+    "estimated_nfe_per_second": (
+        "ddpm_estimated_nfe_per_second",
+        "Network rows (NFE) a second, as admission expects of full batches.",
+    ),
+}
+MODEL_GAUGES = {  # field of ModelStatus → metric, help
+    "num_samples_running": ("ddpm_num_samples_running", "Images in the batch of the current step."),
+    "num_samples_waiting": ("ddpm_num_samples_waiting", "Admitted images outside the batch of the current step."),
+    "max_batch_size": ("ddpm_max_batch_size", "Most network rows in a step."),
+}
+
+
+class EngineCollector(Collector):
+    """Asks the engine at every scrape, so that no step sets a gauge."""
+
+    def __init__(self, status: Callable[[], EngineStatus]) -> None:
+        self._status = status
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering it asks the engine nothing."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """A gauge for each field."""
+        status = self._status()
+        for field, (name, text) in ENGINE_GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=float(getattr(status, field)))
+        for field, (name, text) in MODEL_GAUGES.items():
+            family = GaugeMetricFamily(name, text, labels=["model"])
+            for model in status.models:
+                family.add_metric([model.name], getattr(model, field))
+            yield family
 
 
 class EngineMetrics:
@@ -49,24 +96,29 @@ class EngineMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         r, model = registry, ["model"]
-        self.rows_running = Gauge("ddpm_rows_running", "Images in the batch of the present step.", model, registry=r)
-        self.rows_waiting = Gauge(
-            "ddpm_rows_waiting", "Admitted images outside the batch of the present step.", model, registry=r
-        )
-        self.batch_rows_limit = Gauge("ddpm_batch_rows_limit", "Most U-Net rows in a step.", model, registry=r)
         self.step_seconds = Histogram(
             "ddpm_step_seconds", "Duration of a denoising step of one batch.", model, buckets=STEP_SECONDS, registry=r
         )
-        self.batch_rows = Histogram("ddpm_batch_rows", "U-Net rows in a step's batch.", model, buckets=ROWS, registry=r)
-        self.batch_fill = Histogram(
-            "ddpm_batch_fill_ratio", "A batch's U-Net rows over its room for them.", model, buckets=RATIO, registry=r
+        self.batch_size = Histogram(
+            "ddpm_batch_size", "Network rows in a step's batch.", model, buckets=BATCH_SIZES, registry=r
+        )
+        self.batch_utilization = Histogram(
+            "ddpm_batch_utilization",
+            "Network rows in a step's batch over those that it could have had.",
+            model,
+            buckets=RATIO,
+            registry=r,
         )
         self.queue_seconds = Histogram(
-            "ddpm_queue_seconds", "From admission to the first step of a request.", model, buckets=SECONDS, registry=r
+            "ddpm_request_queue_time_seconds",
+            "From admission to the first step of a request.",
+            model,
+            buckets=SECONDS,
+            registry=r,
         )
-        self.cancel_seconds = Histogram(
-            "ddpm_cancel_seconds",
-            "From a client's leaving to the freeing of its places.",
+        self.cancellation_latency = Histogram(
+            "ddpm_cancellation_latency_seconds",
+            "From a client's leaving to the end of its request.",
             model,
             buckets=STEP_SECONDS,
             registry=r,
@@ -90,20 +142,18 @@ class EngineMetrics:
             registry=r,
         )
 
-    def declare(self, model: str, max_rows: Callable[[], int]) -> None:
+    def init_labels(self, model: str) -> None:
         """Makes the series of a checkpoint that will be served: a rate needs the 0 before the first event."""
-        self.batch_rows_limit.labels(model).set_function(max_rows)
-        for gauge in (self.rows_running, self.rows_waiting):
-            gauge.labels(model)
         for counter in (self.image_steps, self.images, self.failed_steps):
             counter.labels(model)
-        for histogram in (self.step_seconds, self.batch_rows, self.batch_fill, self.queue_seconds, self.cancel_seconds):
+        for histogram in (
+            self.step_seconds,
+            self.batch_size,
+            self.batch_utilization,
+            self.queue_seconds,
+            self.cancellation_latency,
+        ):
             histogram.labels(model)
-
-    def forget(self, model: str) -> None:
-        """No checkpoint of that name is there any more: it has no queue. What it did stays counted."""
-        for gauge in (self.rows_running, self.rows_waiting, self.batch_rows_limit):
-            gauge.remove(model)
 
 
 class Metrics:
@@ -127,15 +177,15 @@ class Metrics:
             ["key", "outcome"],
             registry=r,
         )
-        self.request_seconds = Histogram(
-            "ddpm_request_seconds",
+        self.request_latency = Histogram(
+            "ddpm_e2e_request_latency_seconds",
             "From a request's arrival to its last byte.",
             ["endpoint", "model", "outcome"],
             buckets=SECONDS,
             registry=r,
         )
-        self.first_frame_seconds = Histogram(
-            "ddpm_first_frame_seconds",
+        self.time_to_first_frame = Histogram(
+            "ddpm_time_to_first_frame_seconds",
             "From admission to the first frame of a stream, ready to be sent.",
             ["model"],
             buckets=SECONDS,
@@ -151,35 +201,16 @@ class Metrics:
             ["model"],
             registry=r,
         )
-        self.event_loop_pauses = Histogram(
-            "ddpm_event_loop_pause_seconds",
-            "How long the event loop was busy with something else, looked at a hundred times a second.",
-            buckets=PAUSE_SECONDS,
+        self.event_loop_lag = Histogram(
+            "ddpm_event_loop_lag_seconds",
+            "How long the event loop was busy with something else, measured 40 times a second.",
+            buckets=LAG_SECONDS,
             registry=r,
         )
-        self.event_loop_longest_pause = Gauge(
-            "ddpm_event_loop_longest_pause_seconds",
-            "The longest pause of the event loop in the last minute.",
-            registry=r,
+        self.event_loop_max_lag = Gauge(
+            "ddpm_event_loop_max_lag_seconds", "The longest lag of the event loop in the last minute.", registry=r
         )
-        # Asked of the engine at every scrape; see `create_app`.
-        self.ready = Gauge("ddpm_ready", "1 when /readyz says yes.", registry=r)
-        self.stalled = Gauge("ddpm_engine_stalled", "1 while a step takes far longer than expected.", registry=r)
-        self.heartbeat_age = Gauge(
-            "ddpm_heartbeat_age_seconds", "How long the present step has been running; 0 between steps.", registry=r
-        )
-        self.oldest_wait = Gauge(
-            "ddpm_oldest_wait_seconds", "How long the oldest request without a step has waited; 0: none.", registry=r
-        )
-        self.pending_rows = Gauge(
-            "ddpm_pending_work_rows",
-            "Work admitted and not done, in U-Net rows: images x steps, twice that with guidance.",
-            registry=r,
-        )
-        self.pending_rows_limit = Gauge("ddpm_pending_work_rows_limit", "Most work admitted at once.", registry=r)
-        self.rows_per_second = Gauge(
-            "ddpm_expected_rows_per_second", "U-Net rows a second, as admission expects of full batches.", registry=r
-        )
+        self.pending_nfe_limit = Gauge("ddpm_pending_nfe_limit", "Most work admitted at once, in NFE.", registry=r)
         self.model_loads = Counter(
             "ddpm_model_loads_total",
             "Attempts to load a checkpoint anew while serving: loaded, unchanged, or an error's code.",
@@ -196,25 +227,20 @@ class Metrics:
             "ddpm_build_info", "1, with the versions that run.", ["version", "python", "torch"], registry=r
         )
 
-    def ask(self, engine: Watched) -> None:
+    def bind_engine(self, status: Callable[[], EngineStatus]) -> None:
         """Lets every scrape ask the engine."""
-        self.ready.set_function(lambda: engine.ready)
-        self.stalled.set_function(lambda: engine.stalled)
-        self.heartbeat_age.set_function(lambda: engine.step_age)
-        self.oldest_wait.set_function(lambda: engine.oldest_wait)
-        self.pending_rows.set_function(lambda: engine.pending_rows)
-        self.rows_per_second.set_function(lambda: engine.rows_per_second)
+        self.registry.register(EngineCollector(status))
 
-    def declare(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
+    def init_labels(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
         """Makes the series of a checkpoint that will be served."""
         self.model_info.labels(model, sha256, device, runtime, precision).set(1)
         for outcome in ("loaded", "unchanged", "invalid_checkpoint", "load_failed", "out_of_memory"):
             self.model_loads.labels(model, outcome)
-        for labelled in (self.frames_sent, self.frames_dropped, self.first_frame_seconds):
+        for labelled in (self.frames_sent, self.frames_dropped, self.time_to_first_frame):
             labelled.labels(model)
 
-    def forget(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
-        """New requests get it no more."""
+    def remove_labels(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
+        """It is not served any more."""
         self.model_info.remove(model, sha256, device, runtime, precision)
 
     def declare_build(self, version: str) -> None:

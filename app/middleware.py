@@ -65,7 +65,7 @@ class RequestLog:
             seconds = time.perf_counter() - started
             labels = endpoint, state["model"], state["outcome"]
             self.metrics.requests.labels(*labels).inc()
-            self.metrics.request_seconds.labels(*labels).observe(seconds)
+            self.metrics.request_latency.labels(*labels).observe(seconds)
             if "key" in state:
                 self.metrics.key_requests.labels(state["key"], state["outcome"]).inc()
             log.info(

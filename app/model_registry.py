@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from app.engine.engine import Engine
+from app.engine.instance import ModelInstance
 from app.engine.memory import is_out_of_memory
-from app.engine.served import Served
 from app.errors import InvalidCheckpoint, LoadFailed, ModelConflict, ModelNotFound, OutOfMemory, ServiceError
 from app.metrics import Metrics
 from app.settings import Settings
@@ -33,13 +33,15 @@ class Models:
     old one, which leaves with the last of them. One is loaded at a time.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, engine: Engine, make: Callable[[Checkpoint], Served]):
+    def __init__(
+        self, settings: Settings, metrics: Metrics, engine: Engine, make: Callable[[Checkpoint], ModelInstance]
+    ):
         """Raises CheckpointError or ValueError where the settings' checkpoints or their folder cannot be served."""
         self._metrics, self._engine, self._make = metrics, engine, make
         self._folder = Path(settings.models_dir).resolve() if settings.models_dir else None
         if self._folder is not None and not self._folder.is_dir():
             raise ValueError(f"models_dir is {settings.models_dir}, which is not a folder")
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, ModelInstance] = {}
         self._files: dict[str, Path] = {}
         self.loading: str | None = None  # its name
         self.stale = False  # set by a signal handler: look at all files again
@@ -54,18 +56,18 @@ class Models:
             self._files[path.stem] = path
         for name, path in self._files.items():
             self._served[name] = served = make(checkpoint.load(path))
-            engine.add(served)
+            engine.load_model(served)
             self._declare(served)
 
-    def __iter__(self) -> Iterator[Served]:
+    def __iter__(self) -> Iterator[ModelInstance]:
         return iter(self._served.values())
 
     @property
-    def default(self) -> Served:
+    def default(self) -> ModelInstance:
         """What requests get that name none."""
         return next(iter(self))
 
-    def find(self, name: str | None) -> Served:
+    def find(self, name: str | None) -> ModelInstance:
         """What a new request gets. Raises ModelNotFound."""
         if name is None:
             return self.default
@@ -73,7 +75,7 @@ class Models:
             raise ModelNotFound(f"no model {name!r:.80}; there are {', '.join(self._served)}", param="model")
         return self._served[name]
 
-    async def load(self, name: str) -> tuple[Served, str | None]:
+    async def load(self, name: str) -> tuple[ModelInstance, str | None]:
         """What is served under the name from now on, and the SHA-256 of what was before. Raises ModelNotFound,
         ModelConflict, InvalidCheckpoint, LoadFailed, OutOfMemory or NotReady; then nothing has changed."""
         path = self._file(name)
@@ -117,14 +119,14 @@ class Models:
         """Loads nothing more."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    async def _load(self, name: str, path: Path) -> tuple[Served, str | None]:
+    async def _load(self, name: str, path: Path) -> tuple[ModelInstance, str | None]:
         old = self._served.get(name)
         known = None if old is None else old.sha256
         self.loading, outcome = name, "internal_error"
         try:
             new = await asyncio.get_running_loop().run_in_executor(self._loader, self._read, name, path, known)
             if new is not None:
-                await asyncio.wrap_future(self._engine.add(new))
+                await asyncio.wrap_future(self._engine.load_model(new))
             outcome = "unchanged" if new is None else "loaded"
         except ServiceError as error:
             outcome = error.code
@@ -143,7 +145,7 @@ class Models:
         self._declare(new)
         return new, known
 
-    def _read(self, name: str, path: Path, known: str | None) -> Served | None:
+    def _read(self, name: str, path: Path, known: str | None) -> ModelInstance | None:
         """On the loader's thread. None where the file is the one that is served."""
         try:
             loaded = checkpoint.load(path)
@@ -178,10 +180,10 @@ class Models:
         found = {path.stem for path in files if path.is_file() and self._in_folder(path.stem)}
         return sorted(found | set(self._files) | set(self._served))
 
-    def _declare(self, served: Served) -> None:
-        self._metrics.engine.declare(served.name, lambda: served.scheduler.max_rows)
-        self._metrics.declare(served.name, served.sha256, **served.runs_on)
+    def _declare(self, served: ModelInstance) -> None:
+        self._metrics.engine.init_labels(served.name)
+        self._metrics.init_labels(served.name, served.sha256, **served.runs_on)
 
-    def _leave(self, served: Served) -> None:
-        self._metrics.forget(served.name, served.sha256, **served.runs_on)
-        self._engine.retire(served)
+    def _leave(self, served: ModelInstance) -> None:
+        self._metrics.remove_labels(served.name, served.sha256, **served.runs_on)
+        self._engine.unload_model(served)

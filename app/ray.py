@@ -69,10 +69,10 @@ class RaySettings(Settings):
     discovery_port: int = Field(8001, ge=0, le=65535, description="where Prometheus learns the replicas' addresses")
 
 
-class Backlog:
+class BacklogAutoscalingPolicy:
     """Ray's autoscaling policy: so many replicas that each has `target_s` seconds of admitted work.
 
-    Work is the mean of Ray's look-back period, in U-Net rows, as `ddpm_pending_work_rows`; the rate is what the
+    Work is the mean of Ray's look-back period, in network rows, as `ddpm_pending_nfe`; the rate is what the
     engines expect of full batches. Ray rounds up, and applies the limits and the delays.
     """
 
@@ -81,14 +81,14 @@ class Backlog:
 
     def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
         reported = context.aggregated_metrics or {}
-        rates = [rate for rate in reported.get("rows_per_second", {}).values() if rate > 0]
+        rates = [rate for rate in reported.get("nfe_per_second", {}).values() if rate > 0]
         if not rates:
             return context.target_num_replicas, {}
-        pending = sum(reported.get("pending_rows", {}).values())
+        pending = sum(reported.get("pending_nfe", {}).values())
         return pending / statistics.mean(rates) / self._target_s, {}
 
 
-class BehindIngress:
+class DropRequestIdMiddleware:
     """No X-Request-Id of ours: Ray adds the same one."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -115,15 +115,16 @@ class Replica:
             log.critical("ending, to be started anew: %s", failure)
             end(self.app.state.tracer, 1)  # Ray has a new one sooner than after three such checks
         until = time.monotonic() + (0 if self._was_ready else WARM_UP_S)
-        while (trouble := self._engine.trouble) and time.monotonic() < until:  # noqa: ASYNC110  it is a thread
+        while (reason := self._engine.unready_reason) and time.monotonic() < until:  # noqa: ASYNC110  it is a thread
             await asyncio.sleep(0.05)
-        if trouble and not self._draining:
-            raise RuntimeError(trouble)
+        if reason and not self._draining:
+            raise RuntimeError(reason)
         self._was_ready = True
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Ray asks for and gives `Backlog`."""
-        return {"pending_rows": self._engine.pending_rows, "rows_per_second": self._engine.rows_per_second}
+        """What Ray asks for and gives `BacklogAutoscalingPolicy`."""
+        status = self._engine.status()
+        return {"pending_nfe": status.pending_nfe, "nfe_per_second": status.estimated_nfe_per_second}
 
     def metrics_address(self) -> str:
         """host:port of this replica's own /metrics."""
@@ -152,7 +153,7 @@ def application(settings: RaySettings, gpus: float, max_replicas: int) -> Any:
         logs.configure(settings.log_level)
         # Through the ingress a question for /metrics would reach another replica each time: each has a port for them.
         app = create_app(settings.model_copy(update={"metrics_port": 0}))
-        app.add_middleware(BehindIngress)
+        app.add_middleware(DropRequestIdMiddleware)
         host = ray.util.get_node_ip_address()
         server, _ = start_http_server(0, host, app.state.service.metrics.registry)
         app.state.metrics_address = f"{host}:{server.server_port}"
@@ -174,7 +175,8 @@ def application(settings: RaySettings, gpus: float, max_replicas: int) -> Any:
             upscale_delay_s=settings.upscale_delay_s,
             downscale_delay_s=settings.downscale_delay_s,
             policy=AutoscalingPolicy(
-                policy_function="app.ray:Backlog", policy_kwargs={"target_s": settings.target_backlog_s}
+                policy_function="app.ray:BacklogAutoscalingPolicy",
+                policy_kwargs={"target_s": settings.target_backlog_s},
             ),
         ),
     )

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from app.engine.request import Mailbox, Request, View
-from app.engine.served import Served
+from app.engine.instance import ModelInstance
+from app.engine.request import OutputStream, Request, View
 from app.errors import InvalidClassLabel, InvalidRequest
 from app.schemas import Sampling, SequenceQuery
 from app.settings import Settings
@@ -28,15 +28,11 @@ class Job:
     """A request on its way, and everything needed to make its images again."""
 
     request: Request
+    checkpoint: ModelInstance  # whose weights make the images
     class_label: int | None
     sampling: SamplingDefaults
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
-
-    @property
-    def checkpoint(self) -> Served:
-        """Whose weights make the images."""
-        return self.request.served
 
     def provenance(self) -> dict[str, str]:
         """For response headers and PNG text: what to send again for the same images."""
@@ -79,7 +75,7 @@ def headers(provenance: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_job(
-    asked: Sampling, checkpoint: Served, settings: Settings, on_drop: Callable[[], None] = lambda: None
+    asked: Sampling, checkpoint: ModelInstance, settings: Settings, on_drop: Callable[[], None] = lambda: None
 ) -> Job:
     """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
     asked.check(settings)
@@ -87,7 +83,7 @@ def make_job(
     sampling = sampling_of(asked, checkpoint.config, settings)
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
-        plan = checkpoint.plan(sampling, variance)
+        plan = checkpoint.schedule(sampling, variance)
     except InvalidPlan as error:
         raise InvalidRequest(str(error), param=error.field) from error
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
@@ -118,13 +114,13 @@ def make_job(
         n=asked.n,
         classes=classes,
         deadline=time.monotonic() + (asked.timeout_s or settings.max_timeout_s),
-        mailbox=Mailbox(asyncio.get_running_loop(), keep, on_drop),
-        served=checkpoint,
-        patient=asked.timeout_s is None,
+        output=OutputStream(asyncio.get_running_loop(), keep, on_drop),
+        model=checkpoint.name,
+        has_default_timeout=asked.timeout_s is None,
         frame_steps=steps_shown,
         view=view,
     )
-    return Job(request, label, sampling, variance)
+    return Job(request, checkpoint, label, sampling, variance)
 
 
 def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingDefaults:

@@ -93,10 +93,10 @@ class Tracer:
 def _parts(job: Job, ended: float) -> list[tuple[str, float, float]]:
     """Name, begin and end. What a refused request never came to is not there."""
     request = job.request
-    answered = request.answered_at or ended
-    parts = [("queue", request.submitted, request.started or answered)]
-    if request.started is not None:
-        parts.append(("steps", request.started, answered))
+    answered = request.finish_time or ended
+    parts = [("queue", request.arrival_time, request.first_step_time or answered)]
+    if request.first_step_time is not None:
+        parts.append(("steps", request.first_step_time, answered))
     return parts + [("encode", *times) for times in job.encodings]
 
 

@@ -1,4 +1,4 @@
-"""python -m training.export_checkpoint WHAT FILE: a checkpoint to give away, smaller, or with other sampling defaults."""
+"""python -m training.export_checkpoint WHAT FILE: a checkpoint to give away, smaller or with other defaults."""
 
 from __future__ import annotations
 

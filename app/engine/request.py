@@ -1,4 +1,4 @@
-"""What a client asked for (Request), the state of one image on its way (Sample), where the answer goes (Mailbox)."""
+"""What a client asked for (Request), the state of one image on its way (Sample), where results go (OutputStream)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,33 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from enum import Enum
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from app.errors import ServiceError
+from app.errors import Cancelled, DeadlineExceeded, ServiceError
 from model.images import Image
 from model.sampling.schedule import Plan
 
-if TYPE_CHECKING:
-    from app.engine.served import Served
-
 View = Literal["xt", "x0"]
+
+
+class RequestStatus(Enum):
+    """Where an admitted request is. The last four are final: it has its one answer."""
+
+    WAITING = "waiting"  # no step yet
+    RUNNING = "running"
+    FINISHED = "finished"  # with images
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the answer was given."""
+        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
 
 
 @dataclass(frozen=True)
@@ -31,49 +45,49 @@ class Frame:
     images: Image
 
 
-Answer = Image | ServiceError
-"""The one terminal answer of a request: its images, uint8 [n, C, H, W], or why there are none."""
+RequestOutput = Image | ServiceError
+"""The one final answer of a request: its images, uint8 [n, C, H, W], or why there are none."""
 
 
-class Mailbox:
+class OutputStream:
     """Where the engine thread leaves frames and the answer for one client on an event loop.
 
-    With `keep` frames at most `keep` wait for the client; the oldest goes when one more comes. `on_drop` is told.
-    The answer is never dropped.
+    At most `keep` frames wait for the client; when one more comes the oldest is dropped, and `on_drop` is called. The
+    answer is never dropped.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, keep: int = 1, on_drop: Callable[[], None] = lambda: None):
         self.loop = loop
         self._frames: deque[Frame] = deque()
         self._keep, self._on_drop = keep, on_drop
-        self._answer: Answer | None = None
+        self._output: RequestOutput | None = None
         self._news = asyncio.Event()
 
-    def deliver(self, item: Frame | Answer) -> None:
-        """On the event loop only; the engine gets here by `post`."""
+    def put(self, item: Frame | RequestOutput) -> None:
+        """On the event loop only; the engine gets here by `dispatch`."""
         if isinstance(item, Frame):
             self._frames.append(item)
             if len(self._frames) > self._keep:
                 self._frames.popleft()
                 self._on_drop()
         else:
-            self._answer = item
+            self._output = item
         self._news.set()
 
-    async def answer(self) -> Image:
+    async def images(self) -> Image:
         """Waits for the images. Raises the ServiceError that the engine answered."""
-        while self._answer is None:
+        while self._output is None:
             await self._wait()
-        if isinstance(self._answer, ServiceError):
-            raise self._answer
-        return self._answer
+        if isinstance(self._output, ServiceError):
+            raise self._output
+        return self._output
 
     async def frames(self) -> AsyncIterator[Frame]:
         """Frames as they come, until the answer is there and no frame is left."""
         while True:
             while self._frames:
                 yield self._frames.popleft()
-            if self._answer is not None:
+            if self._output is not None:
                 return
             await self._wait()
 
@@ -82,21 +96,21 @@ class Mailbox:
         await self._news.wait()
 
 
-def post(items: Iterable[tuple[Mailbox, Frame | Answer]]) -> None:
+def dispatch(items: Iterable[tuple[OutputStream, Frame | RequestOutput]]) -> None:
     """Delivers from the engine thread: one `call_soon_threadsafe` per event loop, however many the items."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, Frame | Answer]]] = {}
-    for mailbox, item in items:
-        by_loop.setdefault(mailbox.loop, []).append((mailbox, item))
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputStream, Frame | RequestOutput]]] = {}
+    for stream, item in items:
+        by_loop.setdefault(stream.loop, []).append((stream, item))
     for loop, pairs in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_deliver, pairs)
-        except RuntimeError:  # the loop is closed: nobody is left to read
+            loop.call_soon_threadsafe(_put_all, pairs)
+        except RuntimeError:  # the loop is closed: no client is left to read
             continue
 
 
-def _deliver(pairs: list[tuple[Mailbox, Frame | Answer]]) -> None:
-    for mailbox, item in pairs:
-        mailbox.deliver(item)
+def _put_all(pairs: list[tuple[OutputStream, Frame | RequestOutput]]) -> None:
+    for stream, item in pairs:
+        stream.put(item)
 
 
 _order = itertools.count()
@@ -106,9 +120,9 @@ _order = itertools.count()
 class Request:
     """n images of one plan. `classes` has one class per image, or is None for an unconditional checkpoint.
 
-    Image i is drawn from (seed, index + i), by the weights of `served`. `deadline` is in seconds of `time.monotonic`;
-    a `patient` client did not ask for it. `frame_steps` are the steps (0 is the noise) after which the client wants to
-    see all n images, as x_t or as the prediction of x_0.
+    Image i is drawn from (seed, index + i). `deadline` is in seconds of `time.monotonic`; with `has_default_timeout`
+    the client did not ask for it. `frame_steps` are the steps (0 is the noise) after which the client wants to see all
+    n images, as x_t or as the prediction of x_0. `model` is the checkpoint's name, for the metrics.
     """
 
     plan: Plan
@@ -117,53 +131,54 @@ class Request:
     n: int
     classes: tuple[int, ...] | None
     deadline: float
-    mailbox: Mailbox
-    served: Served
-    patient: bool = False
+    output: OutputStream
+    model: str
+    has_default_timeout: bool = False
     frame_steps: frozenset[int] = frozenset()
     view: View = "xt"
 
-    # From here on the engine's.
+    # From here on the engine's. Times are in seconds of `time.monotonic`.
     number: int = field(default_factory=lambda: next(_order))
-    submitted: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    cancelled_at: float | None = None
-    steps_done: int = 0  # over all images, for what a cancel wasted
-    answered: bool = False
-    answered_at: float | None = None
+    status: RequestStatus = RequestStatus.WAITING
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_step_time: float | None = None
+    finish_time: float | None = None
+    image_steps: int = 0  # taken, over all images
 
     def __post_init__(self) -> None:
-        self.samples = [Sample(self, i) for i in range(self.n)]
-        self.work_left = self.n * int(self.plan.rows.sum())  # in U-Net rows
-        self.rows = self.n * int(self.plan.rows.max())  # U-Net rows of a step of all its images, at most
-        self.images: Image | None = None
+        self.samples = [Sample(self, i) for i in range(self.n)]  # those that are not finished
+        self.remaining_nfe = self.n * int(self.plan.nfe.sum())
+        self.nfe_per_step = self.n * int(self.plan.nfe.max())  # of a step of all its images, at most
+        self._images: Image | None = None
         self._frames: dict[int, tuple[Image, set[int]]] = {}  # step → canvas and the images on it
 
-    @property
-    def model(self) -> str:
-        """The checkpoint's name, for the metrics."""
-        return self.served.name
+    def finish(self, output: RequestOutput) -> None:
+        """Sets the final status that goes with its answer."""
+        self.finish_time = time.monotonic()
+        if not isinstance(output, ServiceError):
+            self.status = RequestStatus.FINISHED
+        elif isinstance(output, Cancelled):
+            self.status = RequestStatus.CANCELLED
+        elif isinstance(output, DeadlineExceeded):
+            self.status = RequestStatus.EXPIRED
+        else:
+            self.status = RequestStatus.FAILED
 
-    @property
-    def seconds_left(self) -> float:
-        """What its steps will take alone on the device."""
-        return self.work_left / self.served.rate.rows_per_second
-
-    def place(self, i: int, image: Image) -> Image | None:
-        """Puts the finished image i [C, H, W] in its place; all n images when it was the last."""
-        self.images = self._canvas(image) if self.images is None else self.images
-        self.images[i] = image
+    def add_image(self, i: int, image: Image) -> Image | None:
+        """Puts the finished image i [C, H, W] in its place; returns all n images when it is the last."""
+        self._images = self._canvas(image) if self._images is None else self._images
+        self._images[i] = image
         self.samples = [sample for sample in self.samples if sample.i != i]
-        return None if self.samples else self.images
+        return None if self.samples else self._images
 
-    def place_in_frame(self, step: int, i: int, image: Image) -> Frame | None:
-        """Puts image i as it is after `step` into that step's frame; the frame when it was the last of n."""
+    def add_frame_image(self, step: int, i: int, image: Image) -> Frame | None:
+        """Puts image i as it is after `step` into that step's frame; returns the frame when it is the last of n."""
         if step not in self._frames:
             self._frames[step] = self._canvas(image), set()
-        canvas, places = self._frames[step]
+        canvas, there = self._frames[step]
         canvas[i] = image
-        places.add(i)
-        if len(places) < self.n:
+        there.add(i)
+        if len(there) < self.n:
             return None
         del self._frames[step]
         return Frame(step, canvas)
@@ -173,9 +188,10 @@ class Request:
 
 
 class Sample:
-    """One image on its way: place i in its request, steps done, and its state, which is the runner's.
+    """One image on its way: image i of its request, steps done, and its state, which belongs to the runner.
 
-    That is x_t and the last two x_0 [C, H, W], or the number of the slot that they are in; all None before the noise.
+    The state is x_t and the last two x_0 [C, H, W], or the number of the slot that they are in; all None before the
+    noise is drawn.
     """
 
     __slots__ = ("__weakref__", "i", "request", "slot", "step", "x", "x0", "x0_prev")
@@ -194,8 +210,8 @@ class Sample:
         return self.x is not None or self.slot is not None
 
     @property
-    def rows(self) -> int:
-        """U-Net rows of the next step."""
+    def nfe(self) -> int:
+        """Network rows of the next step: two with guidance."""
         return 2 if self.request.plan.table[self.step, 0] != 1 else 1
 
     @property

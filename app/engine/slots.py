@@ -73,7 +73,7 @@ class Slots:
         free, others = [], []
         for slot, holder in enumerate(self._holders):
             sample = holder() if holder else None
-            if sample is None or sample.request.answered:
+            if sample is None or sample.request.status.is_final:
                 if slot not in kept:
                     free.append(slot)
             elif slot not in kept:

@@ -37,7 +37,7 @@ async def generate(body: GenerateBody, http: Request, service: TheService) -> Re
     media_type = negotiate(http.headers.get("accept"), (PNG, JSON, ZIP))
     job = make_job(body, service.models.find(body.model), service.settings)
     async with admitted(service, http, job):
-        pictures = await job.request.mailbox.answer()
+        pictures = await job.request.output.images()
     content = await service.encode(job, _encode, media_type, job, pictures, body.columns)
     return Response(content, media_type=media_type, headers={**headers(job.provenance()), "Vary": "Accept"})
 

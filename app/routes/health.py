@@ -24,8 +24,8 @@ async def livez() -> Health:
 @health.get("/health", summary="Alias of /readyz", responses={503: ERRORS[503]})
 async def readyz(service: TheService) -> Health:
     """Weights loaded and warm, no step overdue, not draining."""
-    if trouble := service.engine.trouble:
-        raise NotReady(trouble, retry_after=5)
+    if reason := service.engine.unready_reason:
+        raise NotReady(reason, retry_after=5)
     return Health(status="ok")
 
 

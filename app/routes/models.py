@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from app.engine.served import Served
+from app.engine.instance import ModelInstance
 from app.errors import Forbidden
 from app.routes.state import ERRORS, Service, TheService
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
@@ -64,7 +64,7 @@ async def remove(name: str, service: TheService) -> ModelList:
     return await models(service)
 
 
-def card(service: Service, served: Served) -> dict[str, Any]:
+def card(service: Service, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
     timesteps = config.diffusion.num_timesteps
@@ -75,7 +75,7 @@ def card(service: Service, served: Served) -> dict[str, Any]:
         "state": state,
         "checkpoint": served.sha256,
         "runs_on": served.runs_on,
-        "batch_rows": served.scheduler.max_rows or None,
+        "batch_rows": served.batch_limits.max or None,
         "image_shape": config.unet.image_shape,
         "class_names": list(config.class_names),
         "num_timesteps": timesteps,

@@ -56,8 +56,8 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
     if query.format in ("gif", "webp"):
         async with admitted(service, http, job):
-            frames = [frame async for frame in job.request.mailbox.frames()]
-            await job.request.mailbox.answer()
+            frames = [frame async for frame in job.request.output.frames()]
+            await job.request.output.images()
         grids = [grid(frame.images, query.columns) for frame in frames]
         service.metrics.frames_sent.labels(job.request.model).inc(len(grids))
         return Response(
@@ -103,7 +103,7 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
         async for step, png in _frames(service, job, columns):
             picture = base64.b64encode(png).decode()
             yield _event("frame", {"step": step, "steps": len(job.request.plan), "png": picture}, id=step)
-        final = await _png(service, job, await job.request.mailbox.answer(), columns)
+        final = await _png(service, job, await job.request.output.images(), columns)
         yield _event("completed", {**start, "png": base64.b64encode(final).decode()}, id=len(job.request.plan))
     except ServiceError as error:
         http.state.outcome = error.code
@@ -118,7 +118,7 @@ async def _multipart(service: Service, http: Request, job: Job, columns: int | N
     try:
         async for _, png in _frames(service, job, columns):
             yield part("image/png", png)
-        yield part("image/png", await _png(service, job, await job.request.mailbox.answer(), columns))
+        yield part("image/png", await _png(service, job, await job.request.output.images(), columns))
     except ServiceError as error:
         http.state.outcome = error.code
         yield part("application/json", json.dumps(error.body()).encode())
@@ -128,10 +128,10 @@ async def _multipart(service: Service, http: Request, job: Job, columns: int | N
 async def _frames(service: Service, job: Job, columns: int | None) -> AsyncIterator[tuple[int, bytes]]:
     """Step and PNG of each frame that the client is in time for. The first is counted by how long it took, too."""
     model, first = job.request.model, True
-    async for frame in job.request.mailbox.frames():
+    async for frame in job.request.output.frames():
         png = await _png(service, job, frame.images, columns)
         if first:
-            service.metrics.first_frame_seconds.labels(model).observe(time.monotonic() - job.request.submitted)
+            service.metrics.time_to_first_frame.labels(model).observe(time.monotonic() - job.request.arrival_time)
             first = False
         service.metrics.frames_sent.labels(model).inc()
         yield frame.step, png

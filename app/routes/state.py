@@ -74,7 +74,7 @@ async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[N
     """Submits the job, and cancels it as soon as its client leaves or the block ends without an answer."""
     http.state.log = {"n": job.request.n, "steps": len(job.request.plan), "sampler": job.request.plan.sampler}
     http.state.model = job.checkpoint.name
-    service.engine.submit(job.request)
+    service.engine.submit(job.checkpoint, job.request)
     http.state.job = job
     watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
     try:
@@ -87,6 +87,5 @@ async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[N
 async def _cancel_on_disconnect(service: Service, http: Request, job: Job) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    service.engine.cancel(job.request)
-    if job.request.cancelled_at is not None:
+    if service.engine.cancel(job.request):
         http.state.outcome = Cancelled.code  # for log and metrics: a stream ends here, and never sees the answer

@@ -117,8 +117,8 @@ class Plan:
         return len(self.timesteps)
 
     @cached_property
-    def rows(self) -> NDArray[np.int64]:
-        """Rows of a U-Net batch that each step takes, int64 [S]: two where guidance adds the null class."""
+    def nfe(self) -> NDArray[np.int64]:
+        """Network rows that each step takes, int64 [S]: two where guidance adds the null class."""
         return np.where(self.table[:, 0] == 1, 1, 2)
 
 

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from app.main import create_app
-from app.ray import Backlog, BehindIngress, RaySettings, Replica, discovery, shares
+from app.ray import BacklogAutoscalingPolicy, DropRequestIdMiddleware, RaySettings, Replica, discovery, shares
 from app.settings import Settings
 from tests.app.conftest import HeldRunner
 from tests.app.processes import PATIENCE, ROOT, environment, metric, wait_for
@@ -30,9 +30,9 @@ needs_ray = pytest.mark.skipif(not RAY, reason="Ray is not installed; it is in t
 
 def wanted(pending: list[float], rates: list[float], target_s: float = 10) -> float:
     """Replicas that the policy asks for, now that there are three."""
-    reported = {"pending_rows": dict(enumerate(pending)), "rows_per_second": dict(enumerate(rates))}
+    reported = {"pending_nfe": dict(enumerate(pending)), "nfe_per_second": dict(enumerate(rates))}
     context = SimpleNamespace(aggregated_metrics=reported, target_num_replicas=3)
-    return Backlog(target_s)(context)[0]
+    return BacklogAutoscalingPolicy(target_s)(context)[0]
 
 
 def test_replicas_are_wanted_for_the_seconds_of_work_that_all_have() -> None:
@@ -46,7 +46,7 @@ def test_replicas_are_wanted_for_the_seconds_of_work_that_all_have() -> None:
 def test_without_a_report_nothing_changes() -> None:
     assert wanted([], []) == 3
     assert wanted([100], [0]) == 3
-    assert Backlog(10)(SimpleNamespace(aggregated_metrics=None, target_num_replicas=3))[0] == 3
+    assert BacklogAutoscalingPolicy(10)(SimpleNamespace(aggregated_metrics=None, target_num_replicas=3))[0] == 3
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_a_replica_is_healthy_when_warm_and_until_its_engine_ends(grey_checkpoin
             return early
 
         assert not asyncio.run(started())
-        assert replica.record_autoscaling_stats()["rows_per_second"] > 0
-        assert replica.record_autoscaling_stats()["pending_rows"] == 0
+        assert replica.record_autoscaling_stats()["nfe_per_second"] > 0
+        assert replica.record_autoscaling_stats()["pending_nfe"] == 0
         client.app.state.service.engine.drain(0)  # type: ignore[attr-defined]
         with pytest.raises(RuntimeError, match="shutting down"):
             asyncio.run(replica.check_health())
@@ -145,7 +145,7 @@ def test_a_replica_whose_engine_failed_for_good_ends_its_process(
 
 def test_behind_the_ingress_ray_gives_the_id(grey_checkpoint: Path) -> None:
     app = create_app(Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1))
-    app.add_middleware(BehindIngress)
+    app.add_middleware(DropRequestIdMiddleware)
     with TestClient(app) as client:
         assert client.get("/livez").status_code == 200
         assert "x-request-id" not in client.get("/livez").headers

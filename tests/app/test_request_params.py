@@ -6,10 +6,10 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from app.engine.served import Served
 
 from app.engine.request import Frame
 from app.engine.runner import Runner
-from app.engine.served import Served
 from app.errors import InvalidClassLabel, InvalidRequest
 from app.request_params import LARGEST_JSON_INTEGER, Job, class_index, frame_steps, headers, make_job
 from app.schemas import Format, GenerateBody, SequenceQuery

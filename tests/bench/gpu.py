@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from datetime import date
 
 import torch
+from app.engine.served import Served
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.engine.memory import device_memory
 from app.engine.request import Mailbox, Request, Sample
 from app.engine.runner import Runner, best_chunk, last
-from app.engine.served import Served
 from app.engine.sizes import candidates
 from model import checkpoint
 from model.backends.cpu import best_precision

@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from app.engine.engine import Engine
-from app.engine.request import Mailbox, Request, Sample
+from app.engine.instance import ModelInstance
+from app.engine.request import OutputStream, Request, Sample
 from app.engine.runner import Runner
-from app.engine.served import Served
-from app.metrics import EngineMetrics
+from app.metrics import EngineCollector, EngineMetrics
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet
@@ -83,8 +83,23 @@ def runner(checkpoint: Checkpoint) -> HeldRunner:
 
 
 @pytest.fixture
-def served(checkpoint: Checkpoint, runner: HeldRunner) -> Served:
-    return Served(checkpoint, runner, max_rows=8)
+def served(checkpoint: Checkpoint, runner: HeldRunner) -> ModelInstance:
+    return ModelInstance(checkpoint, runner, max_batch_size=8)
+
+
+class AskedRequest(Request):
+    """Knows the model that it is for, so that tests need not say it again."""
+
+    instance: ModelInstance
+
+
+class TestedEngine(Engine):
+    """Takes requests as `ask` makes them."""
+
+    __test__ = False
+
+    def submit(self, request: AskedRequest) -> None:  # type: ignore[override]
+        super().submit(request.instance, request)
 
 
 class Metrics(EngineMetrics):
@@ -105,9 +120,10 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def engine(runner: HeldRunner, served: Served, metrics: Metrics) -> Iterator[Engine]:
-    engine = Engine(metrics, max_work=1000)
-    engine.add(served)
+def engine(runner: HeldRunner, served: ModelInstance, metrics: Metrics) -> Iterator[Engine]:
+    engine = TestedEngine(metrics, max_pending_nfe=1000)
+    metrics.registry.register(EngineCollector(engine.status))
+    engine.load_model(served)
     engine.start()
     until(lambda: engine.ready)
     yield engine
@@ -116,19 +132,19 @@ def engine(runner: HeldRunner, served: Served, metrics: Metrics) -> Iterator[Eng
     assert engine.join(10), "the engine thread did not end"
 
 
-class CountingMailbox(Mailbox):
+class CountingStream(OutputStream):
     """Counts terminal answers."""
 
     answers = 0
 
-    def deliver(self, item: Any) -> None:
+    def put(self, item: Any) -> None:
         if type(item).__name__ != "Frame":
             self.answers += 1
-        super().deliver(item)
+        super().put(item)
 
 
 @pytest.fixture
-def ask(checkpoint: Checkpoint, served: Served) -> Callable[..., Request]:
+def ask(checkpoint: Checkpoint, served: ModelInstance) -> Callable[..., AskedRequest]:
     """ask(loop, n=…, seed=…, sampler=…, …) → a Request as the HTTP side makes it."""
 
     def ask(
@@ -144,12 +160,15 @@ def ask(checkpoint: Checkpoint, served: Served) -> Callable[..., Request]:
         guidance_scale: float = 1.0,
         timeout_s: float = 60,
         keep: int = 1,
-        served: Served = served,
+        served: ModelInstance = served,
         **fields: Any,
-    ) -> Request:
+    ) -> AskedRequest:
         plan = make_plan(checkpoint.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
-        mailbox = CountingMailbox(loop, keep)
-        return Request(plan, seed, index, n, (label,) * n, time.monotonic() + timeout_s, mailbox, served, **fields)
+        deadline = time.monotonic() + timeout_s
+        stream = CountingStream(loop, keep)
+        request = AskedRequest(plan, seed, index, n, (label,) * n, deadline, stream, served.name, **fields)
+        request.instance = served
+        return request
 
     return ask
 

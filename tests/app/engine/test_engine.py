@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from app.engine.engine import Engine
+from app.engine.instance import ModelInstance
 from app.engine.request import Frame, Request
-from app.engine.served import Served
 from app.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, ServiceError, StepFailed
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
@@ -32,7 +32,7 @@ def run(main: Callable[[asyncio.AbstractEventLoop], Awaitable[Any]]) -> Any:
 
 async def outcome(request: Request) -> Image | ServiceError:
     try:
-        return await request.mailbox.answer()
+        return await request.output.images()
     except ServiceError as error:
         return error
 
@@ -72,7 +72,7 @@ def test_requests_that_join_and_leave_midway_get_the_bytes_of_the_naive_loop(
         runner.release(3)
         engine.cancel(leaver)
         runner.free()
-        return [(request, await request.mailbox.answer()) for request in requests]
+        return [(request, await request.output.images()) for request in requests]
 
     for request, images in run(main):
         assert np.array_equal(images, naive(checkpoint, runner, request)), f"seed {request.seed}"
@@ -82,14 +82,14 @@ def test_the_same_seed_alone_and_among_strangers_gives_the_same_bytes(engine: En
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         first = ask(loop, seed=5, n=3, sampler="ddpm", steps=9, guidance_scale=3.0)
         engine.submit(first)
-        alone = await first.mailbox.answer()
+        alone = await first.output.images()
         strangers = [ask(loop, seed=s, n=2, steps=7 + s) for s in range(6)]
         again = ask(loop, seed=5, n=3, sampler="ddpm", steps=9, guidance_scale=3.0)
         one = ask(loop, seed=5, index=2, n=1, sampler="ddpm", steps=9, guidance_scale=3.0)
         for request in (*strangers[:3], again, one, *strangers[3:]):
             engine.submit(request)
-        assert np.array_equal(alone, await again.mailbox.answer())
-        assert np.array_equal(alone[2:], await one.mailbox.answer()), "one image of a grid can be had again alone"
+        assert np.array_equal(alone, await again.output.images())
+        assert np.array_equal(alone[2:], await one.output.images()), "one image of a grid can be had again alone"
 
     run(main)
 
@@ -135,10 +135,10 @@ def test_every_admitted_request_gets_exactly_one_answer(
     admitted = run(main)
     assert admitted
     for request in admitted:
-        assert request.mailbox.answers == 1  # type: ignore[attr-defined]
-        assert request.answered
-    until(lambda: metrics["ddpm_rows_running"] == metrics["ddpm_rows_waiting"] == 0)
-    assert not len(engine._pending)
+        assert request.output.answers == 1  # type: ignore[attr-defined]
+        assert request.status.is_final
+    until(lambda: metrics["ddpm_num_samples_running"] == metrics["ddpm_num_samples_waiting"] == 0)
+    assert not len(engine._admission)
 
 
 def test_a_cancelled_request_leaves_at_the_next_step(
@@ -159,15 +159,15 @@ def test_a_cancelled_request_leaves_at_the_next_step(
     steps_after = [step for batch in runner.batches for seed, _, step in batch if seed == 1]
     assert max(steps_after, default=0) == 0, "no further step after the one that was running"
     assert metrics["ddpm_wasted_image_steps_total"] == len(steps_after)
-    assert metrics["ddpm_cancel_seconds_count"] == 1
+    assert metrics["ddpm_cancellation_latency_seconds_count"] == 1
 
 
 def test_a_request_that_passes_its_deadline_is_answered_so_and_leaves(
-    engine: Engine, runner: HeldRunner, served: Served, ask: Ask
+    engine: Engine, runner: HeldRunner, served: ModelInstance, ask: Ask
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
-        served.rate.rows_per_second = 1e9  # so that it is admitted
+        served.throughput.nfe_per_second = 1e9  # so that it is admitted
         request = ask(loop, steps=90, timeout_s=0.2)
         engine.submit(request)
         await asyncio.sleep(0.25)
@@ -246,9 +246,16 @@ def test_nan_fails_its_own_request_and_no_other(engine: Engine, runner: HeldRunn
 
 @pytest.mark.parametrize("part", ["start", "read", "schedule", "queue_seconds"])
 def test_a_failure_outside_a_step_is_a_delay_for_images_and_frames(
-    engine: Engine, runner: HeldRunner, served: Served, checkpoint: Checkpoint, metrics: Metrics, ask: Ask, part: str
+    engine: Engine,
+    runner: HeldRunner,
+    served: ModelInstance,
+    checkpoint: Checkpoint,
+    metrics: Metrics,
+    ask: Ask,
+    part: str,
 ) -> None:
-    owner = {"schedule": served.scheduler, "queue_seconds": metrics}.get(part, runner)
+    scheduler = engine._models._schedulers[served]
+    owner = {"schedule": scheduler, "queue_seconds": metrics}.get(part, runner)
     sound, calls = getattr(owner, part), 0
 
     def now_and_then(*args: Any) -> Any:
@@ -267,14 +274,14 @@ def test_a_failure_outside_a_step_is_a_delay_for_images_and_frames(
         for seed in range(4):
             request = ask(loop, seed=seed, n=3, steps=3, keep=9, frame_steps=frozenset(range(3)))
             engine.submit(request)
-            assert [frame.step async for frame in request.mailbox.frames()] == [0, 1, 2]
-            assert np.array_equal(await request.mailbox.answer(), naive(checkpoint, runner, request))
-            assert request.mailbox.answers == 1  # type: ignore[attr-defined]
-            assert request.work_left == 0
+            assert [frame.step async for frame in request.output.frames()] == [0, 1, 2]
+            assert np.array_equal(await request.output.images(), naive(checkpoint, runner, request))
+            assert request.output.answers == 1  # type: ignore[attr-defined]
+            assert request.remaining_nfe == 0
 
     run(main)
     assert metrics["ddpm_engine_restarts_total"] >= 1
-    assert engine.pending_rows == 0
+    assert engine.status().pending_nfe == 0
 
 
 def test_draining_finishes_admitted_work_and_takes_no_more(engine: Engine, runner: HeldRunner, ask: Ask) -> None:
@@ -310,12 +317,12 @@ def test_readiness_drops_while_a_step_is_overdue_and_returns(engine: Engine, run
         runner.hold()
         engine.submit(request := ask(loop))
         assert engine.ready
-        until(lambda: engine.stalled)
+        until(lambda: engine.status().stalled)
         assert not engine.ready
         with pytest.raises(NotReady, match="a denoising step has been running for much too long"):
             engine.submit(ask(loop))
         runner.free()
-        await request.mailbox.answer()
+        await request.output.images()
         assert engine.ready
 
     run(main)
@@ -331,7 +338,7 @@ def test_frames_are_the_states_of_the_naive_loop(
         request = ask(loop, seed=4, n=11, steps=9, sampler="ddpm", frame_steps=shown, view=view, keep=3)
         engine.submit(request)
         engine.submit(ask(loop, seed=5, n=6, steps=5))
-        return request, [frame async for frame in request.mailbox.frames()]
+        return request, [frame async for frame in request.output.frames()]
 
     request, frames = run(main)
     states: dict[int, Image] = {}
@@ -349,7 +356,7 @@ def test_step_zero_shows_the_noise(engine: Engine, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> Frame:
         request = ask(loop, n=2, frame_steps=frozenset({0}))
         engine.submit(request)
-        return await anext(aiter(request.mailbox.frames()))
+        return await anext(aiter(request.output.frames()))
 
     frame = run(main)
     assert frame.step == 0
@@ -360,8 +367,8 @@ def test_a_slow_client_loses_frames_but_never_the_answer(engine: Engine, ask: As
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         request = ask(loop, steps=30, frame_steps=frozenset(range(31)))
         engine.submit(request)
-        images = await request.mailbox.answer()  # nobody has looked at a frame yet
-        frames = [frame async for frame in request.mailbox.frames()]
+        images = await request.output.images()  # nobody has looked at a frame yet
+        frames = [frame async for frame in request.output.frames()]
         assert [frame.step for frame in frames] == [30], "the newest alone is kept"
         assert np.array_equal(frames[0].images, images)
 
@@ -389,7 +396,7 @@ def test_one_wake_up_of_the_event_loop_per_step_however_many_are_waiting(
             engine.submit(request)
         runner.free()
         for request in (blocker, *requests):
-            await request.mailbox.answer()
+            await request.output.images()
         return calls
 
     assert run(main) <= 6  # the blocker's step, the noise, then four steps of eight requests with frames
@@ -400,70 +407,72 @@ def test_metrics_say_what_was_done(engine: Engine, runner: HeldRunner, metrics: 
         runner.hold()
         engine.submit(a := ask(loop, seed=1, n=10, steps=5))
         runner.arrived.acquire()
-        until(lambda: metrics["ddpm_rows_running"] == 8 and metrics["ddpm_rows_waiting"] == 2)
+        until(lambda: metrics["ddpm_num_samples_running"] == 8 and metrics["ddpm_num_samples_waiting"] == 2)
         runner.free()
-        await a.mailbox.answer()
+        await a.output.images()
 
     run(main)
-    until(lambda: metrics["ddpm_rows_running"] == metrics["ddpm_rows_waiting"] == 0)
+    until(lambda: metrics["ddpm_num_samples_running"] == metrics["ddpm_num_samples_waiting"] == 0)
     assert metrics["ddpm_images_total"] == 10
     assert metrics["ddpm_image_steps_total"] == 50
     assert metrics["ddpm_step_seconds_count"] == len(runner.batches)
-    assert metrics["ddpm_queue_seconds_count"] == 1
+    assert metrics["ddpm_request_queue_time_seconds_count"] == 1
     assert metrics["ddpm_wasted_image_steps_total"] == 0
 
 
 def test_the_engine_takes_a_crowd_in_larger_steps_and_measures_each_by_its_room(
-    engine: Engine, runner: HeldRunner, served: Served, metrics: Metrics, ask: Ask
+    engine: Engine, runner: HeldRunner, served: ModelInstance, metrics: Metrics, ask: Ask
 ) -> None:
-    served.scheduler.allow(5, 8)
-    served.rate.rows_per_second = before = 1e9  # only a full step can tell that it is less
+    served.batch_limits.set(5, 8)
+    served.throughput.nfe_per_second = before = 1e9  # only a full step can tell that it is less
 
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         alone = ask(loop, n=4, steps=2)
         engine.submit(alone)
-        await alone.mailbox.answer()
+        await alone.output.images()
         assert [len(batch) for batch in runner.batches] == [4] * 2
-        assert served.rate.rows_per_second < before
+        assert served.throughput.nfe_per_second < before
         runner.hold()
         crowd = [ask(loop, seed=seed, n=2, steps=2) for seed in range(7)]
         for request in crowd:
             engine.submit(request)
         runner.free()
-        await asyncio.gather(*(request.mailbox.answer() for request in crowd))
+        await asyncio.gather(*(request.output.images() for request in crowd))
 
     run(main)
     assert max(len(batch) for batch in runner.batches) == 7
-    assert metrics["ddpm_batch_fill_ratio_sum"] > 0.7 * metrics["ddpm_batch_fill_ratio_count"], "nearly all were full"
+    assert metrics["ddpm_batch_utilization_sum"] > 0.7 * metrics["ddpm_batch_utilization_count"], "nearly all were full"
 
 
 def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_off(
-    engine: Engine, served: Served, ask: Ask
+    engine: Engine, served: ModelInstance, ask: Ask
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
-        served.rate.rows_per_second = 10.0
+        served.throughput.nfe_per_second = 10.0
         with pytest.raises(DeadlineExceeded):
             engine.submit(ask(loop, n=1, steps=90, timeout_s=6))  # 9 s
         with pytest.raises(DeadlineExceeded):
-            engine.submit(ask(loop, n=1, steps=90, timeout_s=4, patient=True))
-        engine.submit(admitted := ask(loop, n=1, steps=90, timeout_s=6, patient=True))
+            engine.submit(ask(loop, n=1, steps=90, timeout_s=4, has_default_timeout=True))
+        engine.submit(admitted := ask(loop, n=1, steps=90, timeout_s=6, has_default_timeout=True))
         assert not isinstance(await outcome(admitted), ServiceError)
 
     run(main)
 
 
-def test_the_estimate_follows_the_work_ahead(engine: Engine, runner: HeldRunner, served: Served, ask: Ask) -> None:
+def test_the_estimate_follows_the_work_ahead(
+    engine: Engine, runner: HeldRunner, served: ModelInstance, ask: Ask
+) -> None:
     """Requests share the device: one that is small waits for little, even behind one that is large."""
 
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
         engine.submit(large := ask(loop, n=9, steps=100, timeout_s=600))
-        served.rate.rows_per_second = 10.0  # 90 s for the large one
+        served.throughput.nfe_per_second = 10.0  # 90 s for the large one
         engine.submit(small := ask(loop, n=1, steps=10, timeout_s=12))  # 1 s behind it at most, and ten full batches
         with pytest.raises(DeadlineExceeded):
             engine.submit(ask(loop, n=1, steps=50, timeout_s=5))
         runner.free()
         for request in (large, small):
-            await request.mailbox.answer()
+            await request.output.images()
 
     run(main)

@@ -14,15 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engine.engine import Engine
+from app.engine.instance import ModelInstance
 from app.engine.request import Request, Sample
 from app.engine.runner import Runner
-from app.engine.served import Served
 from model.backends.cuda import CudaRecorder
 from model.checkpoint import Checkpoint
 from model.sampling.noise import normals_of
 from model.sampling.step import apply_step
-from tests.app.engine.conftest import Metrics, equal, finish, graphed, record_by_repeating, until
+from tests.app.engine.conftest import Metrics, TestedEngine, equal, finish, graphed, record_by_repeating, until
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -247,9 +246,9 @@ def test_on_a_gpu_a_graph_that_has_no_memory_is_done_without(
 def test_on_a_gpu_a_newcomer_is_captured_while_others_are_served_and_loaded(
     checkpoint: Checkpoint, gpu: Callable[[], Runner], ask: Ask, metrics: Metrics
 ) -> None:
-    first, second = (Served(checkpoint, gpu(), 16) for _ in range(2))
-    engine, stop = Engine(metrics, max_work=1_000_000), threading.Event()
-    engine.add(first)
+    first, second = (ModelInstance(checkpoint, gpu(), 16) for _ in range(2))
+    engine, stop = TestedEngine(metrics, max_pending_nfe=1_000_000), threading.Event()
+    engine.load_model(first)
     engine.start()
     until(lambda: engine.ready, 60)
 
@@ -262,18 +261,18 @@ def test_on_a_gpu_a_newcomer_is_captured_while_others_are_served_and_loaded(
     async def main() -> None:
         loop = asyncio.get_running_loop()
         engine.submit(before := ask(loop, served=first, seed=7, n=4, steps=50))
-        alone = await before.mailbox.answer()
-        warm = engine.add(second)
+        alone = await before.output.images()
+        warm = engine.load_model(second)
         while not warm.done():
             engine.submit(request := ask(loop, served=first, seed=7, n=4, steps=50))
-            assert np.array_equal(await request.mailbox.answer(), alone)
+            assert np.array_equal(await request.output.images(), alone)
         warm.result()
         engine.submit(after := ask(loop, served=second, seed=7, n=4, steps=50))
-        assert np.array_equal(await after.mailbox.answer(), alone), "the same weights"
-        engine.retire(first)
-        until(lambda: first not in engine._turns.served)
+        assert np.array_equal(await after.output.images(), alone), "the same weights"
+        engine.unload_model(first)
+        until(lambda: first not in engine._models.models)
         engine.submit(last := ask(loop, served=second, seed=7, n=4, steps=50))
-        assert np.array_equal(await last.mailbox.answer(), alone)
+        assert np.array_equal(await last.output.images(), alone)
 
     loader = threading.Thread(target=load)
     loader.start()

@@ -73,9 +73,7 @@ def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
     loop.close()
     for s in together:
         r = s.request
-        alone = Request(
-            r.plan, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.mailbox, r.served
-        )
+        alone = Request(r.plan, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.output, r.model)
         finish(runner, alone.samples)
         assert torch.equal(alone.samples[0].x, s.x)  # type: ignore[arg-type]
 
@@ -153,9 +151,7 @@ def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
     again.warm_up(4)
     for s in together:
         r = s.request
-        alone = Request(
-            r.plan, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.mailbox, r.served
-        )
+        alone = Request(r.plan, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.output, r.model)
         finish(again, alone.samples)
         assert torch.equal(alone.samples[0].x, s.x)  # type: ignore[arg-type]
 

@@ -7,15 +7,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from app.engine.admission import estimate_makespan
+from app.engine.instance import BatchLimits, Demand
 from app.engine.request import Request
-from app.engine.scheduler import Scheduler, steps_until_done
+from app.engine.scheduler import Scheduler
 
 
 def run_step(scheduler: Scheduler) -> Counter[int]:
     """One step of everything that was scheduled: images per seed."""
     batch = scheduler.schedule()
     for sample in batch:
-        sample.request.work_left -= sample.rows
+        sample.request.remaining_nfe -= sample.nfe
         sample.step += 1
         if sample.finished:
             sample.request.samples.remove(sample)
@@ -27,7 +29,7 @@ def run_step(scheduler: Scheduler) -> Counter[int]:
 def test_a_single_image_joins_the_next_step_beside_a_request_of_many(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:
-    scheduler = Scheduler(max_rows=8)
+    scheduler = Scheduler(BatchLimits(8))
     scheduler.add(ask(loop, seed=1, n=64))
     run_step(scheduler)
     scheduler.add(ask(loop, seed=2, n=1, steps=4))
@@ -37,7 +39,7 @@ def test_a_single_image_joins_the_next_step_beside_a_request_of_many(
 
 
 def test_requests_take_turns_in_every_eighth_step(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
-    scheduler = Scheduler(max_rows=4)
+    scheduler = Scheduler(BatchLimits(4))
     for seed in range(6):
         scheduler.add(ask(loop, seed=seed, n=2, steps=100))
     total: Counter[int] = Counter()
@@ -49,7 +51,7 @@ def test_requests_take_turns_in_every_eighth_step(ask: Callable[..., Request], l
 
 
 def test_equal_requests_finish_one_after_another(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
-    scheduler = Scheduler(max_rows=4)
+    scheduler = Scheduler(BatchLimits(4))
     requests = [ask(loop, seed=seed, n=4, steps=10) for seed in range(8)]
     for request in requests:
         scheduler.add(request)
@@ -62,7 +64,7 @@ def test_equal_requests_finish_one_after_another(ask: Callable[..., Request], lo
 
 
 def test_a_small_request_passes_a_crowd(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
-    scheduler = Scheduler(max_rows=4)
+    scheduler = Scheduler(BatchLimits(4))
     for seed in range(40):
         scheduler.add(ask(loop, seed=seed, n=50, steps=10))
     small = ask(loop, seed=99, n=1, steps=5)
@@ -73,24 +75,24 @@ def test_a_small_request_passes_a_crowd(ask: Callable[..., Request], loop: async
 
 
 def test_a_crowd_has_a_place_each_up_to_the_most(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
-    scheduler = Scheduler(max_rows=4)
-    scheduler.allow(4, 8)
+    scheduler = Scheduler(BatchLimits(4))
+    scheduler.limits.set(4, 8)
     for seed in range(2):
         scheduler.add(ask(loop, seed=seed, n=3, steps=50))
     for present in range(2, 12):
-        assert sum(run_step(scheduler).values()) == scheduler.room == min(max(4, present), 8)
+        assert sum(run_step(scheduler).values()) == scheduler.budget == min(max(4, present), 8)
         scheduler.add(ask(loop, seed=present, n=3, steps=50))
     for request in list(scheduler)[3:]:
         scheduler.remove(request)
     run_step(scheduler)
-    assert scheduler.room == 4, "steps are short again when the crowd has gone"
+    assert scheduler.budget == 4, "steps are short again when the crowd has gone"
 
 
 def test_those_that_fill_a_batch_by_themselves_get_the_largest_one_until_somebody_small_comes(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:
-    scheduler = Scheduler(max_rows=4)
-    scheduler.allow(4, 8)
+    scheduler = Scheduler(BatchLimits(4))
+    scheduler.limits.set(4, 8)
     scheduler.add(ask(loop, seed=0, n=6, steps=50))
     assert run_step(scheduler) == {0: 6}
     scheduler.add(ask(loop, seed=1, n=4, steps=50))
@@ -104,29 +106,29 @@ def test_those_that_fill_a_batch_by_themselves_get_the_largest_one_until_somebod
 
 
 def test_a_guided_crowd_counts_twice(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
-    scheduler = Scheduler(max_rows=4)
-    scheduler.allow(4, 8)
+    scheduler = Scheduler(BatchLimits(4))
+    scheduler.limits.set(4, 8)
     for seed in range(3):
         scheduler.add(ask(loop, seed=seed, n=1, guidance_scale=2.0))
     assert len(scheduler.schedule()) == 3
-    scheduler.shrink(8)
+    scheduler.limits.shrink(8)
     assert len(scheduler.schedule()) == 2, "no room for them in memory"
 
 
 def test_a_batch_never_has_more_rows_than_fit_and_guidance_counts_twice(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:
-    scheduler = Scheduler(max_rows=5)
+    scheduler = Scheduler(BatchLimits(5))
     scheduler.add(ask(loop, seed=1, n=9, guidance_scale=2.0))
     scheduler.add(ask(loop, seed=2, n=9))
     for _ in range(5):
-        assert sum(sample.rows for sample in scheduler.schedule()) <= 5
+        assert sum(sample.nfe for sample in scheduler.schedule()) <= 5
 
 
 def test_a_guided_image_runs_even_where_one_row_is_the_limit(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:
-    scheduler = Scheduler(max_rows=1)
+    scheduler = Scheduler(BatchLimits(1))
     scheduler.add(ask(loop, guidance_scale=2.0))
     assert len(scheduler.schedule()) == 1
 
@@ -134,7 +136,7 @@ def test_a_guided_image_runs_even_where_one_row_is_the_limit(
 def test_images_of_a_request_stay_within_one_step_of_each_other(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:
-    scheduler = Scheduler(max_rows=4)
+    scheduler = Scheduler(BatchLimits(4))
     request = ask(loop, n=10, steps=20)
     scheduler.add(request)
     while len(scheduler):
@@ -143,27 +145,19 @@ def test_images_of_a_request_stay_within_one_step_of_each_other(
         assert not steps or max(steps) - min(steps) <= 1
 
 
-def test_rows_take_the_places_that_are_free_first() -> None:
-    assert steps_until_done([(1, 20)], 4) == 20
-    assert steps_until_done([(1, 3), (1, 8), (2, 20), (1, 20)], 4) == 23
-    assert steps_until_done([(1, 3), (1, 8), (2, 20), (1, 20), (1, 20)], 4) == 28
-    assert steps_until_done([(1, 3), (1, 8), (2, 20), (2, 20)], 4) == 28, "the last of its rows"
-    assert steps_until_done([(10, 5)], 4) == 15
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_promised_is_what_the_schedule_gives(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    scheduler = Scheduler(max_rows=8)
+    scheduler = Scheduler(BatchLimits(8))
     asked = sorted(
         (int(steps), int(n)) for steps, n in zip(rng.integers(5, 60, 12), rng.integers(1, 12, 12), strict=True)
     )
     for steps, n in asked:
         scheduler.add(ask(loop, n=n, steps=steps))
-    requests = sorted(scheduler, key=lambda request: (request.work_left, request.number))
-    promised = [steps_until_done([(r.n, len(r.plan)) for r in requests[: i + 1]], 8) for i in range(len(requests))]
+    requests = sorted(scheduler, key=lambda request: (request.remaining_nfe, request.number))
+    promised = [estimate_makespan([(r.n, len(r.plan)) for r in requests[: i + 1]], 8) for i in range(len(requests))]
     ended: dict[Request, int] = {}
     for step in range(1, 5000):
         run_step(scheduler)
@@ -174,8 +168,8 @@ def test_what_is_promised_is_what_the_schedule_gives(
 
 
 def test_before_the_warm_up_there_is_a_place() -> None:
-    assert Scheduler(0).room_for([]) == 1
+    assert BatchLimits(0).budget(Demand()) == 1
 
 
 def test_nothing_to_do_is_an_empty_batch() -> None:
-    assert Scheduler(max_rows=4).schedule() == []
+    assert Scheduler(BatchLimits(4)).schedule() == []

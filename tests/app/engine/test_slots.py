@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.engine import Engine
 from app.engine.graphs import parts
-from app.engine.request import Request, Sample
+from app.engine.instance import ModelInstance
+from app.engine.request import Request, RequestStatus, Sample
 from app.engine.runner import Runner
-from app.engine.served import Served
 from app.engine.slots import BYTES, MOST, Slots, slots_for, x0_row, x_row
 from app.errors import Cancelled, StepFailed
 from model.checkpoint import Checkpoint, CheckpointConfig
@@ -28,6 +27,7 @@ from model.sampling.step import sample as naive_loop
 from tests.app.engine.conftest import (
     HeldRunner,
     Metrics,
+    TestedEngine,
     equal,
     finish,
     graphed,
@@ -328,7 +328,7 @@ def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(na
     assert {sample.slot for sample in newcomers} == gone
     assert all(sample.slot is not None for sample in kept)
     assert equal([state(narrow, sample) for sample in kept], before)
-    newcomers[0].request.answered = True
+    newcomers[0].request.status = RequestStatus.CANCELLED
     narrow.start(more := samples()[:3])
     assert {sample.slot for sample in more[:2]} <= gone | {request.samples[0].slot, 0}
     assert newcomers[0].slot is newcomers[1].slot is None
@@ -381,11 +381,11 @@ def held(checkpoint: Checkpoint) -> HeldRunner:
 def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
     checkpoint: Checkpoint, held: HeldRunner, ask: Ask, metrics: Metrics
 ) -> None:
-    reference, served, second = Runner(checkpoint, CPU, 4), Served(checkpoint, held, 8), graphed(checkpoint, 4)
-    newcomer = Served(checkpoint, second, 8)
+    reference, served, second = Runner(checkpoint, CPU, 4), ModelInstance(checkpoint, held, 8), graphed(checkpoint, 4)
+    newcomer = ModelInstance(checkpoint, second, 8)
     reference.warm_up(4)
-    engine = Engine(metrics, max_work=100_000)
-    engine.add(served)
+    engine = TestedEngine(metrics, max_pending_nfe=100_000)
+    engine.load_model(served)
     engine.start()
     until(lambda: engine.ready)
     assert held._graphs is not None
@@ -410,26 +410,26 @@ def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
         sick, failing, leaving = (ask(loop, served=served, seed=s, n=2, steps=50) for s in (13, 66, 5))
         for request in (*good, sick, failing, leaving):
             engine.submit(request)
-        await asyncio.to_thread(until, lambda: leaving.started is not None)
+        await asyncio.to_thread(until, lambda: leaving.first_step_time is not None)
         engine.cancel(leaving)
-        warm = engine.add(newcomer)
+        warm = engine.load_model(newcomer)
         for request, error in ((sick, StepFailed), (failing, StepFailed), (leaving, Cancelled)):
             with pytest.raises(error):
-                await request.mailbox.answer()
+                await request.output.images()
         for fields, request in zip(wanted, good, strict=True):
             alone = ask(loop, **fields)
             finish(reference, alone.samples)
-            assert np.array_equal(await request.mailbox.answer(), reference.read(alone.samples, "xt"))
+            assert np.array_equal(await request.output.images(), reference.read(alone.samples, "xt"))
         await asyncio.wrap_future(warm)
         assert second._graphs is not None
         assert second._graphs.slots is not slots(held)
         pair = [ask(loop, served=each, **wanted[0]) for each in (served, newcomer)]
         for request in pair:
             engine.submit(request)
-        engine.retire(served)
-        one, other = [await request.mailbox.answer() for request in pair]
+        engine.unload_model(served)
+        one, other = [await request.output.images() for request in pair]
         assert np.array_equal(one, other)
-        await asyncio.to_thread(until, lambda: served not in engine._turns.served)
+        await asyncio.to_thread(until, lambda: served not in engine._models.models)
 
     try:
         asyncio.run(main())

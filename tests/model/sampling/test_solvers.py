@@ -381,9 +381,9 @@ def test_guidance_is_two_calls_in_one(tiny: UNet) -> None:
 
 
 def test_a_plan_says_how_many_rows_a_step_takes() -> None:
-    assert make_plan(LINEAR, "ddpm", 3).rows.tolist() == [1, 1, 1]
+    assert make_plan(LINEAR, "ddpm", 3).nfe.tolist() == [1, 1, 1]
     for scale in (0.0, 1.5):
-        assert make_plan(LINEAR, "ddpm", 3, guidance_scale=scale).rows.tolist() == [2, 2, 2]
+        assert make_plan(LINEAR, "ddpm", 3, guidance_scale=scale).nfe.tolist() == [2, 2, 2]
 
 
 def test_guidance_works_under_autocast(tiny: UNet) -> None:
@@ -514,7 +514,7 @@ def test_guidance_acts_in_its_interval_alone_and_costs_rows_there_alone() -> Non
     inside = (plan.timesteps / 999 >= 0.25) & (plan.timesteps / 999 <= 0.75)
     assert 0 < inside.sum() < 10
     assert np.array_equal(column(plan, "g"), np.where(inside, 3.0, 1.0))
-    assert np.array_equal(plan.rows, np.where(inside, 2, 1))
+    assert np.array_equal(plan.nfe, np.where(inside, 2, 1))
 
 
 def test_the_ends_of_the_guidance_interval_are_in_it_and_count_all_timesteps() -> None:

@@ -7,45 +7,45 @@ from collections.abc import Callable
 import pytest
 
 from app.engine.engine import Engine
-from app.engine.rate import Rate
+from app.engine.instance import ThroughputEstimator
 from app.engine.request import Request, Sample, View
 from model.images import Image
 from tests.app.engine.conftest import HeldRunner
 
 
 def test_steps_that_take_long_count_for_as_long_as_they_take() -> None:
-    rate = Rate()
-    rate.begin(8, 1.0)
+    estimator = ThroughputEstimator()
+    estimator.initialize(8, 1.0)
     for seconds in (0.1, 0.1, 0.1, 3.7) * 20:
-        rate.observe(8, seconds, 8)
-    assert 4 < rate.rows_per_second < 16, "32 rows in 4 s; the mean of the four rates is 60"
+        estimator.observe(8, seconds, 8)
+    assert 4 < estimator.nfe_per_second < 16, "32 rows in 4 s; the mean of the four rates is 60"
 
 
 def test_one_step_that_hangs_does_not_make_everybody_wait() -> None:
-    rate = Rate()
-    rate.begin(8, 0.05)
-    rate.observe(8, 4.0, 8)
-    assert rate.rows_per_second > 120, "160 before, 18 if it counted in full, and an idle server would refuse work"
-    assert rate.step_seconds < 0.066
+    estimator = ThroughputEstimator()
+    estimator.initialize(8, 0.05)
+    estimator.observe(8, 4.0, 8)
+    assert estimator.nfe_per_second > 120, "160 before, 18 if it counted in full, and an idle server would refuse work"
+    assert estimator.step_seconds < 0.066
     for _ in range(30):
-        rate.observe(8, 1.0, 8)
-    assert rate.rows_per_second < 10, "but those that go on being slow are believed"
+        estimator.observe(8, 1.0, 8)
+    assert estimator.nfe_per_second < 10, "but those that go on being slow are believed"
 
 
 def test_stalls_of_short_steps_count_in_full() -> None:
-    rate = Rate()
-    rate.begin(8, 0.004)
+    estimator = ThroughputEstimator()
+    estimator.initialize(8, 0.004)
     for seconds in (0.004, 0.004, 0.004, 0.068) * 20:
-        rate.observe(8, seconds, 8)
-    assert 200 < rate.rows_per_second < 800, "32 rows in 80 ms"
+        estimator.observe(8, seconds, 8)
+    assert 200 < estimator.nfe_per_second < 800, "32 rows in 80 ms"
 
 
 @pytest.mark.parametrize(("rows", "seconds", "known"), [(4, 1.0, 8), (4, 0.25, 8.42), (5, 1.0, 7.55)])
 def test_a_small_batch_tells_of_no_slowness(rows: int, seconds: float, known: float) -> None:
-    rate = Rate()
-    rate.begin(8, 1.0)
-    rate.observe(rows, seconds, 8)
-    assert rate.rows_per_second == pytest.approx(known, rel=0.01)
+    estimator = ThroughputEstimator()
+    estimator.initialize(8, 1.0)
+    estimator.observe(rows, seconds, 8)
+    assert estimator.nfe_per_second == pytest.approx(known, rel=0.01)
 
 
 def test_what_comes_between_two_steps_slows_the_device_too(
@@ -62,8 +62,8 @@ def test_what_comes_between_two_steps_slows_the_device_too(
     async def main() -> Request:
         request = ask(asyncio.get_running_loop(), n=rows, steps=40, frame_steps=frozenset(range(41)), keep=99)
         engine.submit(request)
-        await request.mailbox.answer()
+        await request.output.images()
         return request
 
     request = asyncio.run(main())
-    assert request.served.rate.rows_per_second < 1.05 * rows / 0.05
+    assert request.instance.throughput.nfe_per_second < 1.05 * rows / 0.05
