@@ -24,7 +24,7 @@ from app.access import Keys
 from app.connection import Connection, Limits
 from app.engine.runner import Runner
 from app.main import MakeRunner, create_app, create_operations_app
-from app.routes.common import Service
+from app.routes.state import Service
 from app.settings import PREFIX, Settings, service_links, unknown_variables
 from app.tracing import Tracer
 

@@ -20,16 +20,16 @@ from app.engine.memory import keep_freed_memory
 from app.engine.runner import Runner, best_chunk
 from app.engine.served import Served
 from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, RequestTimeout, ServiceError
+from app.event_loop_monitor import Pulse
 from app.metrics import Metrics
 from app.middleware import SECURITY_HEADERS, Access, BodyLimit, RequestLog, SecurityHeaders
-from app.models import Models
-from app.pulse import Pulse
-from app.routes import docs, generate, models, page, sequence, status
-from app.routes.common import Service
+from app.model_registry import Models
+from app.routes import docs, generate, health, models, sequence, ui
+from app.routes.state import Service
 from app.settings import Settings
 from app.tracing import Tracer, Traces
+from model.backends.cpu import best_precision
 from model.checkpoint import Checkpoint
-from model.inference import best_precision
 
 VERSION = "0.1.0"
 WATCH_S = 0.25
@@ -98,9 +98,9 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     )
     app.state.service, app.state.keys = Service(settings, served, engine, metrics), keys
     app.state.tracer = tracer
-    routers = [module.router for module in (generate, sequence, models, page, docs)] + [status.health]
+    routers = [module.router for module in (generate, sequence, models, ui, docs)] + [health.health]
     if settings.metrics_port < 0:
-        routers.append(status.operations)
+        routers.append(health.operations)
     for router in routers:
         app.include_router(router)
     _handle_errors(app)
@@ -129,11 +129,11 @@ def create_operations_app(service: Service) -> FastAPI:
     """What --metrics-port serves: metrics and health, without keys, for those who can reach the port."""
     app = FastAPI(openapi_url=None)
     app.state.service, app.state.headers = service, SECURITY_HEADERS
-    app.include_router(status.health)
-    app.include_router(status.operations)
+    app.include_router(health.health)
+    app.include_router(health.operations)
     _handle_errors(app)
     app.add_middleware(SecurityHeaders, headers=app.state.headers)
-    app.add_middleware(RequestLog, metrics=service.metrics, paths=_paths(status.health, status.operations))
+    app.add_middleware(RequestLog, metrics=service.metrics, paths=_paths(health.health, health.operations))
     return app
 
 

@@ -8,9 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.errors import InvalidRequest
 from app.settings import Settings
-from model.plan import LIMITS
-from model.samplers import SAMPLERS
-from model.spacing import SPACINGS
+from model.sampling.schedule import LIMITS
+from model.sampling.solvers import SAMPLERS
+from model.sampling.timestep_spacing import SPACINGS
 
 
 def _numbers(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.intake import Job
+from app.request_params import Job
 
 SEND_S = 3.0  # in which a collector has to take what is sent
 LAST_S = 1.0  # the same where the process is about to end

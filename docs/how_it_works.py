@@ -23,11 +23,11 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
-from model.plan import COLUMNS, make_plan
-from model.rng import normals
-from model.samplers import SAMPLERS
-from model.sampling import sample
-from model.unet import UNetConfig
+from model.nn.unet import UNetConfig
+from model.sampling.noise import normals
+from model.sampling.schedule import COLUMNS, make_plan
+from model.sampling.solvers import SAMPLERS
+from model.sampling.step import sample
 
 DOCS = Path(__file__).resolve().parent
 CHAPTER, FOLDER = DOCS / "how-it-works.md", DOCS / "pictures"

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
-from model.files import write_tensors
-from model.plan import SamplingDefaults, make_plan
-from model.unet import UNet, UNetConfig
+from model.nn.unet import UNet, UNetConfig
+from model.safetensors_io import write_tensors
+from model.sampling.schedule import SamplingDefaults, make_plan
 
 FORMAT = "ddpm-serve/1"
 PRETRAINED = Path(__file__).parent / "pretrained"

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.blocks import ResBlock
 from model.checkpoint import Checkpoint
-from model.conversion import Weights
+from model.convert.diffusers import DIFFUSERS, PREDICTIONS, norm_groups
+from model.convert.layout import Weights
 from model.diffusion import DiffusionConfig
-from model.files import write_tensors
-from model.import_diffusers import DIFFUSERS, PREDICTIONS, norm_groups
-from model.unet import UNet, UNetConfig
+from model.nn.layers import ResBlock
+from model.nn.unet import UNet, UNetConfig
+from model.safetensors_io import write_tensors
 
 
 class ExportRefused(ValueError):

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import checkpoint
-from model.blocks import ACTIVATIONS
 from model.checkpoint import CheckpointConfig
-from model.conversion import Flags, Imported, ImportRefused
+from model.convert.abarankab import import_original, import_w86763777
+from model.convert.diffusers import import_diffusers
+from model.convert.layout import Flags, Imported, ImportRefused
+from model.convert.openai import import_openai
 from model.diffusion import SCHEDULES
-from model.import_diffusers import import_diffusers
-from model.import_openai import import_openai
-from model.import_research import import_original, import_w86763777
-from model.plan import SamplingDefaults
+from model.nn.layers import ACTIVATIONS
+from model.sampling.schedule import SamplingDefaults
 
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.unet import UNet, UNetConfig
+from model.nn.unet import UNet, UNetConfig
 
 
 def randomised(config: UNetConfig, std: float = 0.2, seed: int = 0) -> UNet:

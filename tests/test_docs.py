@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from training import command
-from training.config import TrainConfig
+from training.cli import command
+from training.run.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.app.processes import ServerProcess
 from training import train
-from training.command import parse
+from training.cli.command import parse
 
 CLASSES = ("Süße Hunde", "cats")
 

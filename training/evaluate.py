@@ -3,7 +3,7 @@
 Images are sampled with the plans of the service, the classes in turn, and compared with the train split in the
 features of a classifier that knows the data set (`training.classifier`). The held-out images are compared in the same
 way, as many of them: theirs are the numbers that a perfect network would have. None of them is an FID, which is a
-distance in Inception's features: that name is kept for those (`training.inception`), where its weights are given.
+distance in Inception's features: that name is kept for those (`training.evaluation.inception`), where its weights are given.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.backends.cpu import compile_for_inference
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import from_uint8, to_uint8
-from model.inference import compile_for_inference
-from model.likelihood import bits_per_dim
-from model.plan import Plan
-from model.sampling import sample
-from training import comparison, data, judge, neighbours, sources
-from training.config import torch_device
-from training.data import DataError, Images
-from training.features import FeatureFile
-from training.judge import Judge
-from training.options import Parser, one_of
-from training.revision import git_revision
-from training.sampling import add_sampling_options, settings_of
+from model.sampling.schedule import Plan
+from model.sampling.step import sample
+from training import data
+from training.cli.options import Parser, one_of
+from training.cli.sampling_options import add_sampling_options, settings_of
+from training.data.datasets import DataError, Images
+from training.evaluation import feature_extractor, memorization, metrics
+from training.evaluation.feature_extractor import Judge
+from training.evaluation.feature_files import FeatureFile
+from training.evaluation.likelihood import bits_per_dim
+from training.run import load_weights
+from training.run.config import torch_device
+from training.run.git import git_revision
 
 
 def draw(
@@ -75,7 +77,7 @@ def bits(source: Checkpoint, network: Network, images: Images, num_images: int, 
     """The variational bound on the first `num_images` of the held-out set's balanced draw, in bits per dimension."""
     num_classes, device = source.config.unet.num_classes, next(source.network.parameters()).device
     diffusion, parts = source.diffusion.to(device), []
-    chosen = comparison.balanced(images, num_classes, num_images)
+    chosen = metrics.balanced(images, num_classes, num_images)
     for which in tqdm(chosen.split(batch_size), desc="bits per dimension"):
         some = images.select(which).to(device)
         y = None if num_classes is None else some.labels
@@ -96,8 +98,8 @@ def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, a
     if unet.num_classes is not None:
         check_classes(source, who, train_set, test_set, args)
     classes = unet.num_classes or 1
-    needed = max(comparison.NEIGHBOURS + 1, 2 * classes)
-    found = len(comparison.balanced(test_set, unet.num_classes))
+    needed = max(metrics.NEIGHBOURS + 1, 2 * classes)
+    found = len(metrics.balanced(test_set, unet.num_classes))
     if min(found, args.num_images) < needed:
         each = " equally many of each class" if classes > 1 else ""
         raise DataError(
@@ -128,8 +130,8 @@ def check_classes(
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Samples, measures, and writes the result. Returns it."""
     device, out = torch_device(args.device), Path(args.out).expanduser()
-    source, weights = sources.load(args.checkpoint, args.weights, {}, device)
-    who = judge.load(args.features, device)
+    source, weights = load_weights.load(args.checkpoint, args.weights, {}, device)
+    who = feature_extractor.load(args.features, device)
     settings, plan = settings_of(source, args)
     train_set, test_set = data.load(args.dataset, (who.image_shape or source.config.unet.image_shape)[1:])
     check(source, who, train_set, test_set, args)
@@ -153,15 +155,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     before, started = min(rows.count, args.num_images), time.perf_counter()
     generate(draws, who, rows, args.num_images)
     sampled = time.perf_counter()
-    measured = comparison.measure(
-        who, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes
-    )
+    measured = metrics.measure(who, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes)
     if args.neighbours:
         firsts = tqdm(range(0, args.neighbours, args.batch_size), desc="for neighbours", unit_scale=args.batch_size)
         images = torch.cat([draws(first).cpu() for first in firsts])[: args.neighbours]
         picture = out.with_name(f"{out.stem}-neighbours.png")
         k = source.config.unet.num_classes
-        measured["neighbours"] = neighbours.compare(who, train_set, test_set, images, k, picture)
+        measured["neighbours"] = memorization.compare(who, train_set, test_set, images, k, picture)
     if args.bits_images:
         measured["bits_per_dim"] = bits(source, network, test_set, args.bits_images, args.batch_size)
     result = {
@@ -223,8 +223,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", default="fp32", **one_of(("fp32", "bf16")), help="of the network's products (default: fp32)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     args = parser.read(argv)
-    if args.num_images <= comparison.NEIGHBOURS:
-        parser.error(f"--num_images must be more than {comparison.NEIGHBOURS}, not {args.num_images}")
+    if args.num_images <= metrics.NEIGHBOURS:
+        parser.error(f"--num_images must be more than {metrics.NEIGHBOURS}, not {args.num_images}")
     for name in ("bits_images", "neighbours"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must not be negative, as {getattr(args, name)} is")

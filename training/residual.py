@@ -1,11 +1,11 @@
-"""The residual network that judged before `training.convnet`: files of it are read, and no more are made."""
+"""The residual network that judged before `training.classifier.network`: files of it are read, and no more are made."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.convnet import Classifier, ClassifierConfig
+from training.classifier.network import Classifier, ClassifierConfig
 
 
 class Block(nn.Module):

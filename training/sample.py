@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.images import to_uint8
-from model.plan import Plan, SamplingDefaults
-from model.sampling import sample
-from training import sources
-from training.command import add_known_options, check_choices
-from training.config import torch_device
-from training.options import Parser, one_of
-from training.pictures import save_gif, save_strip, sequence
-from training.sampling import add_sampling_options, settings_of
+from model.sampling.schedule import Plan, SamplingDefaults
+from model.sampling.step import sample
+from training.cli.command import add_known_options, check_choices
+from training.cli.options import Parser, one_of
+from training.cli.sampling_options import add_sampling_options, settings_of
+from training.run import load_weights
+from training.run.config import torch_device
+from training.run.image_io import save_gif, save_strip, sequence
 
 # The original's options of the network, which its sampling had to be told again
 KNOWN = (
@@ -205,7 +205,7 @@ def told(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the images that the command line asks for. Raises ValueError or OSError."""
-    source, which = sources.load(args.checkpoint, args.weights, told(args), torch_device(args.device))
+    source, which = load_weights.load(args.checkpoint, args.weights, told(args), torch_device(args.device))
     sampling, plan = settings_of(source, args)
     label = None if args.class_label is None else class_index(source.config, args.class_label)
     folder = Path(args.save_dir).expanduser()

@@ -16,22 +16,23 @@ from tqdm import tqdm
 
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
-from model.unet import UNet, UNetConfig
-from training import command, data
-from training.batches import Batch, Batches
-from training.compiler import compiled
-from training.config import TrainConfig
-from training.data import DataError
-from training.optimizer import restore, step
-from training.parallel import Ranks, joined, unreduced
-from training.pictures import sample_grid, sequence
-from training.revision import git_revision
-from training.rundir import RunDir
-from training.signals import StopSignals
-from training.state import TrainState
-from training.trackers import Trackers
-from training.validation import chosen, validation_loss
-from training.warm_start import warm_start
+from model.nn.unet import UNet, UNetConfig
+from training import data
+from training.cli import command
+from training.data.batches import Batch, Batches
+from training.data.datasets import DataError
+from training.loop.compiler import compiled
+from training.loop.distributed import Ranks, joined, unreduced
+from training.loop.optimizer import restore, step
+from training.loop.state import TrainState
+from training.loop.validation import chosen, validation_loss
+from training.run.config import TrainConfig
+from training.run.git import git_revision
+from training.run.image_io import sample_grid, sequence
+from training.run.run_dir import RunDir
+from training.run.signals import StopSignals
+from training.run.trackers import Trackers
+from training.run.warm_start import warm_start
 
 SHOWN = 4  # images whose making is shown as a strip and a GIF
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine.request import Sample
-from model.plan import COLUMNS, LIMITS
+from model.sampling.schedule import COLUMNS, LIMITS
 
 Ints = NDArray[np.int64]
 G, LIMIT, S = (COLUMNS.index(name) for name in ("g", "limit", "s"))
@@ -21,7 +21,7 @@ class Batch:
     """One row for each of N samples; thrown away after the step.
 
     `t` and `y` [N] are what the network sees (y None where it has no classes), `plan` float64 [N, 10] the plans' rows,
-    `words` [N, 4] what the noise is drawn from (see `model.rng.normals_of`).
+    `words` [N, 4] what the noise is drawn from (see `model.sampling.noise.normals_of`).
     """
 
     t: Ints

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from app.engine.batch import Batch, Ints
 from app.engine.slots import Slots, x0_row, x_row
-from model.cuda import Record
-from model.inference import Forward
-from model.plan import COLUMNS
-from model.rng import normals, normals_of
-from model.sampling import apply_step, guided
-from model.unet import UNetConfig
+from model.backends.cpu import Forward
+from model.backends.cuda import Record
+from model.nn.unet import UNetConfig
+from model.sampling.noise import normals, normals_of
+from model.sampling.schedule import COLUMNS
+from model.sampling.step import apply_step, guided
 
 # Columns of the table that say where things are, before those of the plan. Rows of the slots' tables: which x and x_0
 # are read, and which are written; `null`: the row of the same call that has the null class.

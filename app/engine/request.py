@@ -15,7 +15,7 @@ from torch import Tensor
 
 from app.errors import ServiceError
 from model.images import Image
-from model.plan import Plan
+from model.sampling.schedule import Plan
 
 if TYPE_CHECKING:
     from app.engine.served import Served

@@ -13,17 +13,17 @@ from torch import Tensor
 from app.engine.batch import Batch, words_of
 from app.engine.graphs import Graphs, agree
 from app.engine.memory import is_out_of_memory, return_freed_memory
-from app.engine.openvino import compile_openvino
 from app.engine.request import Sample, View
 from app.engine.sizes import agreeing, candidates, gpu_chunk
 from app.engine.slots import Slots, slots_for
+from model.backends.cpu import compile_for_inference
+from model.backends.cuda import CudaRecorder, Record
+from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
-from model.cuda import CudaRecorder, Record
 from model.images import Image, to_uint8
-from model.inference import compile_for_inference
-from model.rng import normals, normals_of
-from model.sampling import apply_step, predict
-from model.unet import UNet
+from model.nn.unet import UNet
+from model.sampling.noise import normals, normals_of
+from model.sampling.step import apply_step, predict
 
 log = logging.getLogger("ddpm.engine")
 

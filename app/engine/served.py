@@ -12,7 +12,7 @@ from app.engine.rate import Rate
 from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
 from model.checkpoint import Checkpoint
-from model.plan import Plan, SamplingDefaults, make_plan
+from model.sampling.schedule import Plan, SamplingDefaults, make_plan
 
 log = logging.getLogger("ddpm.engine")
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
-from app.routes.page import hash_of
+from app.routes.ui import hash_of
 
 router = APIRouter()
 

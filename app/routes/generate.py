@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from app import images
-from app.intake import Job, headers, make_job
 from app.negotiation import negotiate
-from app.routes.common import ERRORS, TheService, admitted
+from app.request_params import Job, headers, make_job
+from app.routes.state import ERRORS, TheService, admitted
 from app.schemas import GenerateBody, GeneratedImage, GenerateResponse
 from model.images import Image, grid
 

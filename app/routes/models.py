@@ -8,9 +8,9 @@ from fastapi import APIRouter, Depends, Request
 
 from app.engine.served import Served
 from app.errors import Forbidden
-from app.routes.common import ERRORS, Service, TheService
+from app.routes.state import ERRORS, Service, TheService
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
-from model.samplers import SAMPLERS
+from model.sampling.solvers import SAMPLERS
 
 router = APIRouter(tags=["models"])
 

@@ -14,9 +14,9 @@ from fastapi.responses import StreamingResponse
 
 from app import images
 from app.errors import ServiceError
-from app.intake import Job, headers, make_job
 from app.negotiation import negotiate
-from app.routes.common import ERRORS, Service, TheService, admitted
+from app.request_params import Job, headers, make_job
+from app.routes.state import ERRORS, Service, TheService, admitted
 from app.schemas import Format, SequenceQuery
 from model.images import Image, grid
 

@@ -19,8 +19,8 @@ from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.plan import SamplingDefaults
-from model.unet import UNetConfig
+from model.nn.unet import UNetConfig
+from model.sampling.schedule import SamplingDefaults
 from tests.app.processes import ServerProcess, wait_for
 from tests.networks import randomised
 

@@ -13,7 +13,7 @@ from app.main import create_app
 from app.settings import Settings
 from model.checkpoint import CheckpointError
 from tests.app.processes import run_to_its_end
-from tests.app.test_models import KeyedServer, Shop, generate, load, loads
+from tests.app.test_model_registry import KeyedServer, Shop, generate, load, loads
 from tests.model.broken import BROKEN, NOT_READABLE, flipped, hostile
 
 

@@ -13,7 +13,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.engine import memory
-from app.pulse import TICK_S
+from app.event_loop_monitor import TICK_S
 from tests.app.conftest import HeldRunner, serving
 from tests.app.processes import ServerProcess, metric, wait_for
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from model.samplers import SAMPLERS
+from model.sampling.solvers import SAMPLERS
 from tests.app.faulty_server import CRASHES, RAISES
 from tests.app.processes import ServerProcess, wait_for
 

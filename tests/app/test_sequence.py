@@ -15,9 +15,9 @@ from torch import Tensor
 from app.routes.sequence import BOUNDARY
 from model import checkpoint
 from model.images import Image, to_uint8
-from model.plan import make_plan
-from model.rng import normal
-from model.sampling import sample
+from model.sampling.noise import normal
+from model.sampling.schedule import make_plan
+from model.sampling.step import sample
 from tests.app.conftest import BEETLE, HeldRunner, serving
 from tests.app.processes import metric
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from app.engine.request import Request
 from app.engine.scheduler import Scheduler, steps_until_done
 from model import checkpoint
-from model.plan import Plan, make_plan
+from model.sampling.schedule import Plan, make_plan
 from tests.bench.policies import publish, step_options, steps_of
 from tests.bench.serving.workloads import Arrival, poisson
 

@@ -30,12 +30,12 @@ from app.engine.runner import Runner, best_chunk, last
 from app.engine.served import Served
 from app.engine.sizes import candidates
 from model import checkpoint
+from model.backends.cpu import best_precision
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.inference import best_precision
-from model.plan import make_plan
-from model.rng import normals
-from model.unet import UNet, UNetConfig
+from model.nn.unet import UNet, UNetConfig
+from model.sampling.noise import normals
+from model.sampling.schedule import make_plan
 from tests.bench.timing import matrix_peak, processor, seconds
 
 CONFIGS = {

@@ -10,9 +10,9 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.blocks import Attention
 from model.exporters import renamed, unet_json
-from model.unet import UNet, UNetConfig
+from model.nn.layers import Attention
+from model.nn.unet import UNet, UNetConfig
 from tests.bench.timing import Contender
 
 CONFIGS = {

@@ -25,8 +25,8 @@ from app.engine.request import Request, Sample
 from app.engine.runner import Runner, best_chunk
 from app.engine.scheduler import Scheduler
 from model import checkpoint
-from model.inference import best_precision
-from model.plan import Plan, make_plan
+from model.backends.cpu import best_precision
+from model.sampling.schedule import Plan, make_plan
 from tests.bench.serving.numbers import percentile
 from tests.bench.serving.workloads import KINDS, Arrival, poisson
 from tests.bench.timing import processor

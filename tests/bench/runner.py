@@ -21,11 +21,11 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
-from app.engine.openvino import compile_openvino
 from model import checkpoint
+from model.backends.cpu import compile_for_inference
+from model.backends.openvino import compile_openvino
 from model.exporters import unet_json
-from model.inference import compile_for_inference
-from model.unet import UNet, UNetConfig
+from model.nn.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
 

@@ -17,12 +17,12 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch import nn
 
+from model.backends.cpu import compile_for_inference
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
-from model.inference import compile_for_inference
-from model.plan import make_plan
-from model.sampling import sample
-from model.unet import UNet
+from model.nn.unet import UNet
+from model.sampling.schedule import make_plan
+from model.sampling.step import sample
 from tests.bench import networks, timing
 
 STEPS = 50

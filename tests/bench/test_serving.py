@@ -20,8 +20,8 @@ from PIL import Image
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.images import to_uint8
-from model.plan import make_plan
-from model.sampling import sample
+from model.sampling.schedule import make_plan
+from model.sampling.step import sample
 from tests.bench.policies import POLICIES, InOrder, replay
 from tests.bench.serving import generator, numbers, report, steady, workloads
 from tests.bench.serving.backend import Backend

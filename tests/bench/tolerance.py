@@ -15,13 +15,13 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from app.engine.openvino import compile_openvino
 from model import checkpoint
+from model.backends.cpu import Forward, compile_for_inference
+from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
-from model.inference import Forward, compile_for_inference
-from model.plan import make_plan
-from model.sampling import sample
+from model.sampling.schedule import make_plan
+from model.sampling.step import sample
 
 CPU = torch.device("cpu")
 AT_ONCE = 8  # rows of a call

@@ -20,9 +20,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
-from model.ema import EMA
 from model.images import from_uint8
-from model.unet import UNet
+from model.nn.ema import EMA
+from model.nn.unet import UNet
 from tests.bench import networks, timing
 
 DECAY = 0.9999

@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
 from app.__main__ import GRACE_S
-from app.routes import status
+from app.routes import health
 from app.settings import Settings
 from tests.docker.files import DOCKER, metrics_in
 from tests.docker.test_dashboard import series
@@ -89,9 +89,9 @@ def test_probes_and_scrapes_ask_for_paths_and_ports_that_are_there() -> None:
 
     probes = {name: server()[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert [probe["path"] for probe in probes.values()] == ["/readyz", "/readyz", "/livez"]
-    assert {probe["path"] for probe in probes.values()} <= paths(status.health)
+    assert {probe["path"] for probe in probes.values()} <= paths(health.health)
     (endpoint,) = base("monitor")["spec"]["podMetricsEndpoints"]
-    assert endpoint["path"] in paths(status.operations)
+    assert endpoint["path"] in paths(health.operations)
     ports = {port["name"]: port["containerPort"] for port in server()["ports"]}
     assert ports == {"http": Settings.model_fields["port"].default, "metrics": int(settings()["DDPM_METRICS_PORT"])}
     assert endpoint["port"] == "metrics"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8
-from model.likelihood import bits_per_dim, prior_bits
-from model.rng import normal
+from model.sampling.noise import normal
+from training.evaluation.likelihood import bits_per_dim, prior_bits
 
 LINEAR, COSINE = DiffusionConfig(), DiffusionConfig(schedule="cosine")
 

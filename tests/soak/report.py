@@ -13,7 +13,7 @@ INTRODUCTION = """What servers of `python -m app` went through, by `make soak`, 
 how. Where a part injects faults it runs `tests/app/faulty_server.py`, which is the same server with a runner that
 fails where a request's seed says so. Durations of steps, cancels and requests are upper bounds of a histogram's
 buckets, or were measured by the client. In the mixed load a fault makes a step last 4 s, which cancels have to wait
-for, and readiness is off meanwhile. Not here, because their tests in `tests/app/test_breakdowns.py` are as long as
+for, and readiness is off meanwhile. Not here, because their tests in `tests/app/test_fatal_errors.py` are as long as
 they can be: a disk that is full, a checkpoint that is cut short in its place while it is served, a step of 4 s, a
 second SIGTERM."""
 

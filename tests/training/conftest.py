@@ -19,10 +19,11 @@ from PIL import Image
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.plan import SamplingDefaults
-from model.unet import UNet, UNetConfig
-from training import evaluate, judge
-from training.convnet import Classifier, ClassifierConfig
+from model.nn.unet import UNet, UNetConfig
+from model.sampling.schedule import SamplingDefaults
+from training import evaluate
+from training.classifier.network import Classifier, ClassifierConfig
+from training.evaluation import feature_extractor
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +101,8 @@ def command_line(tiny_options: dict[str, Any]) -> list[str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few validation images; one git revision, though someone may commit in the middle of a test."""
-    from training import train, validation
+    from training import train
+    from training.loop import validation
 
     monkeypatch.setattr(validation, "VALIDATION_IMAGES", 64)
     monkeypatch.setattr(train, "git_revision", lambda: "0123")
@@ -169,7 +171,9 @@ def save_judge(tmp_path: Path) -> Callable[..., str]:
     def save(names: tuple[str, ...] = ("cat", "dog", "emu"), channels: int = 1) -> str:
         torch.manual_seed(0)
         network = Classifier(ClassifierConfig(channels, (8, 8), len(names), width=3)).eval()
-        judge.save(tmp_path / "judge.safetensors", network, names, {"accuracy": 0.625, "dataset": "pictures"})
+        feature_extractor.save(
+            tmp_path / "judge.safetensors", network, names, {"accuracy": 0.625, "dataset": "pictures"}
+        )
         return str(tmp_path / "judge.safetensors")
 
     return save

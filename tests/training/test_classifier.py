@@ -10,9 +10,11 @@ from torch import Tensor
 
 from model import checkpoint
 from model.images import from_uint8
-from training import classifier, convnet, judge, residual
-from training.convnet import Classifier, ClassifierConfig
-from training.judge import JudgeError
+from training import residual
+from training.classifier import network, train
+from training.classifier.network import Classifier, ClassifierConfig
+from training.evaluation import feature_extractor
+from training.evaluation.feature_extractor import JudgeError
 from training.residual import Residual
 
 ImageFolder = Callable[..., Path]
@@ -28,7 +30,7 @@ def network() -> Classifier:
 @pytest.fixture
 def saved(network: Classifier, tmp_path: Path) -> Path:
     path = tmp_path / "judge.safetensors"
-    judge.save(path, network, ("cat", "dög"), PROVENANCE)
+    feature_extractor.save(path, network, ("cat", "dög"), PROVENANCE)
     return path
 
 
@@ -37,15 +39,15 @@ def images(n: int = 5) -> Tensor:
 
 
 def test_the_file_brings_back_everything(network: Classifier, saved: Path) -> None:
-    loaded = judge.load(saved)
+    loaded = feature_extractor.load(saved)
     assert (loaded.name, loaded.class_names, loaded.accuracy) == ("judge", ("cat", "dög"), 0.75)
     assert loaded.provenance == PROVENANCE
     assert not loaded.network.training
     for mine, theirs in zip(network.judge(images()), loaded.network.judge(images()), strict=True):
         torch.testing.assert_close(mine, theirs)
     again = saved.with_name("again.safetensors")
-    judge.save(again, loaded.network, loaded.class_names, loaded.provenance)
-    assert judge.load(again).sha256 == loaded.sha256
+    feature_extractor.save(again, loaded.network, loaded.class_names, loaded.provenance)
+    assert feature_extractor.load(again).sha256 == loaded.sha256
     assert sorted(p.name for p in saved.parent.iterdir()) == ["again.safetensors", "judge.safetensors"]
 
 
@@ -86,7 +88,7 @@ def test_the_stem_whitens_patches() -> None:
 
 
 def test_convolutions_begin_as_the_identity() -> None:
-    group, x = convnet.Group(4, 6, depth=2).eval(), torch.rand(2, 4, 5, 5)
+    group, x = network.Group(4, 6, depth=2).eval(), torch.rand(2, 4, 5, 5)
     torch.testing.assert_close(group.convs[0](x)[:, :4], x)
     torch.testing.assert_close(group.convs[1](torch.cat([x, x[:, :2]], 1))[:, :4], x)
 
@@ -95,10 +97,10 @@ def test_files_of_residual_networks_are_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Residual(ClassifierConfig(3, (8, 12), 2, width=4, depth=2)).eval()
     assert len(network.blocks) == 6
-    judge.save(tmp_path / "old.safetensors", network, ("cat", "dog"), PROVENANCE)
+    feature_extractor.save(tmp_path / "old.safetensors", network, ("cat", "dog"), PROVENANCE)
     with safe_open(tmp_path / "old.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classifier"])["format"] == "ddpm-serve-classifier/1"
-    loaded = judge.load(tmp_path / "old.safetensors")
+    loaded = feature_extractor.load(tmp_path / "old.safetensors")
     assert type(loaded.network) is Residual
     features, logits = loaded.network.judge(images())
     assert (features >= 0).all()
@@ -116,7 +118,7 @@ def test_a_block_adds_to_what_comes_in() -> None:
 def damage(path: Path, what: str) -> None:
     tensors, metadata = (
         load_file(path),
-        {"format": judge.FORMAT, "network": {}, "class_names": ["a", "b"], **PROVENANCE},
+        {"format": feature_extractor.FORMAT, "network": {}, "class_names": ["a", "b"], **PROVENANCE},
     )
     metadata["network"] = {"image_channels": 3, "image_size": [8, 12], "num_classes": 2, "width": 4, "depth": 2}
     name = "head.weight"
@@ -181,18 +183,18 @@ def damage(path: Path, what: str) -> None:
 def test_what_is_no_classifier_is_refused_with_a_sentence(what: str, why: str, saved: Path) -> None:
     damage(saved, what)
     with pytest.raises(JudgeError, match=why) as caught:
-        judge.load(saved)
+        feature_extractor.load(saved)
     assert str(saved) in str(caught.value)
 
 
 def test_the_damage_above_is_all_that_is_wrong(saved: Path) -> None:
     damage(saved, "nothing")
-    assert judge.load(saved).class_names == ("a", "b")
+    assert feature_extractor.load(saved).class_names == ("a", "b")
 
 
 def test_a_checkpoint_is_no_classifier_and_the_reverse(saved: Path, save_checkpoint: Callable[..., str]) -> None:
     with pytest.raises(JudgeError, match="not a classifier"):
-        judge.load(save_checkpoint())
+        feature_extractor.load(save_checkpoint())
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load(saved)
 
@@ -202,14 +204,14 @@ def test_augmentation_moves_and_mirrors_and_nothing_else() -> None:
     picture = torch.arange(48.0).reshape(1, 1, 6, 8)
     many = picture.expand(200, -1, -1, -1)
     nobody = torch.zeros(200, dtype=torch.bool)
-    assert torch.equal(classifier.augmented(many, 0, nobody), many)
-    moved = classifier.augmented(many, 2, nobody)
+    assert torch.equal(train.augmented(many, 0, nobody), many)
+    moved = train.augmented(many, 2, nobody)
     middles = {tuple(m[0, 2:4, 3:5].flatten().tolist()) for m in moved}
     y, x = torch.meshgrid(torch.arange(-2, 3), torch.arange(-2, 3), indexing="ij")
     shifts = zip(y.flatten(), x.flatten(), strict=True)
     assert middles == {tuple(picture[0, 0, 2 + b : 4 + b, 3 + a : 5 + a].flatten().tolist()) for b, a in shifts}
     mirrored = torch.rand(200) < 0.5
-    flipped = classifier.augmented(many, 0, mirrored)
+    flipped = train.augmented(many, 0, mirrored)
     assert (flipped[mirrored] == picture.flip(3)).all()
     assert (flipped[~mirrored] == picture).all()
 
@@ -218,7 +220,7 @@ def test_colours_stay_together_when_images_move() -> None:
     torch.manual_seed(0)
     x = torch.rand(20, 1, 6, 8)
     x = torch.cat([x, x + 1, x + 2], dim=1)
-    moved = classifier.augmented(x, 2, torch.arange(20) % 2 == 0)
+    moved = train.augmented(x, 2, torch.arange(20) % 2 == 0)
     torch.testing.assert_close(moved[:, :1] + torch.tensor([0.0, 1, 2]).reshape(1, 3, 1, 1), moved)
 
 
@@ -229,9 +231,9 @@ def test_a_command_trains_tests_and_saves(
     folder = image_folder(classes=("cat", "dog", "emu"), count=40, mode=mode)
     words = ["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "12"]
     words += ["--batch_size", "19", "--width", "4", "--flip", "--device", "cpu"]
-    assert classifier.main(words) == 0
+    assert train.main(words) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    loaded = judge.load(tmp_path / "judge.safetensors")
+    loaded = feature_extractor.load(tmp_path / "judge.safetensors")
     assert printed.pop("parameters") == sum(p.numel() for p in loaded.network.parameters())
     assert printed == loaded.provenance
     assert loaded.accuracy == 1
@@ -244,11 +246,11 @@ def test_photos_of_different_sizes_are_brought_to_one(image_folder: ImageFolder,
     image_folder(classes=("cat",), size=(8, 12))
     folder = image_folder(classes=("dog",), size=(20, 14))
     words = ["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "1", "--width", "4"]
-    assert classifier.main([*words, "--batch_size", "14", "--device", "cpu"]) == 2
-    assert classifier.main([*words, "--batch_size", "14", "--device", "cpu", "--image_size", "9,7"]) == 0
-    assert judge.load(tmp_path / "judge.safetensors").network.config.image_size == (9, 7)
+    assert train.main([*words, "--batch_size", "14", "--device", "cpu"]) == 2
+    assert train.main([*words, "--batch_size", "14", "--device", "cpu", "--image_size", "9,7"]) == 0
+    assert feature_extractor.load(tmp_path / "judge.safetensors").network.config.image_size == (9, 7)
     with pytest.raises(SystemExit):
-        classifier.main([*words, "--image_size", "9"])
+        train.main([*words, "--image_size", "9"])
 
 
 def test_accuracy_is_that_of_the_held_out_images(
@@ -258,15 +260,15 @@ def test_accuracy_is_that_of_the_held_out_images(
     image_folder("pictures/train", classes=("cat", "dog"), count=30)
     image_folder("pictures/test", classes=("dog", "cat"), count=6)
     words = ["--dataset", str(tmp_path / "pictures"), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "12"]
-    assert classifier.main([*words, "--batch_size", "15", "--width", "4", "--device", "cpu"]) == 0
-    assert judge.load(tmp_path / "judge.safetensors").accuracy == 0
+    assert train.main([*words, "--batch_size", "15", "--width", "4", "--device", "cpu"]) == 0
+    assert feature_extractor.load(tmp_path / "judge.safetensors").accuracy == 0
 
 
 def test_the_seed_decides(image_folder: ImageFolder, tmp_path: Path) -> None:
     words = ["--dataset", str(image_folder()), "--epochs", "1", "--batch_size", "8", "--width", "4", "--device", "cpu"]
     files = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        assert classifier.main([*words, "--seed", seed, "--out", str(tmp_path / name)]) == 0
+        assert train.main([*words, "--seed", seed, "--out", str(tmp_path / name)]) == 0
         files.append(load_file(tmp_path / name))
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     assert not torch.equal(files[0]["head.weight"], files[2]["head.weight"])
@@ -292,7 +294,7 @@ def test_what_cannot_be_is_said(
 ) -> None:
     argv = ["--dataset", str(image_folder()), "--out", str(tmp_path / "judge.safetensors"), *words]
     try:
-        code = classifier.main(argv)
+        code = train.main(argv)
     except SystemExit as error:
         code = error.code
     assert code == 2
@@ -304,7 +306,7 @@ def test_images_without_classes_are_refused(
     image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = image_folder(classes=(".",), count=40)
-    assert classifier.main(["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors")]) == 2
+    assert train.main(["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors")]) == 2
     assert "class of every image" in capsys.readouterr().err
 
 
@@ -313,7 +315,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
 ) -> None:
     words = ["--dataset", str(image_folder()), "--epochs", "4", "--batch_size", "7", "--width", "4", "--flip"]
     words += ["--device", "cpu", "--out"]
-    assert classifier.main([*words, str(tmp_path / "whole.safetensors")]) == 0
+    assert train.main([*words, str(tmp_path / "whole.safetensors")]) == 0
     steps = []
 
     def interrupted(images: Tensor, shift: int, mirrored: Tensor) -> Tensor:
@@ -322,18 +324,18 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         steps.append(len(images))
         return augmented(images, shift, mirrored)
 
-    augmented, killed = classifier.augmented, tmp_path / "killed.safetensors"
-    monkeypatch.setattr(classifier, "augmented", interrupted)
-    assert classifier.main([*words, str(killed)]) == 130
+    augmented, killed = train.augmented, tmp_path / "killed.safetensors"
+    monkeypatch.setattr(train, "augmented", interrupted)
+    assert train.main([*words, str(killed)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert not killed.exists()
     steps.clear()
-    assert classifier.main([*words, str(killed), "--seed", "1"]) == 130  # another command begins anew
+    assert train.main([*words, str(killed), "--seed", "1"]) == 130  # another command begins anew
     steps.clear()
-    assert classifier.main([*words, str(killed)]) == 130
+    assert train.main([*words, str(killed)]) == 130
     (tmp_path / "killed.safetensors.state.part").write_bytes(b"what a crash leaves")
     steps.clear()
-    assert classifier.main([*words, str(killed)]) == 0
+    assert train.main([*words, str(killed)]) == 0
     assert len(steps) == 8  # the last two passes
     whole, again = load_file(tmp_path / "whole.safetensors"), load_file(killed)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -349,13 +351,13 @@ def test_every_image_is_mirrored_in_every_second_pass(
         seen.append((images, mirrored))
         return images
 
-    monkeypatch.setattr(classifier, "augmented", spy)
+    monkeypatch.setattr(train, "augmented", spy)
     words = ["--dataset", str(image_folder(count=16)), "--epochs", "2", "--batch_size", "31", "--width", "4"]
     words += ["--out", str(tmp_path / "judge.safetensors"), "--device", "cpu"]
-    assert classifier.main(words) == 0
+    assert train.main(words) == 0
     assert not torch.cat([mirrored for _, mirrored in seen]).any()
     seen.clear()
-    assert classifier.main([*words, "--flip"]) == 0
+    assert train.main([*words, "--flip"]) == 0
     first, second = ({i.numpy().tobytes(): bool(m) for i, m in zip(*batch, strict=True)} for batch in seen)
     assert len(first) == 31
     assert {image: not mirrored for image, mirrored in first.items()} == second
@@ -367,7 +369,7 @@ def test_the_norms_know_clean_images_at_the_end(network: Classifier) -> None:
     pictures = torch.randint(0, 256, (40, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     for norm in (module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)):
         norm.running_mean.fill_(7)
-    classifier.settle(network, pictures)
+    train.settle(network, pictures)
     network.eval()
     norm, seen = network.groups[0].norms[1], []
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -378,8 +380,8 @@ def test_the_norms_know_clean_images_at_the_end(network: Classifier) -> None:
 
 def test_a_small_batch_takes_smaller_steps() -> None:
     def rates(size: str) -> list[float]:
-        args = classifier.parse(["--dataset", "x", "--out", "x", "--batch_size", size])
-        optimizer = classifier.make_optimizer(Classifier(ClassifierConfig(1, (8, 8), 2)), args)
+        args = train.parse(["--dataset", "x", "--out", "x", "--batch_size", size])
+        optimizer = train.make_optimizer(Classifier(ClassifierConfig(1, (8, 8), 2)), args)
         return [group["lr"] for group in optimizer.param_groups]
 
     assert rates("500") == rates("1000") == pytest.approx([0.75, 48])
@@ -387,7 +389,7 @@ def test_a_small_batch_takes_smaller_steps() -> None:
 
 
 def test_the_rate_goes_up_and_down() -> None:
-    rates = [classifier.share_of_rate(i / 100) for i in range(101)]
+    rates = [train.share_of_rate(i / 100) for i in range(101)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[25] == 1
     assert rates[100] == pytest.approx(0.05)

@@ -12,14 +12,16 @@ from torch import Tensor
 from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8, to_uint8
-from model.likelihood import bits_per_dim
-from model.plan import make_plan
-from model.sampling import sample
-from model.unet import UNet, UNetConfig
-from training import classifier, comparison, data, evaluate, judge
-from training.convnet import Classifier, ClassifierConfig
-from training.data import Images
-from training.statistics import Moments, kernel_distance
+from model.nn.unet import UNet, UNetConfig
+from model.sampling.schedule import make_plan
+from model.sampling.step import sample
+from training import data, evaluate
+from training.classifier import train
+from training.classifier.network import Classifier, ClassifierConfig
+from training.data.datasets import Images
+from training.evaluation import feature_extractor, metrics
+from training.evaluation.likelihood import bits_per_dim
+from training.evaluation.statistics import Moments, kernel_distance
 
 Evaluated = Callable[..., dict[str, Any]]
 NAMES = ("cat", "dog", "emu")
@@ -37,7 +39,7 @@ def test_the_result_is_complete(
     result = evaluated([*evaluation, "--seed", "7", "--guidance_scale", "1.5"], everything=True)
     assert result["command"] == f"python -m training.evaluate {' '.join(evaluation)} --seed 7 --guidance_scale 1.5"
     assert result["checkpoint"] == {"name": "tiny", "sha256": checkpoint.load(evaluation[1]).sha256}
-    assert result["features"]["sha256"] == judge.load(evaluation[3]).sha256
+    assert result["features"]["sha256"] == feature_extractor.load(evaluation[3]).sha256
     assert (result["features"]["accuracy"], result["features"]["size"]) == (0.625, 12)
     sampling = result["sampling"]
     assert sampling | {"sampler": "ddim", "steps": 2, "eta": 0.5, "guidance_scale": 1.5, "seed": 7} == sampling
@@ -69,7 +71,7 @@ def test_no_distance_is_called_by_the_name_of_inceptions(
 
 def test_the_samples_are_those_of_the_naive_loop(evaluation: list[str], evaluated: Evaluated, tmp_path: Path) -> None:
     evaluated([*evaluation, "--seed", "3", "--guidance_scale", "2"])
-    source, who = checkpoint.load(evaluation[1]), judge.load(evaluation[3])
+    source, who = checkpoint.load(evaluation[1]), feature_extractor.load(evaluation[3])
     plan = make_plan(source.diffusion, "ddim", 2, eta=0.5, guidance_scale=2)
     expected = []
     for part in (range(5), range(5, 10), range(10, 15)):
@@ -96,7 +98,7 @@ def test_accuracy_counts_the_classes_that_were_asked_for(
         "--width",
         "4",
     ]
-    assert classifier.main([*trained, "--device", "cpu"]) == 0
+    assert train.main([*trained, "--device", "cpu"]) == 0
     asked: list[int] = []
 
     def fake(network: object, plan: object, shape: tuple[int, ...], **kwargs: Any) -> Tensor:
@@ -135,10 +137,10 @@ def test_both_rows_are_compared_with_the_same_train_images() -> None:
     torch.manual_seed(0)
     train, features = torch.rand(30, 4), torch.rand(30, 4) + 0.1
     everything = Moments(4).add(torch.rand(90, 4))
-    row = comparison.compare(train, everything, features, 3)
+    row = metrics.compare(train, everything, features, 3)
     assert 0 < row["frechet_distance"] != row["frechet_distance_all_train"] > 0
     assert row["kernel_distance"] == kernel_distance(train, features, 3)[0] != kernel_distance(train, features)[0]
-    same = comparison.compare(train, Moments(4).add(train), train, None)
+    same = metrics.compare(train, Moments(4).add(train), train, None)
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-9)
     assert same["frechet_distance_all_train"] == pytest.approx(0, abs=1e-9)
     assert (same["precision"], same["recall"]) == (1, 1)
@@ -147,12 +149,12 @@ def test_both_rows_are_compared_with_the_same_train_images() -> None:
 def test_balanced_sets_have_equally_many_of_each_class_in_turn() -> None:
     labels = torch.tensor([0] * 50 + [1] * 7 + [2] * 20)
     images = Images(torch.zeros(77, 1, 1, 1, dtype=torch.uint8), labels, NAMES, "x")
-    every = comparison.balanced(images, 3)
+    every = metrics.balanced(images, 3)
     assert labels[every].tolist() == [0, 1, 2] * 7
     assert len(set(every.tolist())) == 21
-    assert comparison.balanced(images, 3, 9).tolist() == every[:9].tolist()
+    assert metrics.balanced(images, 3, 9).tolist() == every[:9].tolist()
     assert every[0::3].tolist() != sorted(every[0::3].tolist())  # from everywhere, not the first ones
-    assert sorted(comparison.balanced(images, None).tolist()) == list(range(77))
+    assert sorted(metrics.balanced(images, None).tolist()) == list(range(77))
 
 
 def test_an_unconditional_network_is_compared_with_images_as_they_come(
@@ -184,7 +186,7 @@ def test_bits_per_dimension_are_those_of_held_out_images(
     checkpoint.save(evaluation[1], loaded.network.state_dict(), config)
     found = evaluated([*evaluation, "--bits_images", "6"])["bits_per_dim"]
     _, test = data.load(str(pictures))
-    which = comparison.balanced(test, 3, 6)
+    which = metrics.balanced(test, 3, 6)
     x0, y = from_uint8(test.images[which]), test.labels[which] if test.labels is not None else None
     bound = bits_per_dim(GaussianDiffusion(config.diffusion), tiny, x0, y, [0] * 6, which.tolist())
     assert found["bits_per_dim"] == pytest.approx(float(bound.total.mean()), rel=1e-4)

@@ -17,14 +17,14 @@ from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from training import data
 from training import train as module
-from training.batches import Batches
-from training.config import TrainConfig
-from training.data import Images
-from training.optimizer import step
-from training.parallel import Ranks
-from training.revision import git_revision
+from training.data.batches import Batches
+from training.data.datasets import Images
+from training.loop.distributed import Ranks
+from training.loop.optimizer import step
+from training.loop.validation import chosen, validation_loss
+from training.run.config import TrainConfig
+from training.run.git import git_revision
 from training.train import learning_rate, main, single_channel_groups, train
-from training.validation import chosen, validation_loss
 
 pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from app.engine.served import Served
 from app.metrics import EngineMetrics
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.plan import make_plan
-from model.unet import UNet
+from model.nn.unet import UNet
+from model.sampling.schedule import make_plan
 
 CHUNK = 4
 

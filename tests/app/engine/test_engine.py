@@ -15,7 +15,7 @@ from app.engine.served import Served
 from app.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, ServiceError, StepFailed
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
-from model.sampling import sample
+from model.sampling.step import sample
 from tests.app.engine.conftest import HeldRunner, Metrics, until
 
 Ask = Callable[..., Request]

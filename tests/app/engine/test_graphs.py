@@ -18,10 +18,10 @@ from app.engine.engine import Engine
 from app.engine.request import Request, Sample
 from app.engine.runner import Runner
 from app.engine.served import Served
+from model.backends.cuda import CudaRecorder
 from model.checkpoint import Checkpoint
-from model.cuda import CudaRecorder
-from model.rng import normals_of
-from model.sampling import apply_step
+from model.sampling.noise import normals_of
+from model.sampling.step import apply_step
 from tests.app.engine.conftest import Metrics, equal, finish, graphed, record_by_repeating, until
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

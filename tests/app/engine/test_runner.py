@@ -15,8 +15,8 @@ from app.engine.request import Request, Sample
 from app.engine.runner import Runner, best_chunk
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
-from model.sampling import sample
-from model.unet import UNet
+from model.nn.unet import UNet
+from model.sampling.step import sample
 
 CPU = torch.device("cpu")
 

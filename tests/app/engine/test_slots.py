@@ -23,8 +23,8 @@ from app.engine.slots import BYTES, MOST, Slots, slots_for, x0_row, x_row
 from app.errors import Cancelled, StepFailed
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.plan import make_plan
-from model.sampling import sample as naive_loop
+from model.sampling.schedule import make_plan
+from model.sampling.step import sample as naive_loop
 from tests.app.engine.conftest import (
     HeldRunner,
     Metrics,

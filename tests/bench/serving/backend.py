@@ -23,10 +23,10 @@ from torch import Tensor
 
 from app.engine.memory import keep_freed_memory
 from model import checkpoint
+from model.backends.cpu import best_precision, compile_for_inference
 from model.images import grid, to_uint8
-from model.inference import best_precision, compile_for_inference
-from model.plan import Plan, make_plan
-from model.sampling import sample
+from model.sampling.schedule import Plan, make_plan
+from model.sampling.step import sample
 from tests.bench.serving.settings import SAMPLER, Settings
 from tests.bench.serving.steady import held
 

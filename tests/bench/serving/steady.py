@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from model.inference import Forward
+from model.backends.cpu import Forward
 from tests.bench.serving.settings import Settings
 
 Times = Sequence[Sequence[float]]  # [rows, milliseconds] each, ascending

@@ -1,0 +1,175 @@
+"""From what a client said to what the engine does: defaults, class names, seeds, the plan."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from urllib.parse import quote
+
+import numpy as np
+
+from app.engine.request import Mailbox, Request, View
+from app.engine.served import Served
+from app.errors import InvalidClassLabel, InvalidRequest
+from app.schemas import Sampling, SequenceQuery
+from app.settings import Settings
+from model.checkpoint import CheckpointConfig
+from model.sampling.noise import draw_class
+from model.sampling.schedule import InvalidPlan, SamplingDefaults, usable_variance
+
+LARGEST_JSON_INTEGER = 2**53
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request on its way, and everything needed to make its images again."""
+
+    request: Request
+    class_label: int | None
+    sampling: SamplingDefaults
+    variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
+    encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
+
+    @property
+    def checkpoint(self) -> Served:
+        """Whose weights make the images."""
+        return self.request.served
+
+    def provenance(self) -> dict[str, str]:
+        """For response headers and PNG text: what to send again for the same images."""
+        names = self.checkpoint.config.class_names
+        # A mix is what a request without a class label gives: there is no word for it to send back.
+        label = {} if self.class_label is None else {"class_label": names[self.class_label]}
+        settings = {name: str(value) for name, value in vars(self.sampling).items()}
+        variance = {"variance": self.variance} if self.variance else {}
+        return {
+            "model": self.checkpoint.name,
+            "checkpoint": self.checkpoint.sha256,
+            "seed": str(self.request.seed),
+            "index": str(self.request.index),
+            **settings,
+            "guidance_interval": ",".join(map(str, self.sampling.guidance_interval)),
+            **variance,
+            **label,
+        }
+
+    def provenance_of(self, i: int) -> dict[str, str]:
+        """The same for image i alone."""
+        name = self.class_of(i)[1]
+        own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
+        return self.provenance() | own
+
+    def class_of(self, i: int) -> tuple[int | None, str | None]:
+        """Index and name of image i's class; None for an unconditional checkpoint."""
+        if self.request.classes is None:
+            return None, None
+        label = self.request.classes[i]
+        return label, self.checkpoint.config.class_names[label]
+
+
+def headers(provenance: Mapping[str, str]) -> dict[str, str]:
+    """X-DDPM-… headers; values are percent-encoded where they are not plain ASCII."""
+    return {
+        f"X-DDPM-{key.replace('_', '-').title()}": quote(value, safe=" !#$&'()*+,/:;=?@[]~")
+        for key, value in provenance.items()
+    }
+
+
+def make_job(
+    asked: Sampling, checkpoint: Served, settings: Settings, on_drop: Callable[[], None] = lambda: None
+) -> Job:
+    """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
+    asked.check(settings)
+    unet, diffusion = checkpoint.config.unet, checkpoint.diffusion
+    sampling = sampling_of(asked, checkpoint.config, settings)
+    variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
+    try:
+        plan = checkpoint.plan(sampling, variance)
+    except InvalidPlan as error:
+        raise InvalidRequest(str(error), param=error.field) from error
+    seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
+    label = class_index(asked.class_label, checkpoint.config.class_names)
+    places = range(asked.index, asked.index + asked.n)
+    classes = None
+    if unet.num_classes is not None:
+        classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
+
+    view: View = "xt"
+    steps_shown: frozenset[int] = frozenset()
+    keep = 1
+    if isinstance(asked, SequenceQuery):
+        view, steps_shown = asked.view, frame_steps(asked.frames, sampling.steps, asked.view)
+        size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
+        if size > settings.max_sequence_bytes:
+            raise InvalidRequest(
+                f"{len(steps_shown)} frames of {asked.n} images are {size} bytes of pixels; "
+                f"at most {settings.max_sequence_bytes} are served",
+                param="frames",
+            )
+        if asked.format in ("gif", "webp"):
+            keep = len(steps_shown)  # a file holds every frame, a stream the newest
+    request = Request(
+        plan=plan,
+        seed=seed,
+        index=asked.index,
+        n=asked.n,
+        classes=classes,
+        deadline=time.monotonic() + (asked.timeout_s or settings.max_timeout_s),
+        mailbox=Mailbox(asyncio.get_running_loop(), keep, on_drop),
+        served=checkpoint,
+        patient=asked.timeout_s is None,
+        frame_steps=steps_shown,
+        view=view,
+    )
+    return Job(request, label, sampling, variance)
+
+
+def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingDefaults:
+    """The checkpoint's settings with what a client asked for in their place. Raises InvalidRequest."""
+    interval = asked.guidance_interval
+    try:
+        sampling = config.sampling.instead(
+            config.diffusion.num_timesteps,
+            sampler=asked.sampler,
+            steps=asked.steps,
+            eta=asked.eta,
+            guidance_scale=asked.guidance_scale,
+            guidance_interval=None if interval is None else (interval[0], interval[1]),
+            spacing=asked.spacing,
+            limit=asked.limit,
+        )
+    except InvalidPlan as error:
+        raise InvalidRequest(str(error), param=error.field) from error
+    if sampling.guidance_scale != 1 and not config.unet.null_class:
+        raise InvalidRequest(
+            "this checkpoint was trained without a null class: guidance_scale must be 1",
+            param="guidance_scale",
+        )
+    return replace(sampling, steps=min(sampling.steps, settings.max_steps))  # asked.check has refused more
+
+
+def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
+    """The class that a client means; None for a random mix. Names come before numbers. Raises InvalidClassLabel."""
+    if label is None:
+        return None
+    if not names:
+        raise InvalidClassLabel("this checkpoint is unconditional: class_label must be null", param="class_label")
+    if label in names:
+        return names.index(str(label))
+    is_number = isinstance(label, int) or (label.isascii() and label.isdigit() and len(label) < 10)
+    if is_number and 0 <= int(label) < len(names):
+        return int(label)
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    raise InvalidClassLabel(
+        f"no class {label!r:.80}; there are {shown} (or their numbers, 0 to {len(names) - 1})",
+        param="class_label",
+    )
+
+
+def frame_steps(frames: int, steps: int, view: View) -> frozenset[int]:
+    """`frames` steps spread evenly from the noise (step 0; for x0 from step 1) to the last, which is always shown."""
+    first = 1 if view == "x0" else 0
+    return frozenset(np.linspace(steps, first, frames).round().astype(int).tolist())

@@ -1,0 +1,92 @@
+"""What the sampling endpoints share: the service they find on the app, and the watch on a client that may leave."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, ParamSpec, TypeVar
+
+from fastapi import Depends, Request
+
+from app.engine.engine import Engine
+from app.errors import Cancelled
+from app.metrics import Metrics
+from app.model_registry import Models
+from app.request_params import Job
+from app.schemas import ErrorResponse
+from app.settings import Settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+STATUSES = {
+    401: "no key, or not a good one, where keys are configured",
+    404: "unknown path or model",
+    406: "no acceptable format",
+    408: "the body took too long",
+    413: "body too large",
+    422: "malformed, out of limits, or an unknown class",
+    429: "queue full, or a limit of the key; Retry-After says when to come back",
+    500: "a step failed",
+    503: "loading or draining",
+    504: "the time-out passed, or cannot be kept",
+    507: "the device has not enough memory for a single image",
+}
+ERRORS: dict[int | str, dict[str, object]] = {
+    status: {"model": ErrorResponse, "description": text} for status, text in STATUSES.items()
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What handlers work with; made once by `create_app`."""
+
+    settings: Settings
+    models: Models
+    engine: Engine
+    metrics: Metrics
+
+    async def encode(self, job: Job, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""
+        begin = time.monotonic()
+        try:
+            return await asyncio.to_thread(function, *args, **kwargs)
+        finally:
+            end = time.monotonic()
+            self.metrics.encode_seconds.observe(end - begin)
+            job.encodings.append((begin, end))
+
+
+async def service(request: Request) -> Service:
+    """What this application serves with; a dependency of the handlers. Async, or FastAPI would ask a thread for it."""
+    found: Service = request.app.state.service
+    return found
+
+
+TheService = Annotated[Service, Depends(service)]
+
+
+@asynccontextmanager
+async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[None]:
+    """Submits the job, and cancels it as soon as its client leaves or the block ends without an answer."""
+    http.state.log = {"n": job.request.n, "steps": len(job.request.plan), "sampler": job.request.plan.sampler}
+    http.state.model = job.checkpoint.name
+    service.engine.submit(job.request)
+    http.state.job = job
+    watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        service.engine.cancel(job.request)
+
+
+async def _cancel_on_disconnect(service: Service, http: Request, job: Job) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    service.engine.cancel(job.request)
+    if job.request.cancelled_at is not None:
+        http.state.outcome = Cancelled.code  # for log and metrics: a stream ends here, and never sees the answer

@@ -1,0 +1,80 @@
+"""The U-Net on a GPU: PyTorch's own kernels, and how calls of them are recorded as CUDA graphs.
+
+A small batch takes the GPU less time than Python needs to launch its kernels, one by one. A graph has them all, for one
+number of rows, and is one launch (PyTorch's notes on CUDA, "CUDA Graphs", whose rules are followed here).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from model.nn.unet import UNet
+
+if TYPE_CHECKING:
+    from model.backends.cpu import Forward
+
+WARM_UPS = 3  # calls before a recording: they choose kernels, load them, and reserve what libraries need
+
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+"""A call that reads and writes memory which stays where it is → what repeats it on whatever is there then. The call
+itself runs, too, and more than once."""
+
+
+def autocast_network(network: UNet, device: torch.device, dtype: torch.dtype) -> Forward:
+    """See `compile_for_inference`. Nothing in a call waits for the device, or a graph could not be made of it.
+
+    The network is moved to the device. What autocast would round at every call is rounded once.
+    """
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    half = dtype == torch.bfloat16
+    if half:  # all but the first convolution: the embedding of time is computed in its precision
+        for part in (network.downs, network.mid, network.ups, network.out_conv):
+            for layer in part.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    layer.to(dtype)
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True  # for seeds: no kernel whose sums come in any order
+
+    @torch.inference_mode()
+    def forward(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        # Without its cache, whose tensors would belong to the graph that they were made in.
+        with torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            out: Tensor = network(x.contiguous(memory_format=torch.channels_last), t, y)
+        return out.float()
+
+    return forward
+
+
+class CudaRecorder:
+    """Records calls as CUDA graphs with one private pool of memory: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Other threads may use the device meanwhile ("thread_local"). Raises what `run` or CUDA raises."""
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        # All recordings' stream, and not one for each: a library keeps working memory for every stream that it met.
+        side = recording.capture_stream
+        assert side is not None
+        side.wait_stream(torch.cuda.current_stream())
+        collects = gc.isenabled()
+        with torch.cuda.stream(side):  # around it, since a recording that fails leaves its stream as the current one
+            for _ in range(WARM_UPS):
+                run()
+            gc.disable()  # of garbage: an old graph that is destroyed now would spoil the new one
+            try:
+                with recording:
+                    run()
+            finally:
+                if collects:
+                    gc.enable()
+        torch.cuda.current_stream().wait_stream(side)
+        replay: Callable[[], None] = graph.replay
+        return replay

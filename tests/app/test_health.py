@@ -1,0 +1,190 @@
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.schemas import GenerateBody
+from app.settings import Settings
+from model import checkpoint
+from model.sampling.schedule import DEFAULT_STEPS
+from tests.app.conftest import BEETLE, CLASSES, HeldRunner, serving
+from tests.app.processes import metric, wait_for
+
+ENDPOINTS = ("/generate", "/diffusion-sequence", "/models", "/livez", "/readyz", "/health", "/metrics")
+
+
+def test_models_tells_what_a_client_needs(client: TestClient, grey_checkpoint: Path) -> None:
+    (card,) = client.get("/models").json()["models"]
+    assert card["name"] == "grey"
+    assert card["checkpoint"] == checkpoint.load(grey_checkpoint).sha256
+    assert card["class_names"] == list(CLASSES)
+    assert card["image_shape"] == [1, 8, 12]
+    assert card["samplers"] == ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"]
+    own = {"sampler": "ddim", "steps": 6, "eta": 0, "guidance_scale": 1}
+    assert card["defaults"] == own | {"guidance_interval": [0, 1], "spacing": "trailing", "limit": "clamp"}
+    assert card["default_steps"] == DEFAULT_STEPS | {"ddim": 6}
+    assert card["limits"] == {"n": 64, "steps": 1000, "frames": 100, "timeout_s": 300}
+    assert card["provenance"] == {"data": "none"}
+    assert str(grey_checkpoint.parent) not in client.get("/models").text
+
+
+def test_the_limits_that_models_tells_are_those_that_hold(grey_checkpoint: Path) -> None:
+    configured = {"max_n": 3, "max_steps": 4, "max_frames": 5, "max_timeout_s": 60.5}
+    with serving(grey_checkpoint, **configured) as client:
+        limits = client.get("/models").json()["models"][0]["limits"]
+        assert limits == {name.removeprefix("max_"): limit for name, limit in configured.items()}
+        for name in ("n", "steps", "timeout_s"):
+            assert client.post("/generate", json={name: limits[name]}).status_code == 200
+            assert client.post("/generate", json={name: limits[name] + 1}).json()["error"]["param"] == name
+        for frames, status in ((limits["frames"], 200), (limits["frames"] + 1, 422)):
+            assert client.get("/diffusion-sequence", params={"frames": frames}).status_code == status
+
+
+def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_checkpoint: Path) -> None:
+    held.warm.clear()
+    with serving(grey_checkpoint, held, cold=True) as client:
+        assert client.get("/livez").json() == {"status": "ok"}
+        assert client.get("/models").json()["models"][0]["batch_rows"] is None
+        for path in ("/readyz", "/health"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert "warmed up" in answer.json()["error"]["message"]
+            assert int(answer.headers["retry-after"]) >= 1
+        assert metric(client.get("/metrics").text, "ddpm_ready") == 0
+        for answer in (client.post("/generate", json={}), client.get("/diffusion-sequence")):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert int(answer.headers["retry-after"]) >= 1
+        held.warm.set()
+        wait_for(lambda: client.get("/readyz").json() == {"status": "ok"})
+        assert client.get("/health").json() == {"status": "ok"}
+        assert metric(client.get("/metrics").text, "ddpm_ready") == 1
+        assert client.post("/generate", json={}).status_code == 200
+        limit = metric(client.get("/metrics").text, "ddpm_batch_rows_limit", model="grey")
+        assert client.get("/models").json()["models"][0]["batch_rows"] == limit > 0
+
+
+def test_a_draining_server_takes_no_work_and_finishes_what_it_has(held: HeldRunner, grey_checkpoint: Path) -> None:
+    with serving(grey_checkpoint, held) as client:
+        answers: list[Any] = []
+        worker = threading.Thread(target=lambda: answers.append(client.post("/generate", json={"n": 2, "steps": 40})))
+        worker.start()
+        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_rows_running") == 2)
+        client.app.state.service.engine.drain(30)
+        assert client.get("/livez").status_code == 200
+        for answer in (client.get("/readyz"), client.post("/generate", json={}), client.get("/diffusion-sequence")):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert "shutting down" in answer.json()["error"]["message"]
+            assert int(answer.headers["retry-after"]) >= 1
+        held.released.set()
+        worker.join()
+    assert answers[0].status_code == 200
+
+
+CONTRACT = {
+    "ddpm_rows_running": "gauge",
+    "ddpm_rows_waiting": "gauge",
+    "ddpm_ready": "gauge",
+    "ddpm_model_info": "gauge",
+    "ddpm_model_loads": "counter",
+    "ddpm_images": "counter",
+    "ddpm_image_steps": "counter",
+    "ddpm_wasted_image_steps": "counter",
+    "ddpm_failed_steps": "counter",
+    "ddpm_engine_restarts": "counter",
+    "ddpm_requests": "counter",
+    "ddpm_key_requests": "counter",
+    "ddpm_frames_sent": "counter",
+    "ddpm_frames_dropped": "counter",
+    "ddpm_request_seconds": "histogram",
+    "ddpm_queue_seconds": "histogram",
+    "ddpm_step_seconds": "histogram",
+    "ddpm_cancel_seconds": "histogram",
+    "ddpm_encode_seconds": "histogram",
+    "ddpm_batch_rows": "histogram",
+    "ddpm_batch_fill_ratio": "histogram",
+    "ddpm_batch_rows_limit": "gauge",
+    "ddpm_first_frame_seconds": "histogram",
+    "ddpm_device_memory_bytes": "gauge",
+    "ddpm_event_loop_pause_seconds": "histogram",
+    "ddpm_event_loop_longest_pause_seconds": "gauge",
+    "ddpm_engine_stalled": "gauge",
+    "ddpm_heartbeat_age_seconds": "gauge",
+    "ddpm_oldest_wait_seconds": "gauge",
+    "ddpm_pending_work_rows": "gauge",
+    "ddpm_pending_work_rows_limit": "gauge",
+    "ddpm_expected_rows_per_second": "gauge",
+    "ddpm_build_info": "gauge",
+}
+LABELS: dict[str, set[str] | frozenset[str]] = {
+    "ddpm_requests": {"endpoint", "model", "outcome"},
+    "ddpm_request_seconds": {"endpoint", "model", "outcome"},
+    "ddpm_model_loads": {"model", "outcome"},
+    "ddpm_wasted_image_steps": {"model", "outcome"},
+    "ddpm_device_memory_bytes": {"device", "kind"},
+    "ddpm_build_info": {"version", "python", "torch"},
+    "ddpm_model_info": {"model", "sha256", "device", "runtime", "precision"},
+    **dict.fromkeys(
+        (
+            *("ddpm_rows_running", "ddpm_rows_waiting", "ddpm_images", "ddpm_image_steps", "ddpm_failed_steps"),
+            *("ddpm_frames_sent", "ddpm_frames_dropped", "ddpm_first_frame_seconds", "ddpm_queue_seconds"),
+            *("ddpm_step_seconds", "ddpm_cancel_seconds", "ddpm_batch_rows", "ddpm_batch_rows_limit"),
+            "ddpm_batch_fill_ratio",
+        ),
+        frozenset({"model"}),
+    ),
+}
+
+
+def test_metrics_have_the_names_types_and_labels_of_the_contract(client: TestClient) -> None:
+    client.post("/generate", json={})
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    assert {name: family.type for name, family in families.items() if name.startswith("ddpm_")} == CONTRACT
+    assert {name for name in families if not name.startswith("ddpm_")} >= {"process_resident_memory_bytes"}
+    for name in CONTRACT:
+        assert families[name].documentation.endswith(".")
+        for sample in families[name].samples:
+            assert set(sample.labels) - {"le"} == LABELS.get(name, set())
+
+
+def test_every_endpoint_is_documented_with_its_errors(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) >= set(ENDPOINTS)
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert operation["summary"], path
+    for path, method in (("/generate", "post"), ("/diffusion-sequence", "get")):
+        responses = paths[path][method]["responses"]
+        assert set(responses) >= {"200", "404", "406", "413", "422", "429", "500", "503", "504"}
+        for status, response in responses.items():
+            if int(status) >= 400:
+                assert response["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorResponse")
+        assert "image/png" in responses["200"]["content"] or "text/event-stream" in responses["200"]["content"]
+    described = {field["name"]: field for field in paths["/diffusion-sequence"]["get"]["parameters"]}
+    assert set(described) >= {"class_label", "n", "frames", "view", "seed", "sampler", "steps", "format"}
+    assert client.get("/docs").status_code == 200
+
+
+def test_the_examples_in_the_documentation_work(client: TestClient) -> None:
+    examples = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["examples"]
+    assert len(examples) >= 3
+    for example in examples:
+        GenerateBody.model_validate(example).check(Settings())
+        # Their classes are the bundled checkpoint's, which has others than this one.
+        label = example.get("class_label") and BEETLE
+        assert client.post("/generate", json=example | {"class_label": label}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_options_and_wrong_methods_are_told_what_is_allowed(client: TestClient, path: str) -> None:
+    allowed = {"/generate": "POST", "/models": "GET, POST"}.get(path, "GET")
+    for method in {"OPTIONS", "DELETE", "PUT", "PATCH", "POST", "GET"} - set(allowed.split(", ")):
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+    head = client.head(path)
+    assert (head.status_code, head.headers["allow"], head.content) == (405, allowed, b"")

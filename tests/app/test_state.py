@@ -1,0 +1,82 @@
+"""The place in the engine that a handler holds: given up however the handler ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import Request
+
+from app import images
+from app.errors import Cancelled
+from app.request_params import make_job
+from app.routes.state import Service, admitted
+from app.schemas import GenerateBody
+from tests.app.conftest import HeldRunner, serving
+from tests.app.processes import metric, wait_for
+
+
+def test_steps_and_answers_go_on_while_a_picture_is_encoded(
+    grey_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    png = images.png
+
+    def slow(*args: Any) -> bytes:
+        entered.set()
+        assert leave.wait(30)
+        return png(*args)
+
+    monkeypatch.setattr(images, "png", slow)
+    with serving(grey_checkpoint) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.post, "/generate", json={"steps": 1})
+        assert entered.wait(30)
+        second = pool.submit(client.post, "/generate", json={"n": 2, "steps": 5})
+        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_images_total") == 3, "the second's steps")
+        assert not first.done()
+        leave.set()
+        assert [first.result().status_code, second.result().status_code] == [200, 200]
+
+
+async def silence() -> Any:
+    """A client that stays and says nothing."""
+    await asyncio.Event().wait()
+
+
+async def disconnect() -> Any:
+    return {"type": "http.disconnect"}
+
+
+def request(receive: Any) -> Request:
+    return Request({"type": "http", "method": "POST", "headers": [], "state": {"outcome": "ok"}}, receive)
+
+
+def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint: Path) -> None:
+    async def handle(service: Service) -> None:
+        job = make_job(GenerateBody(steps=1000), service.models.default, service.settings)
+        async with admitted(service, request(silence), job):
+            raise RuntimeError("a bug")
+
+    with serving(grey_checkpoint, held) as client:
+        with pytest.raises(RuntimeError, match="a bug"):
+            asyncio.run(handle(client.app.state.service))
+        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_cancel_seconds_count") == 1, "the cancel")
+
+
+def test_a_client_that_leaves_marks_the_outcome_while_the_handler_still_waits(
+    held: HeldRunner, grey_checkpoint: Path
+) -> None:
+    async def handle(service: Service) -> str:
+        http = request(disconnect)
+        job = make_job(GenerateBody(steps=1000), service.models.default, service.settings)
+        async with admitted(service, http, job):
+            with pytest.raises(Cancelled):
+                await job.request.mailbox.answer()
+            return http.state.outcome
+
+    with serving(grey_checkpoint, held) as client:
+        assert asyncio.run(handle(client.app.state.service)) == "cancelled"

@@ -1,0 +1,138 @@
+"""What is exported gives in diffusers what it gives here; what diffusers cannot express is refused with a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from diffusers.schedulers import scheduling_ddpm
+
+from model.checkpoint import CheckpointConfig, load, save
+from model.convert.layout import Flags
+from model.diffusion import DiffusionConfig
+from model.exporters import ExportRefused, export, main
+from model.importers import import_path
+from model.nn.unet import UNetConfig
+from model.sampling.noise import normals
+from model.sampling.schedule import make_plan
+from model.sampling.step import sample
+from tests.networks import randomised
+
+CONFIG = UNetConfig(
+    image_channels=1,
+    image_size=(8, 16),
+    base_channels=16,
+    channel_mults=(1, 2),
+    num_res_blocks=2,
+    attention_levels=(1,),
+    time_emb_dim=24,
+    norm_groups=8,
+)
+
+
+def checkpoint_of(path: Path, diffusion: DiffusionConfig | None = None, **values: Any) -> Any:
+    config = replace(CONFIG, **values)
+    diffusion = diffusion or DiffusionConfig(variance="learned_range" if config.learned_variance else "fixed_small")
+    network = randomised(config, 0.15)
+    names = tuple(str(i) for i in range(config.num_classes or 0))
+    save(path, network.state_dict(), CheckpointConfig(config, diffusion, names))
+    return load(path)
+
+
+def outputs(source: Any, folder: Path, theirs_y: torch.Tensor | None, ours_y: torch.Tensor | None) -> Any:
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    x = torch.randn(2, 1, 8, 16, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([3, 900])
+    with torch.no_grad():
+        return pipeline, source.network(x, t, ours_y), pipeline.unet(x, t, theirs_y).sample
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"downsample_padding": 0, "time_freq_shift": 1, "norm_eps": 1e-6},
+        {"scale_shift_norm": True, "head_channels": 8},
+        {"learned_variance": True, "time_table": 1000},
+        {"resblock_updown": True, "attention_levels": (0, 1)},
+    ],
+    ids=str,
+)
+def test_an_unconditional_network_gives_the_same(values: dict[str, Any], tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path / "ours.safetensors", **values)
+    export(source, tmp_path / "theirs")
+    _, ours, theirs = outputs(source, tmp_path / "theirs", None, None)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    weights, config, diffusion = import_path(tmp_path / "theirs", Flags())  # and back
+    assert diffusion == source.config.diffusion
+    assert replace(config, class_conditioning="bias") == source.config.unet
+    assert all(torch.equal(weights[name], weight) for name, weight in source.network.state_dict().items())
+
+
+@pytest.mark.parametrize("null_class", [False, True])
+def test_classes_by_embedding_go_whole(null_class: bool, tmp_path: Path) -> None:
+    values = {"num_classes": 4, "null_class": null_class, "class_conditioning": "embedding"}
+    source = checkpoint_of(tmp_path / "ours.safetensors", **values)
+    export(source, tmp_path / "theirs")
+    y = torch.tensor([3, 3 + null_class])
+    _, ours, theirs = outputs(source, tmp_path / "theirs", y, y)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_classes_in_every_block_go_one_at_a_time(scale_shift: bool, tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path / "ours.safetensors", num_classes=4, scale_shift_norm=scale_shift)
+    assert main([str(tmp_path / "ours.safetensors"), str(tmp_path / "theirs"), "--class_label", "2"]) == 0
+    _, ours, theirs = outputs(source, tmp_path / "theirs", None, torch.tensor([2, 2]))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("diffusion", [DiffusionConfig(), DiffusionConfig(500, "cosine", prediction="v")], ids=str)
+def test_the_pipeline_makes_the_same_images(
+    diffusion: DiffusionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint_of(tmp_path / "ours.safetensors", diffusion)
+    export(source, tmp_path / "theirs")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "theirs")
+    pipeline.set_progress_bar_config(disable=True)
+    steps = iter(range(11))
+
+    def noise(shape: Any, **_: Any) -> torch.Tensor:
+        return normals([5, 5], [0, 1], [next(steps)] * 2, tuple(shape[1:]))
+
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", noise)
+    monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", noise)
+    theirs = pipeline(batch_size=2, num_inference_steps=10, output_type="pt").images
+    ours = sample(source.network, make_plan(source.diffusion, "ddpm", 10), (1, 8, 16), [5, 5], [0, 1])
+    torch.testing.assert_close(theirs, (ours / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "label", "message"),
+    [
+        ({"num_classes": 3}, None, "one class at a time"),
+        ({"num_classes": 3}, 3, "from 0 to 2"),
+        ({"num_classes": 3, "class_conditioning": "both"}, None, "both in every block"),
+        ({}, 1, "needs none"),
+        ({"norm": "bn"}, None, "'bn'"),
+        ({"activation": "relu"}, None, "'relu'"),
+        ({"channel_mults": (2, 2)}, None, "wider"),
+        ({"num_heads": 2}, None, "2 heads"),
+        ({"norm_groups": 32}, None, "different numbers of groups"),
+        ({"time_scale": 0.25}, None, "timesteps"),
+        ({"image_size": (7, 8)}, None, "image size"),
+        ({"patch_size": 2}, None, "squares of 2 × 2 pixels"),
+    ],
+    ids=str,
+)
+def test_what_diffusers_cannot_express_is_refused(
+    values: dict[str, Any], label: int | None, message: str, tmp_path: Path
+) -> None:
+    source = checkpoint_of(tmp_path / "ours.safetensors", **values)
+    with pytest.raises(ExportRefused, match=message):
+        export(source, tmp_path / "theirs", label)
+    assert not (tmp_path / "theirs").exists()

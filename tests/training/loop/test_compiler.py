@@ -1,0 +1,85 @@
+"""--compile, with a backend that needs no C++ compiler: the network is one graph, traced once, and learns the same."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from model.nn.unet import UNet, UNetConfig
+from training.loop.compiler import compiled
+from training.run.config import TrainConfig
+from training.train import main, train
+
+pytestmark = [
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the compiler's own
+]
+
+Options = dict[str, Any]
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Counts the graphs that `compiled` makes, forward and backward traced, and fails where one is broken in two."""
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    return backend
+
+
+@pytest.mark.slow
+def test_a_compiled_run_traces_one_graph_and_learns_what_a_plain_one_does(
+    tiny_options: Options, counter: CompileCounterWithBackend
+) -> None:
+    """With every draw that a step makes: classes left out, two parts a batch, under autocast."""
+    options = tiny_options | {"label_dropout": 0.3, "accumulate": 2, "dropout": 0.0, "iterations": 4}
+    config = TrainConfig(**options | {"precision": "bf16"})
+    plain = train(config)
+    assert counter.frame_count == 0
+    run = train(replace(config, compile=True, run_name="compiled"))
+    assert counter.frame_count == 2  # the trial of the compiler, and the network
+    a, b = (torch.load(folder / "state-0000004.pt", weights_only=True)["network"] for folder in (plain, run))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"image_size": (7, 10), "dropout": 0.1}, {"norm": "bn", "head_channels": 6}, {"num_classes": None, "norm": "in"}],
+    ids=str,
+)
+def test_a_network_in_channels_last_is_one_graph_both_ways(
+    more: Options, tiny_config: UNetConfig, counter: CompileCounterWithBackend
+) -> None:
+    torch.manual_seed(0)
+    config = replace(tiny_config, channel_mults=(1,), attention_levels=(), null_class=False, **more)
+    network = UNet(config).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, *config.image_size).to(memory_format=torch.channels_last)
+    t, y = torch.tensor([0, 999]), None if config.num_classes is None else torch.tensor([0, 2])
+    model = compiled(network, torch.device("cpu"))
+    for _ in range(2):
+        model(x, t, y).square().mean().backward()
+    assert counter.frame_count == 2
+    assert network.out_conv.bias.grad is not None
+
+
+def test_where_there_is_no_compiler_a_sentence_says_so_and_leaves_no_run(
+    command_line: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no_compiler(*_: object, **__: object) -> Callable[..., object]:
+        def call(*_: object) -> object:
+            raise RuntimeError("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert main([*command_line, "--compile"]) == 2
+    err = capsys.readouterr().err
+    assert "--compile needs a C++ compiler such as g++ for the device cpu, and it does not work: No working" in err

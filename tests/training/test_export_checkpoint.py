@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.diffusion import DiffusionConfig
+from model.nn.unet import UNetConfig
+from model.sampling.schedule import SamplingDefaults
+from tests.networks import randomised
+from training import export_checkpoint
+
+UNET = UNetConfig(
+    image_channels=1,
+    image_size=(8, 8),
+    base_channels=4,
+    channel_mults=(1,),
+    attention_levels=(),
+    num_classes=2,
+    null_class=True,
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source.safetensors"
+    config = CheckpointConfig(
+        UNET,
+        DiffusionConfig(),
+        ("a", "b"),
+        SamplingDefaults("ddim", 7, guidance_scale=2.0),
+        {"notes": "old", "seed": 3},
+    )
+    checkpoint.save(path, randomised(UNET).state_dict(), config)
+    return path
+
+
+def test_everything_but_what_is_said_stays(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    assert export_checkpoint.main([str(source), str(out), "--steps", "9", "--guidance_scale", "1.5"]) == 0
+    before, after = checkpoint.load(source), checkpoint.load(out)
+    sampling = SamplingDefaults("ddim", 9, guidance_scale=1.5)
+    assert after.config == replace(before.config, sampling=sampling)
+    for name, tensor in before.network.state_dict().items():
+        assert torch.equal(after.network.state_dict()[name], tensor)
+
+
+def test_half_is_rounded_to_bfloat16_and_half_as_large(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    assert export_checkpoint.main([str(source), str(out), "--half", "--notes", "rounded"]) == 0
+    before, after = checkpoint.load(source), checkpoint.load(out)
+    assert after.config == replace(before.config, provenance={"notes": "rounded", "seed": 3})
+    for name, tensor in before.network.state_dict().items():
+        assert torch.equal(after.network.state_dict()[name], tensor.to(torch.bfloat16).float())
+    assert source.stat().st_size - out.stat().st_size > 2 * sum(p.numel() for p in before.network.parameters()) - 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps 0", "--steps must be between 1 and 1000"),
+        ("--eta 0.5 --sampler ddpm", "--eta belongs to the ddim sampler"),
+        ("nowhere/out.safetensors", "there is no folder"),
+        ("out.pth", "ends with .safetensors"),
+        ("missing", "neither a file nor bundled"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_sentence(
+    source: Path, tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(source), str(tmp_path / "out.safetensors")]
+    if words == "missing":
+        paths[0], words = "missing", ""
+    elif not words.startswith("--"):
+        paths[1], words = str(tmp_path / words), ""
+    assert export_checkpoint.main([*paths, *words.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.diffusion import DiffusionConfig
+from model.nn.unet import UNet, UNetConfig
+from model.sampling.schedule import SamplingDefaults
+from training import model_card
+
+UNET = UNetConfig(
+    image_channels=1, image_size=(8, 8), base_channels=4, channel_mults=(1,), attention_levels=(), num_classes=2
+)
+PROVENANCE = {
+    "dataset": "blobs",
+    "iterations": 7,
+    "images_seen": 56,
+    "metrics": {"train_loss": 0.5, "validation_loss": 0.25},
+    "command": "python -m training.train --dataset blobs",
+    "seed": 3,
+    "git_revision": "abc",
+    "machine": "a machine",
+    "notes": "Stopped once.",
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    config = CheckpointConfig(
+        UNET, DiffusionConfig(), ("left", "right"), SamplingDefaults("ddim", 2), provenance=PROVENANCE
+    )
+    path = tmp_path / "blobs.safetensors"
+    checkpoint.save(path, UNet(UNET).state_dict(), config)
+    return path
+
+
+def test_a_card_says_where_the_checkpoint_comes_from_and_shows_samples(file: Path) -> None:
+    assert model_card.main([str(file)]) == 0
+    text = file.with_suffix(".md").read_text()
+    for fact in (checkpoint.load(file).sha256, "left, right", PROVENANCE["command"], "0.25000", "Stopped once.", "56"):
+        assert str(fact) in text
+    assert "{" not in text
+    with Image.open(file.with_suffix(".png")) as picture:
+        assert picture.size == (8 * 8, 2 * 8)
+
+
+def evaluation(file: Path, **changes: object) -> dict[str, Any]:
+    numbers = {"accuracy": 0.5, "frechet_distance": 1.25, "precision": 0.75, "recall": 0.125}
+    sampling = {"sampler": "ddim", "steps": 2, "guidance_scale": 1.0, "weights": "ema", "seed": 0, "precision": "fp32"}
+    return {
+        "command": "python -m training.evaluate",
+        "checkpoint": {"sha256": checkpoint.load(file).sha256},
+        "features": {"sha256": "f" * 64, "accuracy": 0.99},
+        "sampling": sampling,
+        "num_images": 2000,
+        "compared_images": 1500,
+        "generated": numbers | {"frechet_distance": 2.5},
+        "test": numbers,
+        **changes,
+    }
+
+
+def test_a_card_shows_what_an_evaluation_found(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(evaluation(file)))
+    assert model_card.main([str(file), "--evaluation", str(tmp_path / "a.json")]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "| 50.00% | 50.00% |" in text
+    assert "| Fréchet distance | 2.5000 | 1.2500 |" in text
+    assert "1,500 images, beside as many" in text
+    assert "By sampler" not in text
+
+
+def test_a_card_shows_bits_per_dimension_and_neighbours_where_they_were_asked_for(file: Path, tmp_path: Path) -> None:
+    row = {"minimum": 1.5, "1_percent": 2.0, "5_percent": 3.0, "median": 4.0}
+    space = {"generated": row, "held_out": row | {"median": 5.0, "minimum": 1.25}, "ratio": 0.8}
+    space |= {"nearer_than_1_percent": 0.0125, "nearer_than_5_percent": 0.05}
+    bits = {"bits_per_dim": 1.23456, "standard_error": 0.01, "images": 300, "prior": 0.0, "decoder": 0.1}
+    nearest = {"images": 500, "train_images": 6000, "pixels": space, "features": space}
+    found = evaluation(file, bits_per_dim=bits, neighbours=nearest)
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    assert model_card.main([str(file), "--evaluation", str(tmp_path / "a.json")]) == 0
+    assert "neighbours.png" not in file.with_suffix(".md").read_text()
+    (tmp_path / "a-neighbours.png").write_bytes(b"a picture")
+    assert model_card.main([str(file), "--evaluation", str(tmp_path / "a.json")]) == 0
+    assert (tmp_path / "blobs-neighbours.png").read_bytes() == b"a picture"
+    text = file.with_suffix(".md").read_text()
+    assert "(blobs-neighbours.png)" in text
+    assert "1.2346 ± 0.0100 bits per dimension on 300 held-out images" in text
+    assert "500 samples are from the nearest of 6,000 training images" in text
+    for name in ("pixels", "features"):
+        assert f"| {name} | 4 | 5 | 0.8 | 1.5 | 1.25 | 1.25% |" in text
+    assert "not tested" not in text
+    assert "{" not in text
+    assert "memorised was not tested" in model_card.card(checkpoint.load(file), file)
+    alone = model_card.evaluation_text([evaluation(file)], checkpoint.load(file))
+    assert "bits per dimension" not in alone
+    assert "nearest of" not in alone
+
+
+def test_several_evaluations_make_a_table_with_a_row_for_each(file: Path, tmp_path: Path) -> None:
+    other = evaluation(file)
+    other["sampling"] = {**other["sampling"], "sampler": "ddpm", "steps": 1000, "weights": "raw"}
+    other["checkpoint"] = {"name": "state-0000007", "sha256": "1" * 64}
+    for name, result in (("a.json", evaluation(file)), ("b.json", other)):
+        (tmp_path / name).write_text(json.dumps(result))
+    assert model_card.main([str(file), "--evaluation", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "| ddim | 2 | 1.0 | ema | 2,000 | 50.00% | 2.5000 | 1.2500 | 2.0 | 0.750 | 0.125 |" in text
+    assert "| ddpm | 1000 | 1.0 | raw | 2,000 |" in text
+
+
+def test_evaluations_that_do_not_belong_are_refused(file: Path) -> None:
+    loaded = checkpoint.load(file)
+    with pytest.raises(ValueError, match="another checkpoint"):
+        model_card.evaluation_text([evaluation(file), evaluation(file, checkpoint={"sha256": "0" * 64})], loaded)
+    raw = evaluation(file)["sampling"] | {"weights": "raw"}
+    with pytest.raises(ValueError, match="another checkpoint"):
+        model_card.evaluation_text([evaluation(file, sampling=raw, checkpoint={"name": "state-0000008"})], loaded)
+    with pytest.raises(ValueError, match="different classifiers"):
+        model_card.evaluation_text([evaluation(file), evaluation(file, features={"sha256": "e" * 64})], loaded)
+    with pytest.raises(ValueError, match="not by a classifier"):
+        model_card.evaluation_text([evaluation(file, generated={"frechet_distance": 1.0})], loaded)
+
+
+def test_a_checkpoint_without_provenance_is_refused_with_a_sentence(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(checkpoint.load(file).config, provenance={})
+    torch.manual_seed(0)
+    checkpoint.save(file, UNet(UNET).state_dict(), config)
+    assert model_card.main([str(file)]) == 2
+    assert "not made by training.train" in capsys.readouterr().err

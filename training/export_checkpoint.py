@@ -1,0 +1,61 @@
+"""python -m training.export_checkpoint WHAT FILE: a checkpoint to give away, smaller, or with other defaults of sampling."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model import checkpoint
+from training.cli.options import Parser
+from training.cli.sampling_options import add_sampling_options, settings_of
+from training.run import load_weights
+
+
+def publish(args: argparse.Namespace) -> Path:
+    """Writes the checkpoint. Raises ValueError or OSError with a sentence where that cannot be."""
+    source, _ = load_weights.load(args.source, "ema", {}, torch.device("cpu"))
+    settings, _ = settings_of(source, args)
+    provenance = source.config.provenance | ({} if args.notes is None else {"notes": args.notes})
+    weights = source.network.state_dict()
+    if args.half:
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    path = Path(args.destination).expanduser()
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a checkpoint's name ends with .safetensors")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    checkpoint.save(path, weights, replace(source.config, sampling=settings, provenance=provenance))
+    return path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m training.export_checkpoint",
+        description="Write the averaged weights of a checkpoint or run as a checkpoint with these settings.",
+    )
+    add = parser.add_argument
+    add("source", metavar="WHAT", help="a bundled one by name, a file, or the folder of a run, for its best")
+    add("destination", metavar="FILE", help="the .safetensors file to write")
+    add("--half", action="store_true", help="weights rounded to bfloat16: half the bytes")
+    add("--notes", metavar="TEXT", help="what its card tells besides (default: what it told before)")
+    add_sampling_options(parser)
+    return parser.read(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        path = publish(args)
+    except (ValueError, OSError) as error:
+        print(f"training.export_checkpoint: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: {path.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Data parallel training under `torchrun`: every process trains on its slice of one global batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.run.config import torch_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, number `rank` of `size`. Every method is called by all of them together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes, prints and averages."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's part [N / size, …] of a global batch [N, …]."""
+        each = len(batch) // self.size
+        return batch[self.rank * each : (self.rank + 1) * each]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true of one of them. The host waits for the other hosts, not for the device."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags)
+        return bool(flags)
+
+    def from_first(self, value: T) -> T:
+        """The first process's `value`."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def wrapped(self, network: nn.Module) -> nn.Module:
+        """A network whose gradient is the mean over the processes, and whose weights are the first one's."""
+        # Statistics of a batch norm are each process's own; the first one's are saved
+        return DistributedDataParallel(network, broadcast_buffers=False) if self.size > 1 else network
+
+
+def unreduced(network: nn.Module, unreduced: bool) -> AbstractContextManager[None]:
+    """Within it the gradient of a `wrapped` network stays this process's own: more parts of the batch follow."""
+    if unreduced and isinstance(network, DistributedDataParallel):
+        context: AbstractContextManager[None] = network.no_sync()
+        return context
+    return nullcontext()
+
+
+@contextmanager
+def joined(device_name: str) -> Iterator[tuple[Ranks, torch.device]]:
+    """The processes that `torchrun` started, or this one alone, and its device (cuda:i for the i-th of a machine).
+
+    Raises ValueError where the device cannot be had.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(), torch_device(device_name)
+        return
+    device = torch_device(device_name)
+    if device.type == "cuda":
+        if ":" in device_name:
+            raise ValueError(f"--device {device_name}: each process has its own under torchrun; --device cuda will do")
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield Ranks(dist.get_rank(), dist.get_world_size()), device
+    dist.destroy_process_group()  # not after an error: torchrun ends the others, who may wait for this one

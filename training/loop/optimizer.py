@@ -1,0 +1,50 @@
+"""Adam and AdamW, fused; a step whose gradient is not finite changes nothing, and nobody waits to find out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from training.run.config import TrainConfig
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer asked for. Weights of convolutions and linear layers decay; biases, norms, embeddings do not."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    if not config.weight_decay:
+        return kind(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    decaying = {
+        id(module.weight) for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+    }  # an embedding's rows are the biases of classes
+    groups = [
+        {"params": [p for p in network.parameters() if id(p) in decaying], "weight_decay": config.weight_decay},
+        {"params": [p for p in network.parameters() if id(p) not in decaying], "weight_decay": 0.0},
+    ]
+    return kind(groups, lr=config.learning_rate, fused=True)
+
+
+def step(optimizer: torch.optim.Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor:
+    """Updates the weights, with the gradient's norm limited if `largest_norm` is not 0, and forgets the gradient.
+
+    Returns whether the gradient was finite, bool []. If not, weights and state are as before: the fused kernels look
+    at the flag themselves, as they do for `torch.amp.GradScaler`, whose two attributes these are.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = norm.isfinite()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = (norm / largest_norm).clamp(min=1) if largest_norm else None  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()
+    return finite
+
+
+@torch.no_grad()
+def restore(tensors: Iterable[Tensor], before: Iterable[Tensor], finite: Tensor) -> None:
+    """Puts `tensors` back to what they were `before`, unless the step was finite (bool [])."""
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(finite, tensor, old))

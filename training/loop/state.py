@@ -1,0 +1,66 @@
+"""Everything that changes while a network is trained, as one thing to save and to go on from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.nn.ema import EMA
+from model.nn.unet import UNet
+from training.loop.loss_meter import Tally
+from training.loop.optimizer import make_optimizer
+from training.loop.timestep_sampler import TIMESTEP_SAMPLERS, LossSecondMoment
+from training.run.config import LOSS_AWARE, TrainConfig
+
+
+class TrainState:
+    """A run at its beginning: random weights, nothing seen. `best` is the lowest validation loss so far."""
+
+    def __init__(
+        self, config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int, device: torch.device
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.network = UNet(config.unet(image_shape, num_classes)).to(device)
+        self.ema = EMA(self.network, *(decay**config.ema_update_rate for decay in config.ema_decay))
+        self.optimizer = make_optimizer(self.network, config)
+        is_loss_aware = config.timestep_sampler == LOSS_AWARE
+        self.importance = LossSecondMoment(config.num_timesteps, device=device) if is_loss_aware else None
+        self.tally = Tally(device)
+        self.iteration, self.best = 0, math.inf
+        self._sampler, self._num_timesteps = config.timestep_sampler, config.num_timesteps
+
+    def timesteps(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The timesteps t, int64 [N], that --timestep_sampler makes of u [N], and the weights of their losses [N]."""
+        if self.importance:
+            return self.importance.draw(u)
+        return TIMESTEP_SAMPLERS[self._sampler](u, self._num_timesteps), torch.ones_like(u)
+
+    def passing(self) -> list[Tensor]:
+        """What a forward pass and its losses change, besides the gradient: a step that does not count undoes it."""
+        return [*self.network.buffers(), *(self.importance.state_dict().values() if self.importance else ())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without classes of ours, so that it is loaded without executing code."""
+        return {
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "importance": self.importance.state_dict() if self.importance else None,
+            "tally": self.tally.numbers,
+            "iteration": self.iteration,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises RuntimeError where it is that of another network, ValueError where of other averages."""
+        self.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.importance and state.get("importance"):
+            self.importance.load_state_dict(state["importance"])
+        if "tally" in state:  # states from before steps were skipped have none
+            self.tally.numbers = state["tally"].to(self.tally.numbers)
+        self.iteration, self.best = state["iteration"], state["best"]

@@ -1,0 +1,174 @@
+"""Weights by what a user has of them: a bundled name, a checkpoint, a run's folder, or the original's .pth."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import checkpoint
+from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
+from model.convert.abarankab import import_original
+from model.convert.layout import Flags, ImportRefused, Weights
+from model.diffusion import DiffusionConfig
+from model.importers import import_path, load_weights, recognise
+from model.nn.unet import UNet, UNetConfig
+from model.sampling.schedule import SamplingDefaults
+from training.cli.options import numbers, written
+from training.run.config import TrainConfig
+
+Told = Mapping[str, Any]
+"""Options of TrainConfig that were given, which a file may not know."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """A -model.pth of abarankab/DDPM: its network's weights and their average, both under our names."""
+
+    raw: Weights
+    averaged: Weights
+    unet: UNetConfig
+    diffusion: DiffusionConfig
+
+
+def is_original(path: Path) -> bool:
+    """Whether it is a file in which projects other than ours keep weights."""
+    return path.suffix in (".pth", ".pt") and not path.name.startswith("state-")
+
+
+def load_original(path: Path, told: Told) -> Original:
+    """What the file does not know, activation, dropout, loss, and instance from group norm, is as `told`.
+
+    Raises ImportRefused with a sentence for other files.
+    """
+    try:
+        if recognise(load_weights(path)) is not import_original:
+            raise ImportRefused("it is not the original's; python -m model.importers makes a checkpoint of it")
+        norm = "in" if told.get("norm") == "in" else Flags.norm  # of any other the file knows
+        flags = Flags(image_size=told.get("image_size") or Flags.image_size, norm=norm)
+        raw, unet, diffusion = import_path(path, replace(flags, weights="raw"))
+        averaged, _, _ = import_path(path, flags)
+    except ImportRefused as error:
+        raise ImportRefused(f"{path}: {error}") from error
+    unet = replace(unet, **{name: told[name] for name in ("activation", "dropout") if name in told})
+    if "loss_type" in told:
+        diffusion = replace(diffusion, loss_type=told["loss_type"])
+    return Original(raw, averaged, unet, diffusion)
+
+
+def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
+    """A network to sample from, and which weights it has, in words. `weights` is "ema" or "raw".
+
+    A run's folder gives its best checkpoint. Raw weights, or the average of another --ema_decay than the first, are in
+    the state that belongs to a checkpoint, or, for a folder, in the newest. Raises ValueError with a sentence where
+    there are none, or the checkpoint contradicts what was `told`.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and is_original(path):
+        return _of_original(path, weights, told, device)
+    if path.is_dir():
+        if not (path / "best.safetensors").is_file():
+            raise CheckpointError(f"{path} is a folder, but not that of a run that has saved a checkpoint")
+        served, state = checkpoint.load(path / "best.safetensors", device), max(path.glob("state-*.pt"), default=None)
+    else:
+        served = checkpoint.load(name, device)
+        state = path.with_name(path.name.replace("checkpoint-", "state-")).with_suffix(".pt")
+    decays = averages(served.config)
+    check(served.config, told, decays)
+    index = decays.index(told["ema_decay"][0]) if "ema_decay" in told else 0
+    if weights == "ema" and index == 0:
+        return served, "ema"
+    if state is None or not state.is_file():
+        raise CheckpointError(f"{name}: only the first average is in it; the rest is in a run's folder (state-*.pt)")
+    if weights == "raw":
+        return _of_state(state, served.config, None, device), "raw"
+    return _of_state(state, served.config, index, device), f"ema of decay {decays[index]}"
+
+
+def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
+    found = load_original(path, told)
+    names = tuple(str(i) for i in range(found.unet.num_classes or 0))
+    noted = {key: value for key, value in told.items() if key in ("ema_decay", "ema_update_rate")}
+    steps = min(SamplingDefaults.steps, found.diffusion.num_timesteps)
+    provenance = {"imported_from": path.name, "as_told": noted}
+    config = CheckpointConfig(found.unet, found.diffusion, names, SamplingDefaults(steps=steps), provenance)
+    check(config, {key: value for key, value in told.items() if key not in noted}, ())
+    tensors = found.averaged if weights == "ema" else found.raw
+    return _checkpoint(path, config, tensors, device), weights
+
+
+def _of_state(path: Path, config: CheckpointConfig, index: int | None, device: torch.device) -> Checkpoint:
+    """The raw weights in a state (`index` None), or its average number `index`."""
+    state = load_weights(path)
+    try:
+        tensors = state["network"] if index is None else list(state["ema"]["averages"].values())[index]
+        return _checkpoint(path, config, tensors, device)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a state of this run: {error!r}") from error
+
+
+def _checkpoint(path: Path, config: CheckpointConfig, tensors: Weights, device: torch.device) -> Checkpoint:
+    with torch.device("meta"):
+        network = UNet(config.unet)
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    network.eval().requires_grad_(False)
+    with path.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    return Checkpoint(path.stem, sha256, config, network.to(device))
+
+
+def averages(config: CheckpointConfig) -> tuple[float, ...]:
+    """The decays of the averages of the run that made a checkpoint, the one in it first; () where it does not tell."""
+    text = _of_command(config, "ema_decay")
+    return numbers(text) if text else ()
+
+
+def _of_command(config: CheckpointConfig, option: str) -> str | None:
+    """An option of the run that made a checkpoint, as its command line had it."""
+    words = shlex.split(str(config.provenance.get("command", "")))
+    if "training.train" not in words:
+        return None
+    if f"--{option}" in words[:-1]:
+        return words[words.index(f"--{option}") + 1]
+    return written(next(f.default for f in fields(TrainConfig) if f.name == option))
+
+
+def known(config: CheckpointConfig) -> dict[str, Any]:
+    """What a checkpoint tells of the options that its training had."""
+    unet, diffusion = config.unet, config.diffusion
+    same = ("base_channels", "channel_mults", "num_res_blocks", "time_emb_dim", "norm", "dropout", "activation")
+    process = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "loss_type")
+    return {
+        "image_size": unet.image_size,
+        "use_labels": unet.num_classes is not None,
+        "attention_resolutions": unet.attention_levels,
+        **{name: getattr(unet, name) for name in same},
+        **{name: getattr(diffusion, name) for name in process},
+    }
+
+
+def check(config: CheckpointConfig, told: Told, decays: tuple[float, ...]) -> None:
+    """Raises ValueError that names every option that contradicts the checkpoint, or about which it says nothing."""
+    has = known(config)
+    if decays:
+        has["ema_decay"] = next((d for d in [told.get("ema_decay")] if d and d[0] in decays), decays)
+    if rate := _of_command(config, "ema_update_rate"):
+        has["ema_update_rate"] = int(rate)
+    if unknown := [f"--{name}" for name in told if name not in has]:
+        raise ValueError(f"the checkpoint does not tell its {' and '.join(unknown)}: leave it out")
+    wrong = [name for name, value in told.items() if not _same(name, value, has[name])]
+    if wrong:
+        words = [f"--{name} {written(told[name])}, where it has {written(has[name])}" for name in wrong]
+        raise ValueError(f"the checkpoint was made with other options: {'; '.join(words)}")
+
+
+def _same(name: str, told: Any, has: Any) -> bool:
+    if isinstance(told, float):
+        return math.isclose(told, has, rel_tol=1e-4)
+    return bool(set(told) == set(has) if name == "attention_resolutions" else told == has)

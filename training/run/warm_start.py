@@ -1,0 +1,115 @@
+"""A new run that begins with another's weights, ours or the original's: --model_checkpoint, --optim_checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.convert.abarankab import import_original
+from model.convert.layout import Flags, ImportRefused, Weights
+from model.diffusion import DiffusionConfig
+from model.importers import load_weights
+from model.nn.ema import EMA
+from model.nn.unet import UNet, UNetConfig
+from training.cli.options import written
+from training.run.config import TrainConfig
+from training.run.load_weights import is_original, load_original
+
+FREE = ("image_size", "dropout")  # of a network: its weights do not depend on them
+PROCESS = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "prediction")
+OPTIONS = {"attention_levels": "attention_resolutions", "null_class": "label_dropout", "learned_variance": "variance"}
+
+
+def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+    """Puts `config.model_checkpoint` into network and averages, and `config.optim_checkpoint` into the optimizer.
+
+    Iterations and learning rate begin anew. The averages' warm-up counts as done, so that they keep what they have.
+    Raises ValueError with a sentence where the network, or the forward process, is another.
+    """
+    if not config.model_checkpoint:
+        return
+    path = Path(config.model_checkpoint).expanduser()
+    if path.is_file() and is_original(path):
+        found = load_original(path, {f.name: getattr(config, f.name) for f in fields(config)})
+        _check(config, network.config, found.unet, found.diffusion)
+        raw, averaged = found.raw, found.averaged
+    else:
+        ours = checkpoint.load(config.model_checkpoint)
+        _check(config, network.config, ours.config.unet, ours.config.diffusion)
+        raw = averaged = ours.network.state_dict()
+    network.load_state_dict(raw)
+    largest = max(ema.averages)
+    updates = math.ceil((10 * largest - 1) / (1 - largest))  # from there on (1 + k)/(10 + k) is more than it
+    ema.load_state_dict({"averages": {repr(decay): averaged for decay in ema.averages}, "updates": max(0, updates)})
+    if config.optim_checkpoint:
+        _load_optimizer(Path(config.optim_checkpoint).expanduser(), path, network, optimizer)
+
+
+def _check(config: TrainConfig, ours: UNetConfig, theirs: UNetConfig, process: DiffusionConfig) -> None:
+    """Raises ValueError that names every field in which the run and what it begins with differ."""
+    pairs = [(f.name, getattr(ours, f.name), getattr(theirs, f.name)) for f in fields(ours) if f.name not in FREE]
+    pairs += [(name, getattr(config, name), getattr(process, name)) for name in PROCESS]
+    differ = [
+        f"{OPTIONS.get(name, name)} is {written(here)} here, {written(there)} there"
+        for name, here, there in pairs
+        if not (math.isclose(here, there, rel_tol=1e-4) if isinstance(here, float) else here == there)
+    ]
+    if differ:
+        raise ValueError(f"--model_checkpoint {config.model_checkpoint} is of another network: {'; '.join(differ)}")
+
+
+def _load_optimizer(path: Path, weights: Path, network: UNet, optimizer: torch.optim.Optimizer) -> None:
+    """Adam's moments and step counts; learning rate and the like stay those of the options."""
+    try:
+        loaded = load_weights(path)
+        keys = set(loaded) if isinstance(loaded, dict) else set()
+        if {"optimizer", "network"} <= keys:
+            state = loaded["optimizer"]["state"]
+        elif {"state", "param_groups"} <= keys and is_original(weights):
+            state = _original_moments(loaded, load_weights(weights), network)
+        elif {"state", "param_groups"} <= keys:
+            raise ImportRefused(
+                "its order is that of the original's weights: --model_checkpoint must be its -model.pth"
+            )
+        else:
+            raise ImportRefused("it is neither a state of ours (state-*.pt) nor the original's -optim.pth")
+        parameters = list(network.parameters())
+        if sorted(state) != list(range(len(parameters))):
+            raise ImportRefused(f"it is of {len(state)} parameters, where the network has {len(parameters)}")
+        for i, parameter in enumerate(parameters):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if state[i][moment].shape != parameter.shape:
+                    raise ImportRefused(f"parameter {i} has shape {list(parameter.shape)}, in it another")
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"--optim_checkpoint {path}: something is missing in it: {error!r}") from error
+    except ImportRefused as error:
+        raise ValueError(f"--optim_checkpoint {path}: {error}") from error
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def _original_moments(loaded: dict[str, Any], weights: Weights, network: UNet) -> dict[int, dict[str, Tensor]]:
+    """Adam's state of the original, whose first N of 2N parameters are the network's, in the order of its weights.
+
+    The moments go the way of the weights: each set is imported as if it were one.
+    """
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in weights if name.startswith("model.") and not name.endswith(buffers)]
+    ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    if len(ids) not in (len(names), 2 * len(names)):
+        raise ImportRefused(
+            f"it is of {len(ids)} parameters, where --model_checkpoint has {len(names)}, and an average"
+        )
+    state: dict[int, dict[str, Tensor]] = {i: {} for i, _ in enumerate(network.parameters())}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        moments = {name: loaded["state"][i][moment] for i, name in zip(ids, names, strict=False)}
+        imported, _, _ = import_original(weights | moments, Flags(weights="raw"))
+        for i, (name, _) in enumerate(network.named_parameters()):
+            state[i][moment] = imported[name]
+    step = torch.tensor(float(loaded["state"][ids[0]]["step"]))  # older versions of torch have an int
+    return {i: {"step": step.clone(), **moments} for i, moments in state.items()}
