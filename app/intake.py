@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import re
 import secrets
 import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
@@ -21,6 +24,7 @@ from model.plan import InvalidPlan, SamplingDefaults, usable_variance
 from model.rng import draw_class
 
 LARGEST_JSON_INTEGER = 2**53
+NUMBER = re.compile(r"\d{1,9}(\.0+)?", re.ASCII)  # of a class: an index, or a name that is a whole number
 
 
 @dataclass(frozen=True)
@@ -152,21 +156,45 @@ def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -
 
 
 def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
-    """The class that a client means; None for a random mix. Names come before numbers. Raises InvalidClassLabel."""
+    """The class that a client means; None for a random mix. Raises InvalidClassLabel.
+
+    A number is first the class of that name, then the class of that index, however the two are written: 7, 7.0, "7" or
+    "007". A name in another case or Unicode form will do where only one class can be meant.
+    """
     if label is None:
         return None
     if not names:
         raise InvalidClassLabel("this checkpoint is unconditional: class_label must be null", param="class_label")
-    if label in names:
-        return names.index(str(label))
-    is_number = isinstance(label, int) or (label.isascii() and label.isdigit() and len(label) < 10)
-    if is_number and 0 <= int(label) < len(names):
-        return int(label)
+    text = str(label)
+    if text in names:
+        return names.index(text)
+    if NUMBER.fullmatch(text):
+        number = int(float(text))
+        named = [i for i, name in enumerate(names) if NUMBER.fullmatch(name) and float(name) == number]
+        if len(named) == 1:
+            return named[0]
+        if not named and number < len(names):
+            return number
+    for alike in (_composed, _folded):
+        same = [i for i, name in enumerate(names) if alike(name) == alike(text)]
+        if len(same) == 1:
+            return same[0]
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    folded = {_folded(name): name for name in names[:1000]}  # of more it would keep everybody waiting
+    near = difflib.get_close_matches(_folded(text[:80]), folded, n=1)
+    meant = f"; did you mean {folded[near[0]]!r:.80}?" if near else ";"
     raise InvalidClassLabel(
-        f"no class {label!r:.80}; there are {shown} (or their numbers, 0 to {len(names) - 1})",
+        f"no class {label!r:.80}{meant} there are {shown} (or their numbers, 0 to {len(names) - 1})",
         param="class_label",
     )
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # macOS's archives have names in the other form, which looks the same
+
+
+def _folded(name: str) -> str:
+    return _composed(_composed(name).casefold())
 
 
 def frame_steps(frames: int, steps: int, view: View) -> frozenset[int]:
