@@ -180,7 +180,7 @@ def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
         if len(same) == 1:
             return same[0]
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    folded = {_folded(name): name for name in names[:1000]}  # of more it would keep everybody waiting
+    folded = {_folded(name): name for name in names[:2000]}  # of more it would keep everybody waiting
     near = difflib.get_close_matches(_folded(text[:80]), folded, n=1)
     meant = f"; did you mean {folded[near[0]]!r:.80}?" if near else ";"
     raise InvalidClassLabel(
