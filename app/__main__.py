@@ -109,6 +109,7 @@ def _config(app: FastAPI, settings: Settings, host: str, port: int) -> uvicorn.C
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # it goes to `call_later`
         timeout_graceful_shutdown=math.ceil(settings.drain_s) + GRACE_S,
     )
 

@@ -66,12 +66,15 @@ class Job:
         own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
         return self.provenance() | own
 
-    def class_of(self, i: int) -> tuple[int | None, str | None]:
-        """Index and name of image i's class; None for an unconditional checkpoint."""
+    def class_of(self, i: int) -> tuple[int | str | None, str | None]:
+        """What to send for image i's class, and its name; None for an unconditional checkpoint.
+
+        The first is its index, or its name where that number means another class.
+        """
         if self.request.classes is None:
             return None, None
-        label = self.request.classes[i]
-        return label, self.checkpoint.config.class_names[label]
+        index, names = self.request.classes[i], self.checkpoint.config.class_names
+        return index if class_index(index, names) == index else names[index], names[index]
 
 
 def headers(provenance: Mapping[str, str]) -> dict[str, str]:

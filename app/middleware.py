@@ -142,15 +142,49 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
+class TrailingSlash:
+    """/health/ is /health. A redirect would lead around a proxy, which hides scheme and path, and lose some clients."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"][:-1]}
+        await self.app(scope, receive, send)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET without the body (RFC 9110, 9.3.2). A handler that would work for it asks `is_head`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        scope.setdefault("state", {})["head"] = True
+        as_get = {**scope, "method": "GET"}
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        try:
+            await self.app(as_get, receive, send_head)
+        finally:
+            scope["route"] = as_get.get("route")  # which log, metrics and traces look for
+
+
 class BodyLimit:
     """Refuses bodies of more than `limit` bytes with 413, without holding more than that, and those that take longer
-    than `seconds` with 408. Nobody holds a GET's."""
+    than `seconds` with 408. Nobody holds a GET's or a HEAD's."""
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
         self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "GET":
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
         received, complete = 0, False

@@ -114,6 +114,19 @@ class Settings(BaseSettings):
     write_timeout_s: float = Field(
         30, gt=0, le=3600, description="time after which a client that takes nothing of an answer is cut off"
     )
+    keep_alive_s: float = Field(
+        75,
+        gt=0,
+        le=3600,
+        description="time for which a connection is kept for the next request; longer than a proxy in front keeps it, "
+        "or it sends a request into a closed one",
+    )
+    stream_heartbeat_s: float = Field(
+        15,
+        gt=0,
+        le=3600,
+        description="time after which a stream without news sends a line that means nothing, so that no proxy cuts it",
+    )
     drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
     step_timeout_s: float = Field(
         60,

@@ -126,7 +126,7 @@ def test_images_differ_by_seed_index_class_and_plan(client: TestClient) -> None:
 
 def test_a_random_mix_is_reproducible_and_its_classes_are_told(client: TestClient) -> None:
     listed = generate(client, JSON, n=24, seed=3).json()["images"]
-    assert {image["class_label"] for image in listed} == {0, 1, 2}
+    assert {image["class_label"] for image in listed} == {"plain", 1, 2}  # 0 is the third one's name
     assert generate(client, JSON, n=24, seed=3).json()["images"] == listed
     for image in listed[:4]:
         place = {name: image[name] for name in ("seed", "index", "class_label")}
@@ -135,8 +135,8 @@ def test_a_random_mix_is_reproducible_and_its_classes_are_told(client: TestClien
         assert mixed == [image]  # and as part of the mix
 
 
-@pytest.mark.parametrize(("one", "same"), [(1, "1"), (1, BEETLE), (0, "plain"), (2, "0")])
-def test_a_class_can_be_named_or_numbered(client: TestClient, one: int, same: str) -> None:
+@pytest.mark.parametrize(("one", "same"), [(1, "1"), (1, BEETLE), (1, 1.0), ("plain", "PLAIN"), (2, "0"), (2, 0)])
+def test_a_class_can_be_named_or_numbered(client: TestClient, one: int | str, same: int | float | str) -> None:
     images = [generate(client, JSON, seed=1, class_label=label).json()["images"][0] for label in (one, same)]
     assert images[0] == images[1]
     assert images[0]["class_label"] == one

@@ -88,7 +88,7 @@ def test_an_ambiguous_class_is_refused(names: tuple[str, ...], label: str) -> No
 
 
 def test_a_near_miss_is_told_the_nearest_class() -> None:
-    with pytest.raises(InvalidClassLabel, match="no class 'hrose'; did you mean 'horse'[?]"):
+    with pytest.raises(InvalidClassLabel, match=r"no class 'hrose'; did you mean 'horse'\?"):
         class_index("hrose", (*(f"c{i}" for i in range(1000)), "horse"))
 
 
