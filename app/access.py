@@ -11,6 +11,11 @@ The file is TOML, one table per name, and holds no keys but their SHA-256:
 
 from __future__ import annotations
 
+from app.interruption import end_in_one_line
+
+if __name__ == "__main__":
+    end_in_one_line("python -m app.access")  # importing the rest takes seconds
+
 import argparse
 import asyncio
 import hashlib

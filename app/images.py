@@ -1,4 +1,4 @@
-"""Files from uint8 arrays, a picture [H, W, C]. Pure functions: equal input gives equal bytes, without time or names."""
+"""Files from uint8 arrays, a picture [H, W, C]. Pure functions: equal input gives equal bytes, whatever the time."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from app.metrics import Metrics
 
 log = logging.getLogger("ddpm.request")
 
+PROBED = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # every few seconds, by programs
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -68,7 +69,9 @@ class RequestLog:
             self.metrics.request_seconds.labels(*labels).observe(seconds)
             if "key" in state:
                 self.metrics.key_requests.labels(state["key"], state["outcome"]).inc()
-            log.info(
+            quiet = scope["path"] in PROBED and state["outcome"] in ("ok", "not_ready")
+            log.log(
+                logging.DEBUG if quiet else logging.INFO,
                 "request",
                 extra={
                     "request_id": request_id,

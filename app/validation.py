@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from app.errors import InvalidRequest
-from app.openapi import Schema, in_words
+from app.wording import Schema, in_words
 
 # Names that other services have for a field of this one.
 SYNONYMS = {

@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from app.middleware import OPEN
-from app.openapi import Schema, fields, in_words, resolved
+from app.openapi import fields, resolved
 from app.routes.page import hash_of
+from app.wording import Schema, in_words
 
 router = APIRouter()
 
