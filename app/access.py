@@ -121,7 +121,10 @@ class Keys:
         scheme, _, token = given[0].decode("latin-1").partition(" ")
         token = token.strip(" ")
         if scheme.lower() != "bearer" or not TOKEN.fullmatch(token):
-            raise Unauthorized("the Authorization header is not of the form Bearer KEY", rejected=True)
+            raise Unauthorized(
+                "the Authorization header must be Bearer KEY, with a KEY of 16 to 512 letters, digits or -._~+/",
+                rejected=True,
+            )
         key = self.find(token)
         if key is None:
             raise Unauthorized("no such key", rejected=True)

@@ -36,9 +36,7 @@ class TextFormatter(logging.Formatter):
         level = "" if record.levelno == logging.INFO else record.levelname + " "
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         line = " ".join([f"{time} {level}{record.getMessage()}", *(f"{key}={value}" for key, value in extra.items())])
-        line = "".join(
-            sign if sign.isprintable() else repr(sign)[1:-1] for sign in line
-        )  # or it could steer a terminal
+        line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)  # none steers the terminal
         return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -37,8 +39,11 @@ from app.tracing import Tracer, Traces
 from model.checkpoint import Checkpoint
 from model.inference import best_precision
 
+log = logging.getLogger("ddpm.start")
+
 VERSION = "0.1.0"
 WATCH_S = 0.25
+PROGRESS_S = 5.0  # between lines that say that it still warms up
 
 
 MakeRunner = Callable[[Checkpoint, torch.device, int, int, str, str], Runner]
@@ -77,7 +82,10 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        tasks = [asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine), pulse.beat())]
+        tasks = [
+            asyncio.create_task(watch)
+            for watch in (keys.watch(), served.watch(), _watch(engine), _tell_progress(served), pulse.beat())
+        ]
         yield
         for task in tasks:
             task.cancel()
@@ -144,6 +152,20 @@ def create_operations_app(service: Service) -> FastAPI:
 
 def _paths(*routers: APIRouter) -> frozenset[str]:
     return frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
+
+
+async def _tell_progress(models: Models) -> None:
+    """What happens between "running" and "ready", when it begins, now and then, and when it has ended."""
+    started = time.monotonic()
+    names = ", ".join(served.name for served in models)
+    log.info("warming up %s: tries batch sizes and measures them; until then requests are answered 503", names)
+    told = started
+    while cold := next((served for served in models if not served.warm), None):
+        await asyncio.sleep(WATCH_S)
+        if time.monotonic() - told > PROGRESS_S:
+            told = time.monotonic()
+            log.info("still warming up %s, for %.0f s now", cold.name, told - started)
+    log.info("takes requests, after %.1f s of warming up", time.monotonic() - started)
 
 
 async def _watch(engine: Engine) -> None:
