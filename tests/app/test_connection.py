@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.settings import Settings
 from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
 ALICE, CAROL = "alice-0123456789abcdef", "carol-0123456789abcdef"
@@ -34,7 +35,7 @@ def guarded(grey_checkpoint: Path, keys_file: Path) -> Iterator[ServerProcess]:
     argv = [
         "--checkpoint", str(grey_checkpoint), "--api-keys-file", str(keys_file), "--metrics-port", "0",
         "--read-timeout-s", "1", "--write-timeout-s", "1", "--max-connections", "40",
-        "--max-header-bytes", "4096", "--cors-origins", "https://a.example",
+        "--max-header-bytes", "4096", "--cors-origins", "https://a.example", "--keep-alive-s", "2",
     ]  # fmt: skip
     with ServerProcess("app", *argv, DDPM_API_KEYS=f"alice:{ALICE}") as server:
         yield server
@@ -305,6 +306,16 @@ def test_requests_that_come_before_an_answer_do_not_pile_up(guarded: ServerProce
             assert ended(other).count(b"HTTP/1.1 200 OK") == 300
         with suppress(OSError):
             flood.shutdown(socket.SHUT_RDWR)  # for the one who takes
+
+
+def test_an_idle_connection_is_kept_for_the_time_of_the_setting(guarded: ServerProcess) -> None:
+    with connect(guarded) as connection:
+        connection.sendall(f"GET /livez HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode())
+        assert status(connection.recv(65536)) == 200
+        answered = time.monotonic()
+        assert ended(connection) == b""
+    assert 1.9 < time.monotonic() - answered < 4.5  # uvicorn's own is 5
+    assert Settings().keep_alive_s == 75  # balancers keep 60 s
 
 
 H2C = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"]
