@@ -313,7 +313,7 @@ def test_an_idle_connection_is_kept_for_the_time_of_the_setting(guarded: ServerP
         connection.sendall(f"GET /livez HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode())
         assert status(connection.recv(65536)) == 200
         answered = time.monotonic()
-        assert ended(connection) == b""
+        assert ended(connection) in (b"", b'{"status":"ok"}')  # the rest of the answer
     assert 1.9 < time.monotonic() - answered < 4.5  # uvicorn's own is 5
     assert Settings().keep_alive_s == 75  # balancers keep 60 s
 
