@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from app.interruption import end_in_one_line
+
+if __name__ == "__main__":
+    end_in_one_line("python -m app")  # importing the rest takes seconds
+
 import functools
 import gc
 import logging
@@ -11,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -22,10 +28,12 @@ from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 from app import logs
 from app.access import Keys
 from app.connection import Connection, Limits
+from app.engine.memory import is_out_of_memory
 from app.engine.runner import Runner
+from app.listening import bind, complaint, url
 from app.main import MakeRunner, create_app, create_operations_app
 from app.routes.state import Service
-from app.settings import PREFIX, Settings, service_links, unknown_variables
+from app.settings import Settings, complaints_about, misread, service_links, unknown_variables
 from app.tracing import Tracer
 
 log = logging.getLogger("ddpm.start")
@@ -41,24 +49,37 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, operations: uvicorn.Server | None, tracer: Tracer | None
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        tracer: Tracer | None,
+        operations: uvicorn.Server | None = None,
+        operations_sockets: Sequence[socket.socket] = (),
     ) -> None:
         super().__init__(config)
+        self._operations_sockets = list(operations_sockets)
         self._service, self._operations, self._tracer = service, operations, tracer
         self._signalled: float | None = None
         self._done = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen, on both ports. Raises SystemExit where one is taken."""
-        await super().startup(sockets)
-        if self._operations:
-            self._operations.config.load()
-            self._operations.lifespan = self._operations.config.lifespan_class(self._operations.config)
-            try:
-                await self._operations.startup()
-            except SystemExit:  # its port is taken
-                await self.lifespan.shutdown()
-                raise
+        """Begins to listen, on both ports. Raises SystemExit where another process was faster."""
+        settings = self._service.settings
+        host, port, prefix = settings.host, settings.port, ""
+        try:
+            await super().startup(sockets)
+            for listener in sockets or []:
+                log.info("ddpm-serve running on %s (Ctrl-C ends it)", url(listener))
+            if self._operations:
+                host, port, prefix = settings.metrics_host, settings.metrics_port, "metrics-"
+                self._operations.config.load()
+                self._operations.lifespan = self._operations.config.lifespan_class(self._operations.config)
+                await self._operations.startup(self._operations_sockets)
+                log.info("metrics running on %s", url(self._operations_sockets[0]))
+        except OSError as error:
+            log.critical("%s", complaint(error, host, port, prefix))
+            await self.lifespan.shutdown()
+            sys.exit(1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends when all connections have, or their time is up."""
@@ -109,6 +130,7 @@ def _config(app: FastAPI, settings: Settings, host: str, port: int) -> uvicorn.C
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # it goes to `call_later`
         timeout_graceful_shutdown=math.ceil(settings.drain_s) + GRACE_S,
     )
 
@@ -121,20 +143,17 @@ def read_settings(argv: list[str], kind: type[Settings] = Settings, command: str
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_exit_on_error=False,
     )
     if complaints := unknown_variables(kind):
         sys.exit(f"{command}: " + "; ".join(complaints))
     try:
         return CliApp.run(kind, cli_args=argv, cli_settings_source=source)
-    except (ValidationError, SettingsError) as error:
-        if not isinstance(error, ValidationError):
-            sys.exit(f"{command}: {error}")
-        lines = []
-        for problem in error.errors():
-            name = "_".join(map(str, problem["loc"]))
-            flag = "--" + name.replace("_", "-")
-            lines.append(f"{flag} ({PREFIX}{name.upper()}): {problem['msg']}, not {problem['input']!r}")
-        sys.exit(f"{command}: " + "; ".join(lines))
+    except SettingsError as error:
+        print(f"{command}: {misread(str(error), kind)}", file=sys.stderr)
+        sys.exit(2)
+    except ValidationError as error:
+        sys.exit(f"{command}: " + "; ".join(complaints_about(error, kind)))
 
 
 def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
@@ -142,34 +161,44 @@ def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
 
     `make_runner` is for tests.
     """
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     if links := service_links():
         log.warning("these variables are an orchestrator's service links, and ignored: %s", ", ".join(links))
+    operations, operations_sockets = None, []
     try:
+        sockets = bind(settings.host, settings.port)
+        if settings.metrics_port >= 0:
+            operations_sockets = bind(settings.metrics_host, settings.metrics_port, "metrics-")
+        log.info("loading %s", ", ".join(settings.checkpoints))
         app = create_app(settings, make_runner)
-    except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError is what torch raises for its devices
+    except ValueError as error:
         sys.exit(f"python -m app: {error}")
+    except (RuntimeError, MemoryError) as error:  # what torch raises for its devices
+        log.debug("not loaded", exc_info=error)
+        device = "this machine" if settings.device == "auto" else settings.device
+        why = "does not have the memory for" if is_out_of_memory(error) else "does not run"
+        sys.exit(f"python -m app: {device} {why} {settings.checkpoint}; --log-level debug says more")
     gc.freeze()  # what was imported stays: a full collection took 0.2 s to look through it, in which nobody is served
     keys: Keys = app.state.keys
     if keys.required:
         log.info("keys are needed", extra={"keys": keys.names})
-    operations = None
-    if settings.metrics_port >= 0:
+    if operations_sockets:
         operations = uvicorn.Server(
             _config(create_operations_app(app.state.service), settings, settings.metrics_host, settings.metrics_port)
         )
     config = _config(app, settings, settings.host, settings.port)
-    server = Server(config, app.state.service, operations, app.state.tracer)
+    server = Server(config, app.state.service, app.state.tracer, operations, operations_sockets)
 
     def look_again(sig: int, frame: FrameType | None) -> None:
         keys.stale = app.state.service.models.stale = True
 
-    signal.signal(signal.SIGHUP, look_again)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, look_again)
     # uvicorn puts its own handlers in place when it runs, and raises the signal again when it has shut down; a
     # drained server has nothing to die of.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
-    server.run()
+    server.run(sockets)
     if failure := app.state.service.engine.failure:
         log.critical("ending, to be started anew: %s", failure)
         logging.shutdown()

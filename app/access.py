@@ -11,6 +11,11 @@ The file is TOML, one table per name, and holds no keys but their SHA-256:
 
 from __future__ import annotations
 
+from app.interruption import end_in_one_line
+
+if __name__ == "__main__":
+    end_in_one_line("python -m app.access")  # importing the rest takes seconds
+
 import argparse
 import asyncio
 import hashlib
@@ -116,7 +121,10 @@ class Keys:
         scheme, _, token = given[0].decode("latin-1").partition(" ")
         token = token.strip(" ")
         if scheme.lower() != "bearer" or not TOKEN.fullmatch(token):
-            raise Unauthorized("the Authorization header is not of the form Bearer KEY", rejected=True)
+            raise Unauthorized(
+                "the Authorization header must be Bearer KEY, with a KEY of 16 to 512 letters, digits or -._~+/",
+                rejected=True,
+            )
         key = self.find(token)
         if key is None:
             raise Unauthorized("no such key", rejected=True)

@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
@@ -16,6 +17,7 @@ PIECE = 1024  # bytes that are parsed at once
 AHEAD = 65_536  # bytes that are read while earlier requests are answered: enough to see the client leave
 UNSENT = 16_384  # bytes that the kernel holds for a client beyond those on their way, where it would hold megabytes
 LOOKS = 4  # at a client that takes nothing, before it is cut off
+OFFER = {b"upgrade", b"http2-settings"}  # headers that belong to an offer to upgrade, and options of Connection
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Connection(HttpToolsProtocol):
                 self._expect()
             if self._part != "body":
                 self._unparsed += len(piece)
-            super().data_received(piece)
+            self._feed(piece)
             if self._part != "body" and self._unparsed > self._limits.header_bytes:
                 self._refuse(self._too_large())
         if self.transport.is_closing():
@@ -129,6 +131,29 @@ class Connection(HttpToolsProtocol):
             self.transport.crowded = False
             if not self.flow.read_paused:
                 self.transport.resume_reading()
+
+    def _feed(self, piece: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self._refuse(self._refusal)
+        except httptools.HttpParserUpgrade as offer:
+            # The parser takes what follows for another protocol: another one reads the head again, without the offer.
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            self._held[:0] = self._head_without_offer() + piece[offer.args[0] :]
+
+    def _head_without_offer(self) -> bytes:
+        """Of the message that was read last. Who offers an upgrade gets an answer in HTTP/1.1 (RFC 9110, 7.8)."""
+        lines = [b"%s %s HTTP/%s" % (self.scope["method"].encode(), self.url, self.scope["http_version"].encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b",".join(option for option in value.split(b",") if option.strip().lower() not in OFFER)
+            if name not in OFFER:
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """The first byte of a request line."""
@@ -143,12 +168,19 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The request can begin, if its headers are within the limit."""
-        self._part, self._unparsed = "body", 0
+        """The request can begin, if its headers are within the limit and it offers no upgrade: see `_feed`."""
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.header_bytes:
             self._refusal = self._too_large()
-            raise self._refusal  # which the parser turns into its own error, and uvicorn into send_400_response
+            raise self._refusal  # which the parser turns into its own error
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        if method == b"CONNECT":
+            self._refusal = BadRequest("this server is not a proxy: it knows no CONNECT")
+            raise self._refusal
+        if self.parser.should_upgrade():
+            self.scope["method"], self.scope["http_version"] = method.decode(), version
+            return
+        self._part, self._unparsed = "body", 0
         self._limits.idle.pop(self, None)
         self._expect()
         super().on_headers_complete()
@@ -157,6 +189,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Head and body are here."""
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         self._part, self._unparsed = "none", 0
         if self._read_timer is not None:
@@ -171,10 +205,6 @@ class Connection(HttpToolsProtocol):
         elif self.cycle.response_complete and not self.transport.is_closing():  # and no pipelined one goes on
             self._limits.idle[self] = None
         self._watch_writing()
-
-    def send_400_response(self, msg: str) -> None:
-        """The parser refused; uvicorn calls it."""
-        self._refuse(self._refusal)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle

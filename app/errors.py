@@ -92,6 +92,16 @@ class NotAcceptable(ServiceError):
     status, code = 406, "not_acceptable"
 
 
+class UnsupportedMediaType(ServiceError):
+    """The body is not JSON, or it is compressed."""
+
+    status, code = 415, "unsupported_media_type"
+
+    def headers(self) -> dict[str, str]:
+        """What would be taken (RFC 9110, 12.5)."""
+        return {"Accept": "application/json", "Accept-Encoding": "identity"}
+
+
 class BodyTooLarge(ServiceError):
     """The body is longer than any that is read."""
 

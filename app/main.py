@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import torch
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from app.access import Keys
@@ -19,11 +18,20 @@ from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import keep_freed_memory
 from app.engine.runner import Runner, best_chunk
-from app.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, RequestTimeout, ServiceError
+from app.error_handler import handle_errors
 from app.event_loop_monitor import EventLoopMonitor
 from app.metrics import Metrics
-from app.middleware import SECURITY_HEADERS, Access, BodyLimit, RequestLog, SecurityHeaders
+from app.middleware import (
+    SECURITY_HEADERS,
+    Access,
+    BodyLimit,
+    HeadAsGet,
+    RequestLog,
+    SecurityHeaders,
+    TrailingSlash,
+)
 from app.model_registry import Models
+from app.openapi import DescribedApp
 from app.routes import docs, generate, health, models, sequence, ui
 from app.routes.state import Service
 from app.settings import Settings
@@ -31,14 +39,11 @@ from app.tracing import Tracer, Traces
 from model.backends.cpu import best_precision
 from model.checkpoint import Checkpoint
 
+log = logging.getLogger("ddpm.start")
+
 VERSION = "0.1.0"
 WATCH_S = 0.25
-HTTP_ERRORS: dict[int, type[ServiceError]] = {
-    404: NotFound,
-    405: MethodNotAllowed,
-    408: RequestTimeout,
-    413: BodyTooLarge,
-}
+PROGRESS_S = 5.0  # between lines that say that it still warms up
 
 
 MakeRunner = Callable[[Checkpoint, torch.device, int, int, str, str], Runner]
@@ -78,7 +83,8 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         tasks = [
-            asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine), loop_monitor.run())
+            asyncio.create_task(watch)
+            for watch in (keys.watch(), served.watch(), _watch(engine), _tell_progress(served), loop_monitor.run())
         ]
         yield
         for task in tasks:
@@ -90,22 +96,24 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
         if tracer:
             await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(
+    app = DescribedApp(
         title="ddpm-serve",
         summary="Class-conditional diffusion images, batched at every denoising step.",
         version=VERSION,
         lifespan=lifespan,
         docs_url=None,  # FastAPI's load their scripts from another host; app/routes/docs.py does not
         redoc_url=None,
+        redirect_slashes=False,  # middleware.TrailingSlash
     )
     app.state.service, app.state.keys = Service(settings, served, engine, metrics), keys
-    app.state.tracer = tracer
+    app.state.tracer, app.settings = tracer, settings
     routers = [module.router for module in (generate, sequence, models, ui, docs)] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
         app.include_router(router)
-    _handle_errors(app)
+    handle_errors(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
     if keys.required:
         app.add_middleware(Access, keys=keys)
@@ -124,18 +132,21 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     app.add_middleware(RequestLog, metrics=metrics, paths=_paths(*routers))
     if tracer:
         app.add_middleware(Traces, tracer=tracer)
+    app.add_middleware(TrailingSlash)
     return app
 
 
 def create_operations_app(service: Service) -> FastAPI:
     """What --metrics-port serves: metrics and health, without keys, for those who can reach the port."""
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.service, app.state.headers = service, SECURITY_HEADERS
     app.include_router(health.health)
     app.include_router(health.operations)
-    _handle_errors(app)
+    handle_errors(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(SecurityHeaders, headers=app.state.headers)
     app.add_middleware(RequestLog, metrics=service.metrics, paths=_paths(health.health, health.operations))
+    app.add_middleware(TrailingSlash)
     return app
 
 
@@ -143,44 +154,21 @@ def _paths(*routers: APIRouter) -> frozenset[str]:
     return frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
 
 
-def _handle_errors(app: FastAPI) -> None:
-    for kind in (ServiceError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, _answer)
+async def _tell_progress(models: Models) -> None:
+    """What happens between "running" and "ready", when it begins, now and then, and when it has ended."""
+    started = time.monotonic()
+    names = ", ".join(served.name for served in models)
+    log.info("warming up %s: tries batch sizes and measures them; until then requests are answered 503", names)
+    told = started
+    while cold := next((served for served in models if not served.warm), None):
+        await asyncio.sleep(WATCH_S)
+        if time.monotonic() - told > PROGRESS_S:
+            told = time.monotonic()
+            log.info("still warming up %s, for %.0f s now", cold.name, told - started)
+    log.info("takes requests, after %.1f s of warming up", time.monotonic() - started)
 
 
 async def _watch(engine: Engine) -> None:
     while engine.failure is None:
         engine.watch()
         await asyncio.sleep(WATCH_S)
-
-
-async def _answer(request: Request, exception: Exception) -> JSONResponse:
-    """The one error handler: whatever went wrong, the client sees the same shape."""
-    error, extra = _service_error(exception)
-    request.state.outcome = error.code
-    extra |= error.headers()
-    if type(error) is MethodNotAllowed and (methods := _methods(request)):
-        extra["Allow"] = methods
-    if type(error) is ServiceError:  # an unforeseen exception is answered outside of all middleware
-        extra |= {"X-Request-Id": request.state.request_id, **request.app.state.headers}
-    return JSONResponse(error.body(), error.status, headers=extra)
-
-
-def _methods(request: Request) -> str:
-    """Of a path: Starlette names those of one route, and a path may have several."""
-    path = getattr(request.scope.get("route"), "path", "")
-    return ", ".join(sorted(method.upper() for method in request.app.openapi()["paths"].get(path, {})))
-
-
-def _service_error(exception: Exception) -> tuple[ServiceError, dict[str, str]]:
-    if isinstance(exception, ServiceError):
-        return exception, {}
-    if isinstance(exception, RequestValidationError):
-        first = exception.errors()[0]
-        where = [str(part) for part in first["loc"][1:2] if first["type"] != "json_invalid"]
-        param = where[0] if where else None
-        return InvalidRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param), {}
-    if isinstance(exception, HTTPException):
-        kind = HTTP_ERRORS.get(exception.status_code, InvalidRequest)
-        return kind(str(exception.detail)), dict(exception.headers or {})
-    return ServiceError("internal error"), {}

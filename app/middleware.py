@@ -19,6 +19,7 @@ from app.metrics import Metrics
 
 log = logging.getLogger("ddpm.request")
 
+PROBED = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # every few seconds, by programs
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -68,7 +69,9 @@ class RequestLog:
             self.metrics.request_latency.labels(*labels).observe(seconds)
             if "key" in state:
                 self.metrics.key_requests.labels(state["key"], state["outcome"]).inc()
-            log.info(
+            quiet = scope["path"] in PROBED and state["outcome"] in ("ok", "not_ready")
+            log.log(
+                logging.DEBUG if quiet else logging.INFO,
                 "request",
                 extra={
                     "request_id": request_id,
@@ -142,15 +145,49 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
+class TrailingSlash:
+    """/health/ is /health. A redirect would lead around a proxy, which hides scheme and path, and lose some clients."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"][:-1]}
+        await self.app(scope, receive, send)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET without the body (RFC 9110, 9.3.2). A handler that would work for it asks `is_head`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        scope.setdefault("state", {})["head"] = True
+        as_get = {**scope, "method": "GET"}
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        try:
+            await self.app(as_get, receive, send_head)
+        finally:
+            scope["route"] = as_get.get("route")  # which log, metrics and traces look for
+
+
 class BodyLimit:
     """Refuses bodies of more than `limit` bytes with 413, without holding more than that, and those that take longer
-    than `seconds` with 408. Nobody holds a GET's."""
+    than `seconds` with 408. Nobody holds a GET's or a HEAD's."""
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
         self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "GET":
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
         received, complete = 0, False

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from app.errors import NotAcceptable
 
 
-def negotiate(accept: str | None, offers: Sequence[str]) -> str:
-    """The offer of highest quality, the first among equals. Raises NotAcceptable where none is wanted."""
-    if accept is None or not accept.strip():
+def negotiate(accept: Sequence[str], offers: Sequence[str]) -> str:
+    """The offer of highest quality, the first among equals. Raises NotAcceptable where none is wanted.
+
+    `accept` has the value of each Accept header: several are one list (RFC 9110, 5.3).
+    """
+    wanted = [_parse(part) for line in accept for part in line.split(",") if part.strip()]
+    if not wanted:
         return offers[0]
-    wanted = [_parse(part) for part in accept.split(",") if part.strip()]
     qualities = [(_quality(offer, wanted), offer) for offer in offers]
     best, offer = max(qualities, key=lambda pair: pair[0])
     if best <= 0:

@@ -6,6 +6,11 @@ client that leaves is noticed, and a request whose replica died before it answer
 
 from __future__ import annotations
 
+from app.interruption import end_in_one_line
+
+if __name__ == "__main__":
+    end_in_one_line("python -m app.ray")  # importing the rest takes seconds
+
 import asyncio
 import json
 import logging
@@ -150,7 +155,7 @@ def application(settings: RaySettings, gpus: float, max_replicas: int) -> Any:
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     def build() -> FastAPI:
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         # Through the ingress a question for /metrics would reach another replica each time: each has a port for them.
         app = create_app(settings.model_copy(update={"metrics_port": 0}))
         app.add_middleware(DropRequestIdMiddleware)
@@ -238,7 +243,7 @@ def parse(argv: list[str]) -> RaySettings:
 def main(argv: list[str]) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
     settings = parse(argv)
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     variables = default_variables(VARIABLES)
     try:
         import ray

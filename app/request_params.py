@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import re
 import secrets
 import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
@@ -21,6 +24,7 @@ from model.sampling.noise import draw_class
 from model.sampling.schedule import InvalidPlan, SamplingDefaults, usable_variance
 
 LARGEST_JSON_INTEGER = 2**53
+NUMBER = re.compile(r"\d{1,9}(\.0+)?", re.ASCII)  # of a class: an index, or a name that is a whole number
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,15 @@ class Job:
         own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
         return self.provenance() | own
 
-    def class_of(self, i: int) -> tuple[int | None, str | None]:
-        """Index and name of image i's class; None for an unconditional checkpoint."""
+    def class_of(self, i: int) -> tuple[int | str | None, str | None]:
+        """What to send for image i's class, and its name; None for an unconditional checkpoint.
+
+        The first is its index, or its name where that number means another class.
+        """
         if self.request.classes is None:
             return None, None
-        label = self.request.classes[i]
-        return label, self.checkpoint.config.class_names[label]
+        index, names = self.request.classes[i], self.checkpoint.config.class_names
+        return index if class_index(index, names) == index else names[index], names[index]
 
 
 def headers(provenance: Mapping[str, str]) -> dict[str, str]:
@@ -148,21 +155,45 @@ def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -
 
 
 def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
-    """The class that a client means; None for a random mix. Names come before numbers. Raises InvalidClassLabel."""
+    """The class that a client means; None for a random mix. Raises InvalidClassLabel.
+
+    A number is first the class of that name, then the class of that index, however the two are written: 7, 7.0, "7" or
+    "007". A name in another case or Unicode form will do where only one class can be meant.
+    """
     if label is None:
         return None
     if not names:
         raise InvalidClassLabel("this checkpoint is unconditional: class_label must be null", param="class_label")
-    if label in names:
-        return names.index(str(label))
-    is_number = isinstance(label, int) or (label.isascii() and label.isdigit() and len(label) < 10)
-    if is_number and 0 <= int(label) < len(names):
-        return int(label)
+    text = str(label)
+    if text in names:
+        return names.index(text)
+    if NUMBER.fullmatch(text):
+        number = int(float(text))
+        named = [i for i, name in enumerate(names) if NUMBER.fullmatch(name) and float(name) == number]
+        if len(named) == 1:
+            return named[0]
+        if not named and number < len(names):
+            return number
+    for alike in (_composed, _folded):
+        same = [i for i, name in enumerate(names) if alike(name) == alike(text)]
+        if len(same) == 1:
+            return same[0]
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    folded = {_folded(name): name for name in names[:2000]}  # of more it would keep everybody waiting
+    near = difflib.get_close_matches(_folded(text[:80]), folded, n=1)
+    meant = f"; did you mean {folded[near[0]]!r:.80}?" if near else ";"
     raise InvalidClassLabel(
-        f"no class {label!r:.80}; there are {shown} (or their numbers, 0 to {len(names) - 1})",
+        f"no class {label!r:.80}{meant} there are {shown} (or their numbers, 0 to {len(names) - 1})",
         param="class_label",
     )
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # macOS's archives have names in the other form, which looks the same
+
+
+def _folded(name: str) -> str:
+    return _composed(_composed(name).casefold())
 
 
 def frame_steps(frames: int, steps: int, view: View) -> frozenset[int]:

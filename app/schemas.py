@@ -19,6 +19,18 @@ def _numbers(value: Any) -> Any:
     return value[0].split(",") if is_text else value
 
 
+def _whole(value: Any) -> Any:
+    """1.0 is an integer, to JSON Schema and to those whose language writes it so; beyond 2**53 it may not be the one
+    that was meant."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
+
+
+def _label(value: Any) -> Any:
+    """As a query has it, where 2.0 is a text, too: a class may have that name."""
+    return repr(value) if isinstance(value, float) else value
+
+
+Whole = BeforeValidator(_whole)
 Interval = Annotated[list[float], Field(min_length=2, max_length=2), BeforeValidator(_numbers)]
 Format = Literal["sse", "multipart", "gif", "webp"]
 
@@ -29,17 +41,23 @@ class Sampling(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="name of a checkpoint that is served; left out, the default")
-    class_label: int | str | None = Field(
+    class_label: Annotated[int | str | None, BeforeValidator(_label)] = Field(
         None,
-        description='class index or name ("7", "dog"); null for a random mix, or for an unconditional checkpoint',
+        description='a class, by its name or index ("dog", 7); a name comes first. null for a random mix, or for an '
+        "unconditional checkpoint",
     )
-    n: int = Field(1, ge=1, description="images")
-    seed: int | None = Field(None, ge=0, lt=2**64, description="left out, one is drawn and returned")
-    index: int = Field(0, ge=0, lt=2**31, description="place of the first image in its seed's sequence")
-    sampler: str | None = Field(None, json_schema_extra={"enum": list(SAMPLERS)})
-    steps: int | None = Field(
+    n: Annotated[int, Whole] = Field(1, ge=1, description="images")
+    seed: Annotated[int, Field(ge=0, lt=2**64), Whole] | None = Field(
+        None, description="left out, one is drawn and returned"
+    )
+    index: Annotated[int, Whole] = Field(
+        0, ge=0, lt=2**31, description="place of the first image in its seed's sequence"
+    )
+    sampler: str | None = Field(
+        None, description="left out, the checkpoint's", json_schema_extra={"enum": list(SAMPLERS)}
+    )
+    steps: Annotated[int, Field(ge=1), Whole] | None = Field(
         None,
-        ge=1,
         description="denoising steps; with a sampler that is not the checkpoint's, GET /models says how many",
     )
     eta: float | None = Field(None, ge=0, le=1, description="ddim's noise: 0 deterministic, 1 ancestral")
@@ -85,16 +103,18 @@ class GenerateBody(Sampling):
         },
     )
 
-    columns: int | None = Field(None, ge=1, description="columns of the grid; left out, as square as can be")
+    columns: Annotated[int, Field(ge=1), Whole] | None = Field(
+        None, description="columns of the grid; left out, as square as can be"
+    )
 
 
 class SequenceQuery(Sampling):
     """Query of GET /diffusion-sequence."""
 
-    frames: int = Field(20, ge=1, description="pictures on the way, spread evenly over the steps")
+    frames: Annotated[int, Whole] = Field(20, ge=1, description="pictures on the way, spread evenly over the steps")
     view: Literal["xt", "x0"] = Field("xt", description="the noisy state, or the network's idea of the final image")
     format: Format | None = Field(None, description="left out, Accept decides")
-    columns: int | None = Field(None, ge=1, description="columns of the grid")
+    columns: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="columns of the grid")
 
     def check(self, settings: Settings) -> None:
         """Raises InvalidRequest as well where the frames are too many."""
@@ -109,7 +129,9 @@ class GeneratedImage(BaseModel):
     png: str = Field(description="base64")
     seed: int
     index: int
-    class_label: int | None
+    class_label: int | str | None = Field(
+        description="the class's index; its name where another class has that number for a name"
+    )
     class_name: str | None
 
 
@@ -162,7 +184,7 @@ class ModelList(BaseModel):
 class LoadBody(BaseModel):
     """Body of POST /models."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"name": "mnist"}]})
 
     name: str = Field(description="a checkpoint that is served, or NAME of NAME.safetensors in the folder of models")
 

@@ -8,8 +8,10 @@ import re
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from app.wording import in_words
 
 PREFIX = "DDPM_"
 
@@ -114,6 +116,19 @@ class Settings(BaseSettings):
     write_timeout_s: float = Field(
         30, gt=0, le=3600, description="time after which a client that takes nothing of an answer is cut off"
     )
+    keep_alive_s: float = Field(
+        75,
+        gt=0,
+        le=3600,
+        description="time for which a connection is kept for the next request; longer than a proxy in front keeps it, "
+        "or it sends a request into a closed one",
+    )
+    stream_heartbeat_s: float = Field(
+        15,
+        gt=0,
+        le=3600,
+        description="time after which a stream without news sends a line that means nothing, so that no proxy cuts it",
+    )
     drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
     step_timeout_s: float = Field(
         60,
@@ -125,6 +140,10 @@ class Settings(BaseSettings):
         "", description="OpenTelemetry collector for spans of requests, such as http://localhost:4318; empty: none"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="of the log lines; auto is text at a terminal, else JSON"
+    )
 
     @field_validator("checkpoint")
     @classmethod
@@ -162,6 +181,35 @@ class Settings(BaseSettings):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no CUDA device")
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def complaints_about(error: ValidationError, settings: type[Settings]) -> list[str]:
+    """A sentence for every value that is wrong."""
+    fields = settings.model_json_schema()["properties"]
+    sentences = []
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        takes = f"must be {in_words(fields[name])}"
+        if own := problem.get("ctx", {}).get("error"):  # what a validator above says
+            takes = str(own)
+        flag = "--" + name.replace("_", "-")
+        sentences.append(f"{flag} ({PREFIX}{name.upper()}): {takes}, not {problem['input']!r}")
+    return sentences
+
+
+def misread(complaint: str, settings: type[Settings]) -> str:
+    """A sentence for a command line that argparse refuses."""
+    flags = ["--" + name.replace("_", "-") for name in settings.model_fields]
+    if found := re.search(r"argument (--[\w-]+): expected", complaint):
+        return f"{found[1]} needs a value; --help lists the options"
+    if found := re.search(r"unrecognized arguments: (.*)", complaint):
+        word = found[1].split()[0].partition("=")[0]
+        nearest = difflib.get_close_matches(word, flags, n=1)
+        meant = f"; did you mean {nearest[0]}?" if nearest else ";"
+        return f"unknown option {word}{meant} --help lists the options"
+    if found := re.search(r"ambiguous option: (\S+) could match (.*)", complaint):
+        return f"{found[1]} may be {found[2]}"
+    return f"the options are not understood; --help lists them ({complaint.partition(': ')[2]})"
 
 
 def _is_link(name: str, value: str) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.middleware import PROBED
 from app.request_params import Job
 
 SEND_S = 3.0  # in which a collector has to take what is sent
 LAST_S = 1.0  # the same where the process is about to end
-UNTRACED = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
 class Tracer:
@@ -107,7 +107,7 @@ class Traces:
         self.app, self.tracer = app, tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in UNTRACED:
+        if scope["type"] != "http" or scope["path"] in PROBED:
             await self.app(scope, receive, send)
             return
         started, status = time.monotonic(), 500

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from html import escape
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
+from app.middleware import OPEN
+from app.openapi import fields, resolved
 from app.routes.ui import hash_of
+from app.wording import Schema, in_words
 
 router = APIRouter()
 
@@ -19,6 +24,7 @@ h2 { margin-top: 2.5rem; font-size: 1.1rem; border-top: 1px solid #8888; padding
 h3 { font-size: 1rem; margin-bottom: .25rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid #8884; overflow-wrap: anywhere; }
+pre { padding: .5rem .75rem; border: 1px solid #8886; white-space: pre-wrap; overflow-wrap: anywhere; }
 td:first-child { width: 12rem; font-family: ui-monospace, monospace; }
 """
 HEAD = (
@@ -31,25 +37,27 @@ POLICY = f"default-src 'none'; style-src {hash_of(STYLE)}; base-uri 'none'; form
 @router.get("/docs", include_in_schema=False)
 async def docs(http: Request) -> HTMLResponse:
     """Every endpoint with its parameters and answers, as the schema of this server has them."""
-    return HTMLResponse(render(http.app.openapi()), headers={"Content-Security-Policy": POLICY})
+    up = "../" if http.scope.get("raw_path", b"").endswith(b"/") else ""  # see middleware.TrailingSlash
+    page = render(http.app.openapi(), str(http.base_url), http.app.state.keys.required, up)
+    return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
 
-def render(schema: dict[str, Any]) -> str:
-    """An OpenAPI 3 description as HTML. All of its text is escaped."""
+def render(schema: Schema, server: str, keys: bool, up: str = "") -> str:
+    """An OpenAPI 3 description as HTML, with a command for each endpoint. All of its text is escaped.
+
+    `server` is its address; `keys` says whether it needs one. `up` leads to the folder of the page.
+    """
     parts = [
         f"{HEAD}<body><h1>{escape(schema['info']['title'])}</h1>",
-        '<p>The same for programs: <a href="openapi.json">openapi.json</a></p>',
+        f'<p>The same for programs: <a href="{up}openapi.json">openapi.json</a></p>',
     ]
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
-            parts.append(f"<h2>{escape(method.upper())} {escape(path)}</h2><p>{escape(operation['summary'])}</p>")
-            parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
-            fields = [(field["name"], field["schema"], field) for field in operation.get("parameters", [])]
-            for content in operation.get("requestBody", {}).get("content", {}).values():
-                body = _resolved(schema, content["schema"])
-                fields += [(name, field, field) for name, field in body.get("properties", {}).items()]
-            if fields:
-                rows = [(name, _type(field), text.get("description", "")) for name, field, text in fields]
+            parts.append(f"<h2>{escape(method.upper())} {escape(path)}</h2><p>{_text(operation['summary'])}</p>")
+            parts.append(f"<p>{_text(operation.get('description', ''))}</p>")
+            parts.append(f"<pre>{escape(_curl(schema, method, path, operation, server, keys))}</pre>")
+            if found := fields(schema, operation):
+                rows = [(name, _takes(field), description) for name, (field, description) in found.items()]
                 parts.append("<h3>Parameters</h3>" + _table(rows))
             answers = [
                 (status, ", ".join(answer.get("content", {})), answer["description"])
@@ -59,26 +67,28 @@ def render(schema: dict[str, Any]) -> str:
     return "".join(parts) + "</body></html>"
 
 
-def _resolved(schema: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    name = part.get("$ref", "").rpartition("/")[2]
-    found: dict[str, Any] = schema["components"]["schemas"][name] if name else part
-    return found
+def _curl(schema: Schema, method: str, path: str, operation: Schema, server: str, keys: bool) -> str:
+    words = ["curl", *(["-X", method.upper()] if method == "delete" else [])]
+    content = operation.get("requestBody", {}).get("content", {})
+    query = "".join(f"&{name}={value}" for name, value in operation.get("x-example", {}).items())
+    words.append(shlex.quote(server.rstrip("/") + path + query.replace("&", "?", 1)))
+    if keys and path not in OPEN:
+        words += ["-H", '"authorization: Bearer $KEY"']
+    for media_type, body in content.items():
+        example = resolved(schema, body["schema"])["examples"][0]
+        words += ["-H", f"'content-type: {media_type}'", "-d", shlex.quote(json.dumps(example))]
+    return " ".join([*words, *operation.get("x-output", [])])
 
 
-def _type(field: dict[str, Any]) -> str:
-    """A field's type, limits and default, in a few words."""
-    if "anyOf" in field:
-        kinds = " or ".join(_type(kind) for kind in field["anyOf"])
-    elif "enum" in field:
-        kinds = " | ".join(map(str, field["enum"]))
-    else:
-        kinds = str(field.get("type", "anything"))
-    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {field[word]:g}" for word, sign in bounds.items() if word in field]
-    default = [f"default {field['default']}"] if field.get("default") is not None else []
-    return ", ".join([kinds, *limits, *default])
+def _takes(field: Schema) -> str:
+    default = field.get("default")
+    return in_words(field) + ("" if default is None else f"; left out, {default}")
+
+
+def _text(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _table(rows: list[tuple[str, str, str]]) -> str:
-    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    lines = (f"<td>{escape(first)}</td>" + "".join(f"<td>{_text(cell)}</td>" for cell in rest) for first, *rest in rows)
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"

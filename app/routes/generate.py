@@ -1,40 +1,44 @@
-"""POST /generate: images, as one grid, as JSON, or as a zip."""
+"""POST /generate: images, as one grid, as JSON, as a zip, or as an array."""
 
 from __future__ import annotations
 
 import base64
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from app import images
+from app.body import JSONRoute
 from app.negotiation import negotiate
 from app.request_params import Job, headers, make_job
 from app.routes.state import ERRORS, TheService, admitted
 from app.schemas import GenerateBody, GeneratedImage, GenerateResponse
 from model.images import Image, grid
 
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], route_class=JSONRoute)
 
-PNG, JSON, ZIP = "image/png", "application/json", "application/zip"
+PNG, JSON, ZIP, NPY = "image/png", "application/json", "application/zip", "application/x-npy"
 CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
-CONTENT[ZIP] = CONTENT[PNG]
+CONTENT[ZIP] = CONTENT[NPY] = CONTENT[PNG]
+EMPTY = GenerateBody()  # what a request without a body asks for; FastAPI copies it
 
 
 @router.post(
     "/generate",
     summary="Generate images of one class",
     response_model=GenerateResponse,
+    openapi_extra={"x-output": ["-o", "images.png"]},
     responses={
         **ERRORS,
-        200: {"content": CONTENT, "description": "a grid, the images as JSON, or a zip, as Accept says"},
+        200: {"content": CONTENT, "description": "a grid, the images as JSON, a zip, or an array, as Accept says"},
     },
 )
-async def generate(body: GenerateBody, http: Request, service: TheService) -> Response:
-    """`Accept` chooses `image/png` (a grid, the default), `application/json` or `application/zip`. Seed, sampler,
-    steps, class and checkpoint come back in `X-DDPM-…` headers and in the PNG's text; sending them again gives the
-    same images."""
-    media_type = negotiate(http.headers.get("accept"), (PNG, JSON, ZIP))
+async def generate(http: Request, service: TheService, body: GenerateBody = EMPTY) -> Response:
+    """`Accept` chooses `image/png` (a grid, the default), `application/json`, `application/zip` or `application/x-npy`
+    (for `numpy.load`). Seed, sampler, steps, class and checkpoint come back in `X-DDPM-…` headers and in the PNG's
+    text; sending them again gives the same images."""
+    media_type = negotiate(http.headers.getlist("accept"), (PNG, JSON, ZIP, NPY))
     job = make_job(body, service.models.find(body.model), service.settings)
     async with admitted(service, http, job):
         pictures = await job.request.output.images()
@@ -45,6 +49,8 @@ async def generate(body: GenerateBody, http: Request, service: TheService) -> Re
 def _encode(media_type: str, job: Job, pictures: Image, columns: int | None) -> bytes:
     if media_type == PNG:
         return images.png(grid(pictures, columns), job.provenance())
+    if media_type == NPY:
+        return images.array(pictures)
     singles = [images.png(grid(pictures[i : i + 1]), job.provenance_of(i)) for i in range(len(pictures))]
     if media_type == ZIP:
         names = [_file_name(job, i) for i in range(len(singles))]
@@ -70,5 +76,5 @@ def _encode(media_type: str, job: Job, pictures: Image, columns: int | None) -> 
 
 def _file_name(job: Job, i: int) -> str:
     label, _ = job.class_of(i)
-    prefix = "" if label is None else f"{label}-"
+    prefix = "" if label is None else re.sub(r"[^\w.-]", "_", f"{label}-")
     return f"{prefix}{job.request.index + i}.png"

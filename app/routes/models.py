@@ -6,13 +6,14 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
+from app.body import JSONRoute
 from app.engine.instance import ModelInstance
 from app.errors import Forbidden
 from app.routes.state import ERRORS, Service, TheService
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
 from model.sampling.solvers import SAMPLERS
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=JSONRoute)
 
 
 def administrator(http: Request) -> None:
@@ -31,7 +32,7 @@ STATUSES = {
     507: "the device has not enough memory for it beside what is there",
 }
 CHANGES: dict[int | str, dict[str, object]] = {
-    **{status: ERRORS[status] for status in (401, 408, 413, 503)},
+    **{status: ERRORS[status] for status in (401, 408, 413, 415, 503)},
     **{status: {"model": ErrorResponse, "description": text} for status, text in STATUSES.items()},
 }
 

@@ -13,11 +13,13 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from app import images
-from app.errors import ServiceError
+from app.errors import NotReady, ServiceError
 from app.negotiation import negotiate
 from app.request_params import Job, headers, make_job
-from app.routes.state import ERRORS, Service, TheService, admitted
+from app.routes.state import ERRORS, Service, TheService, admitted, is_head
 from app.schemas import Format, SequenceQuery
+from app.streaming import with_heartbeats
+from app.validation import refuse_repeated
 from model.images import Image, grid
 
 router = APIRouter(tags=["images"])
@@ -29,6 +31,10 @@ MEDIA_TYPES: dict[Format, str] = {
     "gif": "image/gif",
     "webp": "image/webp",
 }
+HEARTBEATS: dict[Format, bytes] = {
+    "sse": b": waiting\n\n",  # a comment
+    "multipart": b"X-Waiting: yes\r\n",  # in the head of the next part, of which readers heed Content-… only
+}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 CONTENT: dict[str, Any] = dict.fromkeys(MEDIA_TYPES.values(), BINARY) | {MEDIA_TYPES["sse"]: {}}  # events, no string
 
@@ -37,6 +43,7 @@ CONTENT: dict[str, Any] = dict.fromkeys(MEDIA_TYPES.values(), BINARY) | {MEDIA_T
     "/diffusion-sequence",
     summary="Watch images being denoised",
     response_class=StreamingResponse,
+    openapi_extra={"x-example": {"n": 4, "steps": 20, "format": "gif"}, "x-output": ["-o", "denoising.gif"]},
     responses={
         **ERRORS,
         200: {"content": CONTENT, "description": "frames"},
@@ -48,31 +55,49 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     plays in an `<img>` tag, `gif` and `webp` are files. Streams skip frames for slow readers, files hold them all."""
     if "last-event-id" in http.headers:
         return Response(status_code=204)
-    if query.format is None:
-        chosen = negotiate(http.headers.get("accept"), list(MEDIA_TYPES.values()))
-        query.format = next(name for name, media_type in MEDIA_TYPES.items() if media_type == chosen)
+    refuse_repeated(name for name, _ in http.query_params.multi_items() if name != "guidance_interval")
+    format = query.format or _accepted(http)
+    query.format = format
     served = service.models.find(query.model)
     job = make_job(query, served, service.settings, service.metrics.frames_dropped.labels(served.name).inc)
     extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
-    if query.format in ("gif", "webp"):
+    if is_head(http):
+        if reason := service.engine.unready_reason:
+            raise NotReady(reason, retry_after=5)
+        return StreamingResponse(_nothing(), media_type=_media_type(format), headers=extra)
+    if format in ("gif", "webp"):
         async with admitted(service, http, job):
             frames = [frame async for frame in job.request.output.frames()]
             await job.request.output.images()
         grids = [grid(frame.images, query.columns) for frame in frames]
         service.metrics.frames_sent.labels(job.request.model).inc(len(grids))
         return Response(
-            await service.encode(job, images.animation, grids, query.format),
-            media_type=MEDIA_TYPES[query.format],
+            await service.encode(job, images.animation, grids, format),
+            media_type=MEDIA_TYPES[format],
             headers=extra,
         )
     stack = AsyncExitStack()
     await stack.enter_async_context(admitted(service, http, job))  # errors of admission are ordinary responses
-    events = _sse if query.format == "sse" else _multipart
-    media_type = MEDIA_TYPES[query.format or "sse"]
-    if query.format == "multipart":
-        media_type += f"; boundary={BOUNDARY}"
+    events = _sse if format == "sse" else _multipart
     extra["X-Accel-Buffering"] = "no"  # proxies must pass frames on as they come
-    return Stream(stack, events(service, http, job, query.columns), media_type=media_type, headers=extra)
+    content = with_heartbeats(
+        events(service, http, job, query.columns), service.settings.stream_heartbeat_s, HEARTBEATS[format]
+    )
+    return Stream(stack, content, media_type=_media_type(format), headers=extra)
+
+
+def _accepted(http: Request) -> Format:
+    chosen = negotiate(http.headers.getlist("accept"), list(MEDIA_TYPES.values()))
+    return next(format for format, media_type in MEDIA_TYPES.items() if media_type == chosen)
+
+
+def _media_type(format: Format) -> str:
+    return MEDIA_TYPES[format] + (f"; boundary={BOUNDARY}" if format == "multipart" else "")
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield
 
 
 class Stream(StreamingResponse):
@@ -98,7 +123,7 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
         "frames": len(job.request.frame_steps),
         "view": job.request.view,
     }
-    yield _event("start", start)
+    yield _event("start", start, id=0)  # an EventSource that is cut before the first frame says so, too
     try:
         async for step, png in _frames(service, job, columns):
             picture = base64.b64encode(png).decode()
@@ -112,12 +137,14 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
 
 async def _multipart(service: Service, http: Request, job: Job, columns: int | None) -> AsyncIterator[bytes]:
     def part(media_type: str, data: bytes) -> bytes:
-        head = f"--{BOUNDARY}\r\nContent-Type: {media_type}\r\nContent-Length: {len(data)}\r\n\r\n"
-        return head.encode() + data + b"\r\n"
+        return f"Content-Type: {media_type}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data + b"\r\n"
 
+    # The next part begins at once after one: browsers show a frame when it does.
+    begin = f"--{BOUNDARY}\r\n".encode()
+    yield begin
     try:
         async for _, png in _frames(service, job, columns):
-            yield part("image/png", png)
+            yield part("image/png", png) + begin
         yield part("image/png", await _png(service, job, await job.request.output.images(), columns))
     except ServiceError as error:
         http.state.outcome = error.code

@@ -28,6 +28,7 @@ STATUSES = {
     406: "no acceptable format",
     408: "the body took too long",
     413: "body too large",
+    415: "the body is not declared as JSON, or it is compressed",
     422: "malformed, out of limits, or an unknown class",
     429: "queue full, or a limit of the key; Retry-After says when to come back",
     500: "a step failed",
@@ -67,6 +68,11 @@ async def service(request: Request) -> Service:
 
 
 TheService = Annotated[Service, Depends(service)]
+
+
+def is_head(http: Request) -> bool:
+    """Whether a GET without its body was asked for: see middleware.HeadAsGet."""
+    return getattr(http.state, "head", False)
 
 
 @asynccontextmanager

@@ -49,7 +49,7 @@ def test_everything_else_needs_one(grey_checkpoint: Path, key: str | None) -> No
     with serving(grey_checkpoint, api_keys=BOTH) as client:
         for method, path in (
             ("POST", "/generate"), ("GET", "/diffusion-sequence"), ("GET", "/models"), ("GET", "/metrics"),
-            ("GET", "/nothing"), ("GET", "/livez/"), ("GET", "/LIVEZ"),
+            ("GET", "/nothing"), ("GET", "/models/"), ("GET", "/livez//"), ("GET", "/LIVEZ"),
             ("GET", "/livez%2f..%2fmodels"),
         ):  # fmt: skip
             answer = client.request(method, path, headers=headers, json={"n": 1} if method == "POST" else None)

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.settings import Settings
 from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
 ALICE, CAROL = "alice-0123456789abcdef", "carol-0123456789abcdef"
@@ -34,7 +35,7 @@ def guarded(grey_checkpoint: Path, keys_file: Path) -> Iterator[ServerProcess]:
     argv = [
         "--checkpoint", str(grey_checkpoint), "--api-keys-file", str(keys_file), "--metrics-port", "0",
         "--read-timeout-s", "1", "--write-timeout-s", "1", "--max-connections", "40",
-        "--max-header-bytes", "4096", "--cors-origins", "https://a.example",
+        "--max-header-bytes", "4096", "--cors-origins", "https://a.example", "--keep-alive-s", "2",
     ]  # fmt: skip
     with ServerProcess("app", *argv, DDPM_API_KEYS=f"alice:{ALICE}") as server:
         yield server
@@ -307,11 +308,67 @@ def test_requests_that_come_before_an_answer_do_not_pile_up(guarded: ServerProce
             flood.shutdown(socket.SHUT_RDWR)  # for the one who takes
 
 
-def test_an_upgrade_leads_nowhere(guarded: ServerProcess) -> None:
-    for upgrade in ("websocket", "h2c"):
-        lines = ["Connection: Upgrade", f"Upgrade: {upgrade}", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA=="]
-        with connect(guarded) as connection:
-            connection.sendall("\r\n".join(["GET /models HTTP/1.1", "Host: x", *lines, "", ""]).encode())
-            connection.sendall(f"GET /models HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode())
-            answers = ended(connection)
-        assert status(answers) == 401
+def test_an_idle_connection_is_kept_for_the_time_of_the_setting(guarded: ServerProcess) -> None:
+    with connect(guarded) as connection:
+        connection.sendall(f"GET /livez HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode())
+        assert status(connection.recv(65536)) == 200
+        answered = time.monotonic()
+        assert ended(connection) in (b"", b'{"status":"ok"}')  # the rest of the answer
+    assert 1.9 < time.monotonic() - answered < 4.5  # uvicorn's own is 5
+    assert Settings().keep_alive_s == 75  # balancers keep 60 s
+
+
+H2C = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"]
+WEBSOCKET = ["Connection: keep-alive, Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+BODY = b'{"n": 2, "steps": 2}'
+
+
+def offering(server: ServerProcess, offer: list[str], *parts: bytes, declared: str) -> list[bytes]:
+    """The answers to a POST that offers an upgrade, its body in parts, and to a GET after it on the same connection."""
+    lines = ["POST /generate HTTP/1.1", "Host: x", AUTH, "Content-Type: application/json", declared, *offer, "", ""]
+    last = f"GET /models HTTP/1.1\r\nHost: x\r\n{AUTH}\r\nConnection: close\r\n\r\n".encode()
+    with connect(server) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for part in ("\r\n".join(lines).encode(), *parts, last):
+            connection.sendall(part)
+            time.sleep(0.05)
+        return ended(connection).split(b"HTTP/1.1 ")[1:]
+
+
+@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+def test_an_offer_to_upgrade_is_ignored(guarded: ServerProcess, offer: list[str]) -> None:
+    length, chunk = f"Content-Length: {len(BODY)}", b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    for declared, parts in [
+        (length, [BODY]),
+        (length, [BODY[:5], BODY[5:]]),
+        ("Transfer-Encoding: chunked", [chunk]),
+        (length + "\r\nX-Long: " + "a" * 3000, [BODY]),  # its head is parsed in several pieces
+    ]:
+        made, listed = offering(guarded, offer, *parts, declared=declared)
+        assert made.startswith(b"200 OK")
+        assert b"\x89PNG" in made
+        assert listed.startswith(b"200 OK")
+    assert not [line for line in guarded.logs() if "upgrade" in str(line["message"]).lower()]
+
+
+def test_an_offer_to_upgrade_needs_a_key_as_well(guarded: ServerProcess) -> None:
+    assert status(raw(guarded, *H2C)) == 401
+    assert status(raw(guarded, *WEBSOCKET, AUTH)) == 200
+    answer = raw(guarded, *H2C, AUTH, "Content-Length: 1", "Content-Length: 2")
+    assert status(answer) == 400
+    assert status(raw(guarded, *H2C, AUTH, "X-A: " + "a" * 5000)) == 431
+
+
+def test_a_head_with_an_offer_in_pieces_is_read(guarded: ServerProcess) -> None:
+    head = "\r\n".join(["GET /livez HTTP/1.1", "Host: x", *H2C, "Connection: close", "", ""]).encode()
+    with connect(guarded) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(0, len(head), 40):
+            connection.sendall(head[at : at + 40])
+            time.sleep(0.01)
+        assert status(ended(connection)) == 200
+
+
+@pytest.mark.parametrize("target", ["x:443", "/livez"])
+def test_connect_is_refused(guarded: ServerProcess, target: str) -> None:
+    assert status(raw(guarded, path=target, method="CONNECT")) == 400

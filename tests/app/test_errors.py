@@ -1,6 +1,9 @@
 """Every row of the error table in design.md, and that no input, however odd, is the server's fault."""
 
+import asyncio
+import gzip
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,8 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from app.errors import ServiceError
+from app.body import JSONRequest
+from app.errors import Cancelled, ServiceError
 from tests.app.conftest import HeldRunner, serving
 from tests.app.processes import metric, wait_for
 
@@ -45,6 +49,7 @@ def test_status_and_code_belong_to_the_class() -> None:
         "method_not_allowed": 405,
         "not_acceptable": 406,
         "body_too_large": 413,
+        "unsupported_media_type": 415,
         "overloaded": 429,
         "not_ready": 503,
         "deadline_exceeded": 504,
@@ -71,7 +76,6 @@ def test_status_and_code_belong_to_the_class() -> None:
         ({"n": True}, "n"),
         ({"n": 10**400}, "n"),
         ({"class_label": True}, "class_label"),
-        ({"class_label": 1.0}, "class_label"),
         ({"class_label": [1]}, "class_label"),
         ({"steps": 0}, "steps"),
         ({"steps": 1001}, "steps"),
@@ -156,7 +160,6 @@ def test_a_class_for_an_unconditional_checkpoint_is_refused(colour_client: TestC
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
         b"{",
         b'{"n": 1}{',
         b"{'n': 1}",
@@ -189,7 +192,143 @@ def test_a_malformed_body_is_the_clients_fault(client: TestClient, body: bytes) 
 )
 def test_a_body_must_be_declared_json(client: TestClient, content_type: str | None) -> None:
     declared = {} if content_type is None else {"Content-Type": content_type}
-    error(client.post("/generate", content=b'{"n": 1}', headers=declared), 422, "invalid_request")
+    answer = client.post("/generate", content=b'{"n": 1}', headers=declared)
+    assert "send Content-Type: application/json" in error(answer, 415, "unsupported_media_type")["message"]
+    assert answer.headers["accept"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"class_label": "caf\xe9"}', "is not UTF-8: byte 0xe9 at line 1, column 21"),
+        (b'{"n": 1,}', "line 1, column 9 (where it says '}'): a comma too many before }"),
+        (b'{"columns":\n[1, 2,],\n"n": 1}', "line 2, column 7 (where it says '],"),
+        (b"{'n': 1}", "line 1, column 2 (where it says \"'n': 1}\"): names and texts stand in double quotes"),
+        (b'{"n": 1 "seed": 2}', "line 1, column 9 (where it says '\"seed\": 2}'): a comma is expected"),
+        (b'{"n" 1}', "a colon is expected after the name"),
+        (b'{"n": True}', "line 1, column 7 (where it says 'True}'): JSON writes true, false and null"),
+        (b'{"n":\n\n', "line 3, column 1 (where it ends): a value is expected"),
+        (b'{"n": 1}{', "the JSON has ended before"),
+        (b'{"model": "a', "has no closing quote"),
+        (b'{"model": "a\n"}', "a control character in a text is written as an escape"),
+        (b'{"model": "\\q"}', "a backslash is written as two"),
+        (b'{"eta": NaN}', "NaN is not JSON"),
+        (b'{"n": 1, "n": 2}', "'n' is given twice"),
+        (b"[" * 30_000, "nested too deeply"),
+        (b'{"n": 1' + b"0" * 5000 + b"}", "too many digits"),
+        (b'[{"n": 1}]', 'the body must be a JSON object, such as {"n": 4}, not a list'),
+        (b"null", "must be a JSON object"),
+    ],
+)
+def test_a_body_that_is_not_json_is_told_where(client: TestClient, body: bytes, said: str) -> None:
+    message = error(client.post("/generate", content=body, headers=JSON), 422, "invalid_request")["message"]
+    assert said in message
+    assert len(message) < 220
+
+
+@pytest.mark.parametrize("body", [b"", b" \r\n", b"{}"])
+def test_an_empty_body_asks_for_the_defaults(client: TestClient, body: bytes) -> None:
+    for declared in ({}, JSON, {"Content-Type": "application/json; charset=utf-8"}):
+        status = 415 if body == b"{}" and not declared else 200
+        assert client.post("/generate", content=body, headers=declared).status_code == status
+
+
+def test_a_body_in_utf_8_with_its_mark_or_in_utf_16_is_read(client: TestClient) -> None:
+    for encoding in ("utf-8-sig", "utf-16"):  # as PowerShell writes files
+        answer = client.post(
+            "/generate", content=json.dumps({"class_label": "Käfer → 虫"}).encode(encoding), headers=JSON
+        )
+        assert answer.status_code == 200
+
+
+def test_a_compressed_body_is_415(client: TestClient) -> None:
+    for encoding in ("gzip", "br", "gzip, identity"):
+        answer = client.post("/generate", content=gzip.compress(b"{}"), headers=JSON | {"Content-Encoding": encoding})
+        assert "without Content-Encoding" in error(answer, 415, "unsupported_media_type")["message"]
+        assert answer.headers["accept-encoding"] == "identity"
+    assert client.post("/generate", content=b"{}", headers=JSON | {"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_a_form_is_told_to_be_json(client: TestClient) -> None:
+    for sent in ({"data": {"n": "1"}}, {"files": {"n": b"1"}}):
+        detail = error(client.post("/generate", **sent), 415, "unsupported_media_type")
+        assert "send Content-Type: application/json, not " in detail["message"]
+    assert client.post("/generate", content=b"{}", headers={"Content-Type": "application/x+json"}).status_code == 200
+
+
+@pytest.mark.parametrize("body", [{"n": 2.0, "steps": 2.0, "seed": 3.0, "index": 4.0, "columns": 1.0}, {"n": 1e0}])
+def test_a_whole_float_is_an_integer(client: TestClient, body: dict[str, float]) -> None:
+    same = {name: int(value) for name, value in body.items()} | {"seed": 3}
+    floats = client.post("/generate", json={"seed": 3} | body)
+    assert floats.status_code == 200
+    assert floats.content == client.post("/generate", json=same).content
+    assert client.get(SEQUENCE, params={"steps": "2.0", "frames": "2.0"}).status_code == 200
+
+
+def test_a_float_that_cannot_be_exact_is_no_integer(client: TestClient) -> None:
+    assert error(client.post("/generate", json={"seed": 2.0**60}), 422, "invalid_request")["param"] == "seed"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"num_images": 1}, "there is no field 'num_images'; did you mean n?"),
+        ({"label": 1}, "did you mean class_label?"),
+        ({"prompt": "a cat"}, "did you mean class_label?"),
+        ({"num_inference_steps": 9}, "did you mean steps?"),
+        ({"CFG_scale": 9}, "did you mean guidance_scale?"),
+        ({"thresholding": True}, "did you mean limit?"),
+        ({"smapler": "ddim"}, "did you mean sampler?"),
+        ({"width": 64}, "the checkpoint decides on the size"),
+        ({"frames": 3}, "a field of GET /diffusion-sequence"),
+        ({"xyz": 3}, "; there are model, class_label, n, seed"),
+        ({"n": 0}, "n must be a whole number from 1 to 64, not 0"),
+        ({"n": 1.5}, "n must be a whole number from 1 to 64, not 1.5"),
+        ({"n": [1, 2]}, "n must be a whole number from 1 to 64, not a list"),
+        ({"n": {}}, "not an object"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 18446744073709551615, not -1"),
+        ({"class_label": ["plain", "0"]}, "not a list; send one request for each"),
+        ({"class_label": True}, "class_label must be a whole number or a text, not true"),
+        ({"eta": "x" * 500}, 'eta must be a number from 0 to 1, not "xxx'),
+        ({"guidance_interval": [0.2]}, "guidance_interval must be 2 numbers, not"),
+        ({"guidance_interval": ["a", "b"]}, "guidance_interval must be 2 numbers, not"),
+        ({"timeout_s": 0}, "timeout_s must be a number above 0 and of at most 300, not 0"),
+        ({"sampler": 3}, "sampler must be one of ddpm, ddim"),
+    ],
+)
+def test_a_wrong_field_is_told_what_it_takes(client: TestClient, body: dict[str, Any], said: str) -> None:
+    message = error(client.post("/generate", json=body), 422, "invalid_request")["message"]
+    assert said in message
+    assert len(message) < 220
+    assert not re.search("Input|valid |permitted|Field required|JSON decode", message)
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("view=eps", 'view must be one of xt, x0, not "eps"'),
+        ("num_images=3", "did you mean n?"),
+        ("n=1&n=2", "'n' is given 2 times"),
+        ("frames=0", "frames must be a whole number from 1 to 100"),
+    ],
+)
+def test_a_wrong_query_is_told_what_it_takes(client: TestClient, query: str, said: str) -> None:
+    assert said in error(client.get(f"{SEQUENCE}?{query}"), 422, "invalid_request")["message"]
+
+
+def test_a_client_that_leaves_amid_its_body_is_no_bug() -> None:
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(Cancelled):
+        asyncio.run(JSONRequest(scope, receive).load())
+
+
+def test_an_unknown_path_is_told_the_nearest_one(client: TestClient) -> None:
+    assert "'/nothing'; the API is described at /docs" in error(client.get("/nothing"), 404, "not_found")["message"]
+    assert "did you mean /generate?" in error(client.post("/generat"), 404, "not_found")["message"]
+    assert "/generate takes POST, not GET; see /docs" in client.get("/generate").json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

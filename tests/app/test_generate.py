@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import zipfile
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -12,7 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image as Pillow
 
 from model.images import Image
-from tests.app.conftest import BEETLE
+from tests.app.conftest import BEETLE, GREY, serving, write_checkpoint
 from tests.app.processes import metric
 
 PNG, JSON, ZIP = "image/png", "application/json", "application/zip"
@@ -126,7 +127,7 @@ def test_images_differ_by_seed_index_class_and_plan(client: TestClient) -> None:
 
 def test_a_random_mix_is_reproducible_and_its_classes_are_told(client: TestClient) -> None:
     listed = generate(client, JSON, n=24, seed=3).json()["images"]
-    assert {image["class_label"] for image in listed} == {0, 1, 2}
+    assert {image["class_label"] for image in listed} == {"plain", 1, 2}  # 0 is the third one's name
     assert generate(client, JSON, n=24, seed=3).json()["images"] == listed
     for image in listed[:4]:
         place = {name: image[name] for name in ("seed", "index", "class_label")}
@@ -135,8 +136,8 @@ def test_a_random_mix_is_reproducible_and_its_classes_are_told(client: TestClien
         assert mixed == [image]  # and as part of the mix
 
 
-@pytest.mark.parametrize(("one", "same"), [(1, "1"), (1, BEETLE), (0, "plain"), (2, "0")])
-def test_a_class_can_be_named_or_numbered(client: TestClient, one: int, same: str) -> None:
+@pytest.mark.parametrize(("one", "same"), [(1, "1"), (1, BEETLE), (1, 1.0), ("plain", "PLAIN"), (2, "0"), (2, 0)])
+def test_a_class_can_be_named_or_numbered(client: TestClient, one: int | str, same: int | float | str) -> None:
     images = [generate(client, JSON, seed=1, class_label=label).json()["images"][0] for label in (one, same)]
     assert images[0] == images[1]
     assert images[0]["class_label"] == one
@@ -212,7 +213,8 @@ def test_header_values_are_ascii_and_the_png_has_the_name_as_it_is(client: TestC
 def test_every_file_of_a_zip_says_how_to_make_it_alone(client: TestClient) -> None:
     for name, data in unzipped(generate(client, ZIP, n=3, seed=8).content).items():
         text = text_of(data)
-        assert name == f"{['plain', BEETLE, '0'].index(text['class_label'])}-{text['index']}.png"
+        shown = {"plain": "plain", BEETLE: "1", "0": "2"}  # what to send for it: 0 is the third one's name
+        assert name == f"{shown[text['class_label']]}-{text['index']}.png"
         alone = generate(client, seed=8, index=int(text["index"]), class_label=text["class_label"])
         assert alone.content == data
 
@@ -249,3 +251,43 @@ def test_metrics_count_what_a_request_really_did(client: TestClient) -> None:
     after = client.get("/metrics").text
     assert [metric(after, name) - metric(before, name) for name in names] == [35, 5, 70, 1]
     assert metric(after, "ddpm_wasted_image_steps_total") == metric(before, "ddpm_wasted_image_steps_total")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_array_holds_the_pixels_of_the_pngs(client: TestClient, colour_client: TestClient, n: int) -> None:
+    for served, mode in ((client, "L"), (colour_client, "RGB")):
+        answer = generate(served, "application/x-npy", n=n, seed=5)
+        array = np.load(io.BytesIO(answer.content), allow_pickle=False)
+        files = generate(served, ZIP, n=n, seed=5)
+        assert array.dtype == np.uint8
+        np.testing.assert_array_equal(array, [picture(data) for data in unzipped(files.content).values()])
+        assert Pillow.fromarray(array[0]).mode == mode
+        assert answer.headers["x-ddpm-seed"] == "5"
+        assert generate(served, "application/x-npy", n=n, seed=5).content == answer.content
+
+
+def test_the_class_of_a_json_image_can_be_sent_again(tmp_path: Path) -> None:
+    names = ("10", "2", "0")  # as folders sort: each is the number of another
+    with serving(write_checkpoint(tmp_path / "numbers.safetensors", GREY, names)) as client:
+        images = generate(client, JSON, n=24, seed=3).json()["images"]
+        assert {(image["class_label"], image["class_name"]) for image in images} == {("10", "10"), (1, "2"), ("0", "0")}
+        for image in {image["class_name"]: image for image in images}.values():
+            place = {name: image[name] for name in ("seed", "index", "class_label")}
+            assert generate(client, JSON, **place).json()["images"] == [image]
+
+
+@pytest.mark.parametrize("asked", [2, 2.0, "2", "2.0", "02"])
+def test_a_number_means_one_class_in_json_and_query(tmp_path: Path, asked: int | float | str) -> None:
+    with serving(write_checkpoint(tmp_path / "numbers.safetensors", GREY, ("10", "2", "0"))) as client:
+        made = client.post("/generate", json={"class_label": asked, "steps": 1})
+        shown = client.get("/diffusion-sequence", params={"class_label": asked, "steps": 1, "format": "gif"})
+        assert [answer.headers["x-ddpm-class-label"] for answer in (made, shown)] == ["2", "2"]
+
+
+def test_several_accept_lines_are_one_list(client: TestClient) -> None:
+    lines = [("Content-Type", JSON), ("Accept", "text/plain"), ("Accept", JSON)]
+    answer = client.post("/generate", content=b"{}", headers=lines)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, JSON)
+    lines = [("Accept", "text/plain"), ("Accept", "image/gif")]
+    shown = client.get("/diffusion-sequence?steps=1", headers=lines)
+    assert shown.headers["content-type"] == "image/gif"

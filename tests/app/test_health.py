@@ -1,3 +1,7 @@
+import html
+import json
+import re
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -169,6 +173,48 @@ def test_every_endpoint_is_documented_with_its_errors(client: TestClient) -> Non
     assert client.get("/docs").status_code == 200
 
 
+def rows(page: str) -> dict[str, str]:
+    """What each parameter takes, as the page of the API says, that of the first endpoint that has it."""
+    cells = re.findall(r"<tr><td>(\w+)</td><td>(.*?)</td>", page)
+    return {name: html.unescape(takes) for name, takes in reversed(cells)}
+
+
+def test_the_page_of_the_api_shows_values_and_limits(grey_checkpoint: Path) -> None:
+    with serving(grey_checkpoint, max_n=7, max_steps=90, max_frames=11, max_timeout_s=12.5) as client:
+        page, schema = client.get("/docs").text, client.get("/openapi.json").json()
+    told = rows(page)
+    assert told["sampler"] == "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde"
+    assert told["spacing"] == "one of leading, trailing, linspace, quadratic, logsnr"
+    assert told["limit"] == "one of none, clamp, dynamic"
+    assert told["view"].startswith("one of xt, x0")
+    assert told["format"] == "one of sse, multipart, gif, webp"
+    assert told["n"] == "a whole number from 1 to 7; left out, 1"
+    assert told["steps"] == "a whole number from 1 to 90"
+    assert told["frames"] == "a whole number from 1 to 11; left out, 20"
+    assert told["timeout_s"] == "a number above 0 and of at most 12.5"
+    assert told["seed"] == "a whole number from 0 to 18446744073709551615"
+    assert told["eta"] == "a number from 0 to 1"
+    assert "`" not in page
+    assert schema["components"]["schemas"]["GenerateBody"]["properties"]["n"]["maximum"] == 7
+
+
+def test_the_commands_on_the_page_of_the_api_work(client: TestClient) -> None:
+    commands = [html.unescape(text) for text in re.findall("<pre>(.*?)</pre>", client.get("/docs").text)]
+    assert len(commands) >= 8
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "curl"
+        path = next(word for word in words if word.startswith("http://")).removeprefix("http://testserver")
+        if "-d" in words and path == "/generate":
+            body = json.loads(words[words.index("-d") + 1])
+            answer = client.post(path, json=body | {"class_label": None})  # its classes are the bundled checkpoint's
+        elif "-X" not in words and "-d" not in words:
+            answer = client.get(path)
+        else:
+            continue  # of models, which needs a key
+        assert answer.status_code == 200, command
+
+
 def test_the_examples_in_the_documentation_work(client: TestClient) -> None:
     examples = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["examples"]
     assert len(examples) >= 3
@@ -181,10 +227,8 @@ def test_the_examples_in_the_documentation_work(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_options_and_wrong_methods_are_told_what_is_allowed(client: TestClient, path: str) -> None:
-    allowed = {"/generate": "POST", "/models": "GET, POST"}.get(path, "GET")
+    allowed = {"/generate": "POST", "/models": "GET, HEAD, POST"}.get(path, "GET, HEAD")
     for method in {"OPTIONS", "DELETE", "PUT", "PATCH", "POST", "GET"} - set(allowed.split(", ")):
         answer = client.request(method, path)
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
         assert answer.json()["error"]["code"] == "method_not_allowed"
-    head = client.head(path)
-    assert (head.status_code, head.headers["allow"], head.content) == (405, allowed, b"")

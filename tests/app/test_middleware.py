@@ -1,17 +1,23 @@
 import asyncio
 import json
 import logging
+import os
+import pty
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from starlette.exceptions import HTTPException
 
-from app.logs import JsonFormatter
+from app import logs, main
+from app.logs import JsonFormatter, TextFormatter
 from app.main import create_app
 from app.middleware import BodyLimit
 from app.settings import Settings
-from tests.app.processes import metric
+from tests.app.conftest import HeldRunner, serving
+from tests.app.processes import metric, wait_for
 
 
 def requests(client: TestClient, **labels: str) -> float:
@@ -118,3 +124,48 @@ def test_no_body_of_more_than_the_limit_is_read(method: str, chunks: int, refuse
     else:
         asyncio.run(limited())
         assert left == 0
+
+
+@pytest.mark.parametrize(
+    ("format", "terminal", "text"),
+    [("auto", True, True), ("auto", False, False), ("json", True, False), ("text", False, True)],
+)
+def test_a_terminal_gets_text_and_a_pipe_json(
+    monkeypatch: pytest.MonkeyPatch, format: str, terminal: bool, text: bool
+) -> None:
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    with open(reader, "rb", buffering=0) as shown, open(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(logging.root, "handlers", [])
+        monkeypatch.setattr(logging.root, "level", logging.INFO)
+        logs.configure("info", format)
+        logging.getLogger("ddpm.start").warning("two\nlines \x1b[2J of %s", "Käfer", extra={"seconds": 3})
+        line = shown.read(1000).decode().rstrip()
+    if text:
+        assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING two\\nlines \\x1b\[2J of Käfer seconds=3", line)
+    else:
+        assert json.loads(line).items() >= {"level": "warning", "logger": "ddpm.start", "seconds": 3}.items()
+
+
+def test_a_traceback_is_readable_at_a_terminal() -> None:
+    record = logging.makeLogRecord({"msg": "failed"})
+    try:
+        raise ValueError("a")
+    except ValueError as error:
+        record.exc_info = (ValueError, error, error.__traceback__)
+    first, *_, last = TextFormatter().format(record).splitlines()
+    assert first.endswith(" failed")
+    assert last == "ValueError: a"
+
+
+def test_a_long_warm_up_is_told_again_and_again(
+    held: HeldRunner, grey_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "ddpm.start")
+    monkeypatch.setattr(main, "PROGRESS_S", 0.0)
+    held.warm.clear()
+    with serving(grey_checkpoint, held, cold=True):
+        wait_for(lambda: sum("still warming up grey, for " in message for message in caplog.messages) >= 2)
+        assert caplog.messages[0].startswith("warming up grey: ")
+        held.warm.set()
+        wait_for(lambda: caplog.messages[-1].startswith("takes requests, after "))

@@ -33,10 +33,11 @@ PNG, JSON, ZIP = OFFERS
     ],
 )
 def test_the_offer_of_highest_quality_wins(accept: str | None, chosen: str) -> None:
-    assert negotiate(accept, OFFERS) == chosen
+    assert negotiate([] if accept is None else [accept], OFFERS) == chosen
+    assert negotiate([] if accept is None else accept.split(","), OFFERS) == chosen  # a line for each
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/jpeg, video/*", "image/png;q=0", "*/*;q=0", "png", "*", ";"])
 def test_nothing_acceptable_is_refused_with_the_list_of_offers(accept: str) -> None:
     with pytest.raises(NotAcceptable, match=r"image/png, application/json, application/zip"):
-        negotiate(accept, OFFERS)
+        negotiate([accept], OFFERS)

@@ -1,4 +1,5 @@
 import asyncio
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -43,13 +44,18 @@ def job(checkpoint: Checkpoint, asked: GenerateBody | SequenceQuery, **settings:
     ("label", "index"),
     [
         (None, None),
-        (0, 0),
         (2, 2),
         ("1", 1),
         ("01", 1),
         ("plain", 0),
         (BEETLE, 1),
         ("0", 2),  # a class that is named so comes before the one that has the number
+        (0, 2),
+        ("00", 2),
+        ("1.0", 1),
+        ("Plain", 0),
+        (unicodedata.normalize("NFD", BEETLE), 1),
+        (BEETLE.upper(), 1),
     ],
 )
 def test_a_class_is_meant_by_index_name_or_numeric_string(label: int | str | None, index: int | None) -> None:
@@ -57,8 +63,36 @@ def test_a_class_is_meant_by_index_name_or_numeric_string(label: int | str | Non
 
 
 @pytest.mark.parametrize(
-    "label", [3, -1, "3", "-1", "", " 1", "Plain", "random", "1.0", "²", "１", 10**400, "9" * 5000]
+    ("names", "label", "index"),
+    [
+        (("0", "1", "10", "11", "2"), 2, 4),
+        (("0", "1", "10", "11", "2"), "2", 4),
+        (("0", "1", "10", "11", "2"), 11, 3),
+        (("0", "1", "10", "11", "2"), 3, 3),  # no class has that name
+        (("001", "002", "003"), 2, 1),
+        (("001", "002", "003"), "2.0", 1),
+        (("1.0", "2.0", "3.0"), "2.0", 1),
+        (("1.0", "2.0", "3.0"), 2, 1),
+        (("cat", "Cat"), "cat", 0),
+        (("cat", "Cat"), "Cat", 1),
+    ],
 )
+def test_a_number_is_the_class_of_that_name_first(names: tuple[str, ...], label: int | str, index: int) -> None:
+    assert class_index(label, names) == index
+
+
+@pytest.mark.parametrize(("names", "label"), [(("cat", "Cat"), "CAT"), (("1", "01"), "001")])
+def test_an_ambiguous_class_is_refused(names: tuple[str, ...], label: str) -> None:
+    with pytest.raises(InvalidClassLabel, match="did you mean"):
+        class_index(label, names)
+
+
+def test_a_near_miss_is_told_the_nearest_class() -> None:
+    with pytest.raises(InvalidClassLabel, match=r"no class 'hrose'; did you mean 'horse'\?"):
+        class_index("hrose", (*(f"c{i}" for i in range(1000)), "horse"))
+
+
+@pytest.mark.parametrize("label", [3, -1, "3", "-1", "", " 1", "random", "²", "１", 10**400, "9" * 5000])
 def test_an_unknown_class_is_refused_with_the_list(label: int | str) -> None:
     with pytest.raises(InvalidClassLabel, match=f"plain, {BEETLE}, 0 .or their numbers, 0 to 2") as caught:
         class_index(label, CLASSES)

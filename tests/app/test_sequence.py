@@ -1,4 +1,5 @@
 import base64
+import email
 import io
 import json
 from pathlib import Path
@@ -35,6 +36,8 @@ def events(text: str) -> list[Event]:
     assert text.endswith("\n\n")
     found = []
     for block in text[:-2].split("\n\n"):
+        if block.startswith(":"):  # a comment
+            continue
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         found.append(Event(fields["event"], fields.get("id"), json.loads(fields["data"])))
     return found
@@ -141,6 +144,32 @@ def test_multipart_is_framed_for_an_img_tag(client: TestClient) -> None:
     assert rest == f"--{BOUNDARY}--\r\n".encode()
     assert len(parts) >= 2
     np.testing.assert_array_equal(parts[-1], finished(client, n=2, seed=5, class_label=1, steps=5))
+
+
+def test_a_stream_without_news_sends_heartbeats(held: HeldRunner, grey_checkpoint: Path) -> None:
+    with serving(grey_checkpoint, held, stream_heartbeat_s=0.1) as client:
+        text = watch(client, steps=50, frames=2, seed=1).text  # a second between the two
+        assert text.count("\n\n: waiting\n\n") >= 3
+        assert next(event.name for event in events(text)) == "start"
+        parts = watch(client, format="multipart", steps=50, frames=2, seed=1)
+    assert parts.content.startswith(f"--{BOUNDARY}\r\n".encode())
+    read = email.message_from_bytes(
+        b"Content-Type: " + parts.headers["content-type"].encode() + b"\r\n\r\n" + parts.content
+    )
+    assert {part.get_content_type() for part in read.get_payload()} == {"image/png"}
+    assert sum(len(part.get_all("X-Waiting", [])) for part in read.get_payload()) >= 3
+    length = int(read.get_payload()[-1]["Content-Length"])
+    _, _, last = parts.content.rpartition(b"\r\n\r\n\x89PNG")
+    assert len(last) + 4 == length + len(f"\r\n--{BOUNDARY}--\r\n")
+
+
+def test_a_stream_with_news_sends_no_heartbeat(client: TestClient) -> None:
+    assert ": waiting" not in watch(client, steps=3).text
+    assert b"X-Waiting" not in watch(client, steps=3, format="multipart").content
+
+
+def test_the_first_event_has_an_id(client: TestClient) -> None:
+    assert watch(client, steps=2).text.startswith("event: start\nid: 0\n")
 
 
 @pytest.mark.parametrize("format", ["gif", "webp"])

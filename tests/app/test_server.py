@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -32,8 +33,9 @@ def failed_starts(
         "missing": (["--checkpoint", "nowhere.safetensors"], {}),
         "short": (["--checkpoint", str(there / "short.safetensors")], {}),
         "port": (["--checkpoint", str(grey_checkpoint), "--port", port], {}),
+        "metrics": (["--checkpoint", str(grey_checkpoint), "--port", "0", "--metrics-port", port], {}),
     }
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
         runs = {name: pool.submit(run_to_its_end, *argv, **extra) for name, (argv, extra) in starts.items()}
         return {name: run.result() for name, run in runs.items()}
 
@@ -44,6 +46,8 @@ def failed_starts(
         ("misspelt", "python -m app: unknown variable DDPM_CHEKPOINT; did you mean DDPM_CHECKPOINT?"),
         ("missing", "python -m app: no checkpoint 'nowhere.safetensors': neither a file nor bundled"),
         ("short", "is not a readable safetensors file"),
+        ("port", "of 127.0.0.1 is in use: stop what uses it, or choose another one with --port"),
+        ("metrics", "of 127.0.0.1 is in use: stop what uses it, or choose another one with --metrics-port"),
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_one_sentence(
@@ -51,18 +55,63 @@ def test_a_wrong_setting_stops_the_start_with_one_sentence(
 ) -> None:
     ended = failed_starts[start]
     assert ended.returncode == 1
-    assert ended.stderr.startswith("python -m app: ")
-    assert said in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    *before, last = ended.stderr.splitlines()
+    assert last.startswith("python -m app: ")
+    assert said in last
+    assert all(json.loads(line)["message"].startswith("loading ") for line in before)
     assert ended.stdout == ""
 
 
-def test_a_port_in_use_stops_the_start(failed_starts: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    ended = failed_starts["port"]
-    assert ended.returncode not in (None, 0)
-    errors = [line for line in map(json.loads, ended.stderr.splitlines()) if line["level"] == "error"]
-    assert len(errors) == 1
-    assert "address already in use" in errors[0]["message"]
+def test_a_taken_port_is_told_before_anything_is_loaded(
+    failed_starts: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
+    assert failed_starts["port"].stderr.count("\n") == 1
+
+
+def test_ctrl_c_at_the_start_is_one_line(grey_checkpoint: Path) -> None:
+    """While it imports, and while it loads. The signal may be ignored in the process that runs the tests."""
+    script = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"sys.argv = ['app', '--port', '0', '--checkpoint', {str(grey_checkpoint)!r}]; "
+        "import threading; threading.Timer(DELAY, signal.raise_signal, [signal.SIGINT]).start(); "
+        "runpy.run_module('app', run_name='__main__')"
+    )
+
+    def run(delay: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", script.replace("DELAY", delay)]
+        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+
+    with ThreadPoolExecutor(2) as pool:
+        for ended in pool.map(run, ["0.3", "1"]):
+            assert ended.stderr.strip().splitlines() == ["python -m app: interrupted"]
+            assert ended.returncode == 130
+
+
+def test_the_log_says_what_happens_until_it_is_ready(server: ServerProcess, grey_checkpoint: Path) -> None:
+    messages = [line["message"] for line in server.logs()]
+    running = next(message for message in messages if "running on" in message)
+    assert running == f"ddpm-serve running on {server.url} (Ctrl-C ends it)"
+    assert f"loading {grey_checkpoint}" in messages
+    wait_for(lambda: any(line["message"].startswith("takes requests, after ") for line in server.logs()))
+    assert any(message.startswith("warming up grey: ") for message in messages)
+
+
+def test_probes_are_not_logged_at_info(server: ServerProcess) -> None:
+    for path in ("/livez", "/readyz", "/health", "/metrics"):
+        assert server.client.get(path, headers={"X-Request-Id": "probe"}).status_code == 200
+    server.client.get("/models", headers={"X-Request-Id": "after"})
+    wait_for(lambda: any(line.get("request_id") == "after" for line in server.logs()), "the line")
+    assert not [line for line in server.logs() if line.get("request_id") == "probe"]
+
+
+def test_a_slash_at_the_end_changes_nothing_behind_a_proxy(server: ServerProcess) -> None:
+    behind = {"Host": "images.example", "X-Forwarded-Proto": "https"}
+    made = server.client.post("/generate/", json={"steps": 1}, headers=behind)
+    assert (made.status_code, made.headers["content-type"]) == (200, "image/png")
+    assert "location" not in made.headers
+    page = server.client.get("/docs/").text
+    assert server.client.get("/docs/" + re.findall('href="([^"]*openapi.json)"', page)[0]).status_code == 200
+    assert server.client.get("/nothing/").status_code == 404
 
 
 COUNTS_OBJECTS = """
@@ -87,7 +136,7 @@ def test_a_full_collection_of_garbage_has_little_to_look_through(grey_checkpoint
 
 
 def test_every_log_line_is_json_and_every_request_has_one_with_its_id(server: ServerProcess) -> None:
-    answers = [server.client.get("/livez"), server.client.post("/generate", json={}), server.client.get("/nothing")]
+    answers = [server.client.get("/models"), server.client.post("/generate", json={}), server.client.get("/nothing")]
     ids = [answer.headers["x-request-id"] for answer in answers]
 
     def logged() -> list[dict[str, object]]:
@@ -96,7 +145,7 @@ def test_every_log_line_is_json_and_every_request_has_one_with_its_id(server: Se
     wait_for(lambda: len(logged()) >= 3, "the lines")
     lines = sorted(logged(), key=lambda line: ids.index(str(line["request_id"])))
     assert [(line["path"], line["status"]) for line in lines] == [
-        ("/livez", 200),
+        ("/models", 200),
         ("/generate", 200),
         ("/nothing", 404),
     ]
@@ -118,7 +167,7 @@ def test_a_connection_can_be_used_again_after_every_error(server: ServerProcess)
         ("POST", "/nothing", large, declared, 404),
         ("GET", "/diffusion-sequence?steps=2&frames=2", large, declared, 200),
         ("POST", "/generate", b"{}", declared | {"Accept": "text/html"}, 406),
-        ("HEAD", "/livez", None, {}, 405),
+        ("HEAD", "/livez", None, {}, 200),
         ("GET", "/diffusion-sequence?steps=2&frames=2", None, {}, 200),
         ("GET", "/diffusion-sequence", None, {"Last-Event-ID": "1"}, 204),
         ("GET", "/livez", None, {}, 200),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.middleware import PROBED
 from tests.app.processes import ServerProcess, metric, wait_for
 
 EXECUTORS = min(32, (os.cpu_count() or 1) + 4) + 1  # threads of asyncio's pool and the loader of weights, when needed
@@ -80,6 +81,13 @@ class Balance:
             "threads": len(list((process / "task").iterdir())),
             "resident": resident(self._server.process.pid),
         }
+
+
+def loggable(text: str, outcome: str) -> float:
+    """Requests that ended so, by the metrics; probes that went well are not in the log."""
+    probes = sum(metric(text, "ddpm_requests_total", outcome=outcome, endpoint=path) for path in PROBED)
+    quiet = probes if outcome in ("ok", "not_ready") else 0
+    return metric(text, "ddpm_requests_total", outcome=outcome) - quiet
 
 
 def resident(pid: int) -> int:

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from tests.app.processes import ServerProcess, metric, wait_for
-from tests.soak.accounts import Balance, Findings, percentiles
+from tests.app.processes import ServerProcess, wait_for
+from tests.soak.accounts import Balance, Findings, loggable, percentiles
 from tests.soak.clients import Siege
 from tests.soak.exchange import ask, message
 
@@ -76,7 +76,7 @@ def _compare_log_and_metrics(server: ServerProcess, findings: Findings) -> None:
     def numbers() -> tuple[Counter[str], dict[str, float]]:
         by_log = Counter(line["outcome"] for line in server.logs() if line.get("logger") == "ddpm.request")
         text = server.client.get("/metrics").text
-        return by_log, {outcome: metric(text, "ddpm_requests_total", outcome=outcome) for outcome in by_log}
+        return by_log, {outcome: loggable(text, outcome) for outcome in by_log}
 
     def equal() -> bool:
         by_log, counted = numbers()

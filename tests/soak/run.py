@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.app.processes import ServerProcess, metric, wait_for
-from tests.soak.accounts import Balance, Findings, quantiles, told
+from tests.soak.accounts import Balance, Findings, loggable, quantiles, told
 from tests.soak.clients import CANARY, Siege
 from tests.soak.exchange import PATIENCE, ask, message
 from tests.soak.overload import IN_TIME, overload
@@ -119,7 +119,7 @@ def _account_for_requests(server: ServerProcess, siege: Siege, findings: Finding
     lines = [line for line in server.logs() if line.get("logger") == "ddpm.request"]
     by_log = Counter(line["outcome"] for line in lines)
     for outcome, count in by_log.items():
-        counted = metric(text, "ddpm_requests_total", outcome=outcome)
+        counted = loggable(text, outcome)
         if outcome == "ok":  # this very scrape is in the log, and was not yet in what it said
             count = counted if 0 <= count - counted <= 1 else count
         if counted != count:
