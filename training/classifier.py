@@ -28,7 +28,8 @@ from training import data, judge
 from training.config import torch_device
 from training.convnet import Classifier, ClassifierConfig
 from training.data import DataError, Images
-from training.options import Parser, integers, one_of, written
+from training.memory import memory_for
+from training.options import Parser, expanded, integers, one_of, written
 
 WHITENED = 5000  # images whose patches make the stem
 HEAD = 9  # the last layer's answers are divided by it, which slows it down beside the others
@@ -217,14 +218,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seed must be at least 0 and below 2^63, not {args.seed}")
     if args.image_size and (len(args.image_size) != 2 or min(args.image_size) < 1):
         parser.error(f"--image_size is height,width, such as 32,48, not {written(args.image_size)}")
-    if not Path(args.out).expanduser().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    parser.check_place("out", args.out)
     return args
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Trains, tests and saves; returns what is known of the result."""
-    device, out = torch_device(args.device), Path(args.out).expanduser()
+    device, out = torch_device(args.device), expanded(args.out)
     training_set, test_set = data.load(args.dataset, args.image_size)
     if training_set.labels is None or test_set.labels is None:
         raise DataError(f"{args.dataset!r} does not tell the class of every image")
@@ -252,7 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
-        print(json.dumps(run(args, argv)))
+        with memory_for("training a classifier", "give a smaller --image_size or --batch_size"):
+            print(json.dumps(run(args, argv)))
     except (ValueError, OSError) as error:
         print(f"training.classifier: {error}", file=sys.stderr)
         return 2

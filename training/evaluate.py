@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,8 @@ from training.config import torch_device
 from training.data import DataError, Images
 from training.features import FeatureFile
 from training.judge import Judge
-from training.options import Parser, one_of
+from training.memory import memory_for
+from training.options import Parser, expanded, one_of
 from training.revision import git_revision
 from training.sampling import add_sampling_options, settings_of
 
@@ -127,7 +127,7 @@ def check_classes(
 
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Samples, measures, and writes the result. Returns it."""
-    device, out = torch_device(args.device), Path(args.out).expanduser()
+    device, out = torch_device(args.device), expanded(args.out)
     source, weights = sources.load(args.checkpoint, args.weights, {}, device)
     who = judge.load(args.features, device)
     settings, plan = settings_of(source, args)
@@ -232,8 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 0 <= args.seed < 2**64:
         parser.error(f"--seed must be at least 0 and below 2^64, not {args.seed}")
-    if not Path(args.out).expanduser().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    parser.check_place("out", args.out)
     return args
 
 
@@ -262,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
-        print(table(run(args, argv)))
+        with memory_for("the evaluation", "give a smaller --batch_size"):
+            print(table(run(args, argv)))
     except (ValueError, OSError) as error:
         print(f"training.evaluate: {error}", file=sys.stderr)
         return 2

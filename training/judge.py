@@ -20,6 +20,7 @@ from model.files import write_tensors
 from training import inception
 from training.convnet import Classifier, ClassifierConfig
 from training.inception import Inception
+from training.options import expanded
 from training.residual import Residual
 
 FORMAT = "ddpm-serve-classifier/2"
@@ -80,7 +81,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
 
     Executes nothing.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix == ".pth":
         return _inception(path, device)
     try:

@@ -11,7 +11,7 @@ import torch
 
 from model import checkpoint
 from training import sources
-from training.options import Parser
+from training.options import Parser, expanded
 from training.sampling import add_sampling_options, settings_of
 
 
@@ -23,7 +23,7 @@ def publish(args: argparse.Namespace) -> Path:
     weights = source.network.state_dict()
     if args.half:
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-    path = Path(args.destination).expanduser()
+    path = expanded(args.destination)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a checkpoint's name ends with .safetensors")
     if not path.parent.is_dir():

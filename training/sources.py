@@ -21,7 +21,7 @@ from model.importers import import_path, load_weights, recognise
 from model.plan import SamplingDefaults
 from model.unet import UNet, UNetConfig
 from training.config import TrainConfig
-from training.options import numbers, written
+from training.options import expanded, numbers, written
 
 Told = Mapping[str, Any]
 """Options of TrainConfig that were given, which a file may not know."""
@@ -69,7 +69,7 @@ def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Che
     the state that belongs to a checkpoint, or, for a folder, in the newest. Raises ValueError with a sentence where
     there are none, or the checkpoint contradicts what was `told`.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file() and is_original(path):
         return _of_original(path, weights, told, device)
     if path.is_dir():

@@ -18,7 +18,7 @@ from model.import_research import import_original
 from model.importers import load_weights
 from model.unet import UNet, UNetConfig
 from training.config import TrainConfig
-from training.options import written
+from training.options import expanded, written
 from training.sources import is_original, load_original
 
 FREE = ("image_size", "dropout")  # of a network: its weights do not depend on them
@@ -34,7 +34,7 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.op
     """
     if not config.model_checkpoint:
         return
-    path = Path(config.model_checkpoint).expanduser()
+    path = expanded(config.model_checkpoint)
     if path.is_file() and is_original(path):
         found = load_original(path, {f.name: getattr(config, f.name) for f in fields(config)})
         _check(config, network.config, found.unet, found.diffusion)
@@ -48,7 +48,7 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.op
     updates = math.ceil((10 * largest - 1) / (1 - largest))  # from there on (1 + k)/(10 + k) is more than it
     ema.load_state_dict({"averages": {repr(decay): averaged for decay in ema.averages}, "updates": max(0, updates)})
     if config.optim_checkpoint:
-        _load_optimizer(Path(config.optim_checkpoint).expanduser(), path, network, optimizer)
+        _load_optimizer(expanded(config.optim_checkpoint), path, network, optimizer)
 
 
 def _check(config: TrainConfig, ours: UNetConfig, theirs: UNetConfig, process: DiffusionConfig) -> None:
