@@ -187,7 +187,7 @@ class TrainConfig:
     @property
     def run_dir(self) -> Path:
         """Where the run's files are. Raises ValueError where --log_dir is in a home folder that there is not."""
-        return expanded(self.log_dir) / self.project_name / self.run_name
+        return expanded(self.log_dir, "--log_dir") / self.project_name / self.run_name
 
     def torch_device(self) -> torch.device:
         """See `torch_device`."""

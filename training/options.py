@@ -47,13 +47,13 @@ def _parts(text: str) -> list[str]:
     return inner.split(",") if inner else []
 
 
-def expanded(path: str) -> Path:
+def expanded(path: str | Path, option: str = "path") -> Path:
     """A path with ~ as the home folder. Raises ValueError where there is none."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(
-            f"the home folder in {path} cannot be found: set the variable HOME, or give a path without ~"
+            f"the home folder in {path} cannot be found: set the variable HOME, or give a {option} without ~"
         ) from error
 
 

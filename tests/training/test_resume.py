@@ -155,7 +155,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
     assert capsys.readouterr().err == "training.train: interrupted\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_after_the_step_and_leaves_the_handlers_as_they_were(
     read_log: ReadLog, number: signal.Signals, tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,12 +164,50 @@ def test_a_signal_stops_after_the_step_and_leaves_the_handlers_as_they_were(
             os.kill(os.getpid(), number)
         return learning_rate(config, iteration)
 
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in (signal.SIGINT, number)]
     monkeypatch.setattr(module, "learning_rate", rate)
     run = train(TrainConfig(**tiny_options))
     assert (run / "checkpoint-0000005.safetensors").exists()
     assert read_log(run)[-1]["iteration"] == 5
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in (signal.SIGINT, number)] == before
+
+
+def test_usr1_saves_and_goes_on(tiny_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(config: TrainConfig, iteration: int) -> float:
+        if iteration == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return learning_rate(config, iteration)
+
+    monkeypatch.setattr(module, "learning_rate", rate)
+    run = train(TrainConfig(**tiny_options | {"keep": 9}))
+    saved = sorted(int(path.stem[-7:]) for path in run.glob("checkpoint-*"))
+    assert saved == [4, 6, 8]
+
+
+def test_what_a_standing_bar_waits_for_is_said(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command_line) == 0
+    shown = capsys.readouterr().err
+    for what in ("validating", "saving", "drawing samples"):
+        assert f"checkpoint: {what}]" in shown
+    assert re.search(r"8/8 .*, loss \d", shown.rpartition("drawing samples")[2])
+
+
+def test_a_step_that_does_not_fit_into_memory_is_told(
+    command_line: list[str], tiny_options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rate(config: TrainConfig, iteration: int) -> float:
+        if iteration == 6:
+            torch.empty(2**52, dtype=torch.uint8)
+        return learning_rate(config, iteration)
+
+    monkeypatch.setattr(module, "learning_rate", rate)
+    assert main([*command_line, "--log_rate", "100"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        "training.train: there is not enough memory for a step of 8 images (it asked for 4194304.0 GiB"
+    )
+    assert "--accumulate 2 does the same in smaller parts" in said
+    assert f"--resume {TrainConfig(**tiny_options).run_dir}" in said
 
 
 def test_a_second_ctrl_c_ends_at_once(
