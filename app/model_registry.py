@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,18 +11,18 @@ from pathlib import Path
 
 import torch
 
+from app import checkpoints
+from app.checkpoints import BEST, NAME, Source
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import is_out_of_memory
 from app.errors import InvalidCheckpoint, LoadFailed, ModelConflict, ModelNotFound, OutOfMemory, ServiceError
 from app.metrics import Metrics
 from app.settings import Settings
-from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 
 log = logging.getLogger("ddpm.models")
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # a file's name and never a path, hidden, or an option
 LOOK_S = 0.25  # between looks at what a signal asked for
 
 
@@ -49,13 +48,10 @@ class Models:
         # OpenMP keeps a team for every thread that used it, which would hinder the engine's: see `create_app`. This
         # sets the thread's own number, and that of threads to come; the engine's stays as it is.
         self._loader = ThreadPoolExecutor(1, "loader", initializer=torch.set_num_threads, initargs=(1,))
-        for name in settings.checkpoints:
-            path = checkpoint.find(name).absolute()
-            if path.stem in self._files:
-                raise ValueError(f"{self._files[path.stem]} and {path} have the same name; rename one")
-            self._files[path.stem] = path
+        for source in checkpoints.parse(settings.checkpoint):
+            self._files[source.name] = source.path
         for name, path in self._files.items():
-            self._served[name] = served = make(checkpoint.load(path))
+            self._served[name] = served = make(checkpoints.load(Source(name, path)))
             engine.load_model(served)
             self._declare(served)
 
@@ -148,7 +144,7 @@ class Models:
     def _read(self, name: str, path: Path, known: str | None) -> ModelInstance | None:
         """On the loader's thread. None where the file is the one that is served."""
         try:
-            loaded = checkpoint.load(path)
+            loaded = checkpoints.load(Source(name, path))
             return None if loaded.sha256 == known else self._make(loaded)
         except CheckpointError as error:
             raise InvalidCheckpoint(str(error).replace(str(path), name)) from None  # paths are nobody's business
@@ -172,12 +168,16 @@ class Models:
         if self._folder is None or not NAME.fullmatch(name):
             return None
         path = self._folder / f"{name}.safetensors"
+        if not path.is_file() and (self._folder / name / BEST).is_file():  # a training run
+            path = self._folder / name / BEST
         return path if path.resolve().is_relative_to(self._folder) else None  # and not by a link that leads elsewhere
 
     def _names(self) -> list[str]:
         """What may be loaded."""
         files = self._folder.glob("*.safetensors") if self._folder else ()
-        found = {path.stem for path in files if path.is_file() and self._in_folder(path.stem)}
+        runs = self._folder.glob(f"*/{BEST}") if self._folder else ()
+        names = {path.stem for path in files if path.is_file()} | {path.parent.name for path in runs}
+        found = {name for name in names if self._in_folder(name)}
         return sorted(found | set(self._files) | set(self._served))
 
     def _declare(self, served: ModelInstance) -> None:

@@ -29,12 +29,11 @@ from pydantic import Field
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import logs
+from app import checkpoints, logs
 from app.__main__ import GRACE_S, end, read_settings
 from app.engine.engine import Engine
 from app.main import create_app
 from app.settings import Settings, default_variables
-from model import checkpoint
 
 # Ray is imported in functions: `ray.serve` reads its variables when it is imported, after they are set.
 log = logging.getLogger("ddpm.ray")
@@ -253,8 +252,8 @@ def main(argv: list[str]) -> None:
     try:
         if settings.port == 0:
             raise ValueError("Ray Serve must be told a port; 0 is none")
-        for name in settings.checkpoints:  # a wrong one is told here, and not by every replica
-            checkpoint.load(name)
+        for source in checkpoints.parse(settings.checkpoint):  # a wrong one is told here, and not by every replica
+            checkpoints.load(source)
         ray.init(settings.ray_address or None, runtime_env={"env_vars": variables}, include_dashboard=False)
         gpus, most = shares(settings, ray.cluster_resources())
     except (ValueError, ConnectionError) as error:

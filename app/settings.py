@@ -36,11 +36,13 @@ class Settings(BaseSettings):
 
     checkpoint: str = Field(
         "mnist",
-        description="a bundled checkpoint's name, or the path of a .safetensors file; several by commas, the first is "
-        "the default",
+        description="a bundled checkpoint's name, a .safetensors file, or the folder of a training run, each also as "
+        "NAME=PATH; several by commas, the first is the default",
     )
     models_dir: str = Field(
-        "", description='folder whose NAME.safetensors may be loaded by POST /models {"name": NAME}; unset: none'
+        "",
+        description="folder whose NAME.safetensors, or training runs NAME, may be loaded by POST /models "
+        '{"name": NAME}; unset: none',
     )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 lets the system choose")
@@ -145,14 +147,6 @@ class Settings(BaseSettings):
         "auto", description="of the log lines; auto is text at a terminal, else JSON"
     )
 
-    @field_validator("checkpoint")
-    @classmethod
-    def _check_checkpoints(cls, value: str) -> str:
-        names = [name.strip() for name in value.split(",")]
-        if not all(names):
-            raise ValueError("must be a checkpoint, or several by commas")
-        return ",".join(names)
-
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, value: str) -> str:
@@ -170,11 +164,6 @@ class Settings(BaseSettings):
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], *sources: Any, **named: Any) -> Any:
         """Arguments win over the environment; there are no other sources."""
         return named["init_settings"], _Environment(settings_cls)
-
-    @property
-    def checkpoints(self) -> list[str]:
-        """The default, and the others."""
-        return self.checkpoint.split(",")
 
     def torch_device(self) -> torch.device:
         """Raises ValueError where cuda is asked for and not there."""

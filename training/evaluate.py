@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +31,14 @@ from model.images import from_uint8, to_uint8
 from model.sampling.schedule import Plan
 from model.sampling.step import sample
 from training import data
-from training.cli.options import Parser, one_of
+from training.cli.options import Parser, expanded, one_of
 from training.cli.sampling_options import add_sampling_options, settings_of
 from training.data.datasets import DataError, Images
 from training.evaluation import feature_extractor, memorization, metrics
 from training.evaluation.feature_extractor import Judge
 from training.evaluation.feature_files import FeatureFile
 from training.evaluation.likelihood import bits_per_dim
+from training.memory import memory_for
 from training.run import load_weights
 from training.run.config import torch_device
 from training.run.git import git_revision
@@ -130,7 +130,7 @@ def check_classes(
 
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Samples, measures, and writes the result. Returns it."""
-    device, out = torch_device(args.device), Path(args.out).expanduser()
+    device, out = torch_device(args.device), expanded(args.out)
     source, weights = load_weights.load(args.checkpoint, args.weights, {}, device)
     who = feature_extractor.load(args.features, device)
     settings, plan = settings_of(source, args)
@@ -233,8 +233,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 0 <= args.seed < 2**64:
         parser.error(f"--seed must be at least 0 and below 2^64, not {args.seed}")
-    if not Path(args.out).expanduser().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    parser.check_place("out", args.out)
     return args
 
 
@@ -263,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
-        print(table(run(args, argv)))
+        with memory_for("the evaluation", "give a smaller --batch_size"):
+            print(table(run(args, argv)))
     except (ValueError, OSError) as error:
         print(f"training.evaluate: {error}", file=sys.stderr)
         return 2

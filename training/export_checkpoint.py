@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from model import checkpoint
-from training.cli.options import Parser
+from training.cli.options import Parser, expanded
 from training.cli.sampling_options import add_sampling_options, settings_of
 from training.run import load_weights
 
@@ -23,7 +23,7 @@ def publish(args: argparse.Namespace) -> Path:
     weights = source.network.state_dict()
     if args.half:
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-    path = Path(args.destination).expanduser()
+    path = expanded(args.destination)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a checkpoint's name ends with .safetensors")
     if not path.parent.is_dir():

@@ -23,8 +23,9 @@ from model.images import to_uint8
 from model.sampling.schedule import Plan, SamplingDefaults
 from model.sampling.step import sample
 from training.cli.command import add_known_options, check_choices
-from training.cli.options import Parser, one_of
+from training.cli.options import Parser, expanded, one_of
 from training.cli.sampling_options import add_sampling_options, settings_of
+from training.memory import memory_for
 from training.run import load_weights
 from training.run.config import torch_device
 from training.run.image_io import save_gif, save_strip, sequence
@@ -49,20 +50,6 @@ KNOWN = (
     "ema_decay",
     "ema_update_rate",
 )
-ELSEWHERE = {  # what other scripts call it → the option here
-    "num_samples": "num_images",
-    "n": "num_images",
-    "output": "save_dir",
-    "output_dir": "save_dir",
-    "out": "save_dir",
-    "model": "checkpoint",
-    "num_inference_steps": "steps",
-    "timestep_respacing": "steps",
-    "use_ddim": "sampler",
-    "clip_denoised": "limit",
-    "cfg_scale": "guidance_scale",
-    "class": "class_label",
-}
 
 Item = tuple[str, int, int | None]
 """File name, Philox index, class."""
@@ -147,7 +134,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m training.sample",
         description="Write images of a checkpoint, and their settings as sampling.json. What is there already is kept.",
-        elsewhere=ELSEWHERE,
     )
     add = parser.add_argument
     add(
@@ -208,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
     source, which = load_weights.load(args.checkpoint, args.weights, told(args), torch_device(args.device))
     sampling, plan = settings_of(source, args)
     label = None if args.class_label is None else class_index(source.config, args.class_label)
-    folder = Path(args.save_dir).expanduser()
+    folder = expanded(args.save_dir)
     settings = {"checkpoint": source.sha256, "weights": which, "seed": args.seed, **asdict(sampling)}
     claim(folder, settings | {"as_told": source.config.provenance.get("as_told", {})})
     todo = items(source.config, args.num_images, label)
@@ -222,7 +208,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        run(args)
+        with memory_for("these images", "give a smaller --batch_size"):
+            run(args)
     except (ValueError, OSError) as error:
         print(f"training.sample: {error}", file=sys.stderr)
         return 2

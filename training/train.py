@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,158 +16,264 @@ from tqdm import tqdm
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
 from model.nn.unet import UNet, UNetConfig
-from training import data
+from model.sampling.schedule import SamplingDefaults
 from training.cli import command
+from training.cli.options import printable
+from training.console import lasting_output
 from training.data.batches import Batch, Batches
-from training.data.datasets import DataError
+from training.data_record import NOTHING, DataChanges
 from training.loop.compiler import compiled
 from training.loop.distributed import Ranks, joined, unreduced
 from training.loop.optimizer import restore, step
 from training.loop.state import TrainState
-from training.loop.validation import chosen, validation_loss
+from training.loop.validation import chosen, finite, validation_loss
+from training.memory import is_out_of_memory, memory_for
 from training.run.config import TrainConfig
-from training.run.git import git_revision
+from training.run.git import git_revision, machine
 from training.run.image_io import sample_grid, sequence
 from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
 from training.run.trackers import Trackers
 from training.run.warm_start import warm_start
+from training.run_images import RunImages
 
 SHOWN = 4  # images whose making is shown as a strip and a GIF
 
 
-def train(config: TrainConfig, resume: bool = False) -> Path:
-    """Runs to `config.iterations`, or until SIGINT or SIGTERM, and leaves a checkpoint. Returns the run's folder.
+def train(config: TrainConfig, resume: bool = False, changes: DataChanges = NOTHING) -> Path:
+    """Runs to `config.iterations`, or until a signal, and leaves a checkpoint. Returns the run's folder.
 
-    Under `torchrun` every process calls it: each trains on its part of the same batches, and the first one writes.
+    A resumed run goes on with its own data, but for the `changes`. Under `torchrun` every process calls it: each trains
+    on its part of the same batches, and the first one writes.
     """
     with (
         joined(config.device) as (ranks, device),
         RunDir(config, resume) if ranks.is_first else nullcontext() as run,
     ):
-        _train(config, resume, ranks, device, run)
+        saved = ranks.from_first(run.load_state() if run and resume else None)
+        done = saved["iteration"] if saved else 0
+        if done > config.iterations:
+            raise ValueError(f"--iterations {config.iterations}: {config.run_dir} has done {done} already; give more")
+        if done == config.iterations:
+            if run:
+                print(f"Nothing to do: {run.path} has done its {done} iterations; give more --iterations to go on")
+            return config.run_dir
+        images = RunImages.load(config, ranks, saved, changes, resume)
+        Trainer(config, ranks, device, run, saved, images).fit()
     return config.run_dir
 
 
-def _train(config: TrainConfig, resume: bool, ranks: Ranks, device: torch.device, run: RunDir | None) -> None:
-    revision = git_revision()
-    training_set, validation_set = data.load(config.dataset, config.image_size)
-    (_, *shape), class_names = training_set.images.shape, training_set.class_names
-    if run:
-        print(
-            f"{training_set.name}: {len(training_set)} images to train on, {len(validation_set)} to validate,", end=" "
-        )
-        print(f"{tuple(shape)}, classes: {', '.join(class_names[:20]) or 'none'}")
-    if config.use_labels and (training_set.labels is None or validation_set.labels is None):
-        raise DataError(f"--use_labels, but {config.dataset!r} does not tell the class of every image")
-    batches = Batches(training_set, config, ranks, device)
-    validation_set = chosen(validation_set, device)
+class Trainer:
+    """A run in this process: `fit` takes it from `state` to `config.iterations`. All processes call all methods.
 
-    diffusion = GaussianDiffusion(config.diffusion()).to(device)
-    now = TrainState(config, tuple(shape), len(class_names), device)
-    if state := ranks.from_first(run.load_state() if run and resume else None):
+    `saved` is what the run goes on from, if it does. Raises ValueError with a sentence where data, network and options
+    do not go together, or memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        device: torch.device,
+        run: RunDir | None,
+        saved: dict[str, Any] | None,
+        images: RunImages,
+    ) -> None:
+        self.config, self.ranks, self.device, self.run, self.data = config, ranks, device, run, images.record
+        self._revision = git_revision()
+        with memory_for("the images on the device", "give a smaller --image_size height,width"):
+            self._batches = Batches(images.train, config, ranks, device)
+            self._validation_set = chosen(images.held_out, device)
+        with memory_for("the network", "give fewer --base_channels"):
+            self.diffusion = GaussianDiffusion(config.diffusion()).to(device)
+            self.state = TrainState(config, self.data.image_shape, len(images.train.class_names), device)
+            if saved:
+                self._go_on_from(saved)
+            else:
+                warm_start(config, self.state.network, self.state.ema, self.state.optimizer)
+        if run and (warning := single_channel_groups(self.state.network.config)):
+            print(f"training.train: {warning}", file=sys.stderr)
+        network = self.state.network
+        self._network = ranks.wrapped(compiled(network, device) if config.compile else network)
+        self._last_loss: float | None = None
+        self._saved_at = self.state.iteration
+        self._restart_clock()
+
+    def _go_on_from(self, saved: dict[str, Any]) -> None:
         try:
-            now.load_state_dict(state)
-        except RuntimeError as error:
-            raise DataError(
-                f"{config.dataset!r} has other classes or channels than the run {config.run_dir}"
+            self.state.load_state_dict(saved)
+        except (RuntimeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"the state of {self.config.run_dir} is of another network than its options make"
             ) from error
-    else:
-        warm_start(config, now.network, now.ema, now.optimizer)
-    if run and (warning := single_channel_groups(now.network.config)):
-        print(f"training.train: {warning}", file=sys.stderr)
-    model = ranks.wrapped(compiled(now.network, device) if config.compile else now.network)
 
-    def checkpoint(run: RunDir, train_loss: float | None) -> None:
-        averaged = UNet(now.network.config).to(device)
-        averaged.load_state_dict(now.ema.weights)
-        averaged.eval()
-        quartiles = validation_loss(averaged, diffusion, validation_set, config.precision)
-        loss = finite(sum(quartiles) / len(quartiles), now.iteration)
-        run.log(iteration=now.iteration, validation_loss=loss, validation_loss_by_t_quartile=quartiles)
-        tracked.scalars(now.iteration, {"validation_loss": loss})
-        tracked.scalars(now.iteration, {f"validation_loss/t_quartile_{i}": x for i, x in enumerate(quartiles, start=1)})
-        saved = CheckpointConfig(
-            unet=now.network.config,
-            diffusion=diffusion.config,
-            class_names=class_names if config.use_labels else (),
-            sampling=config.sampling(),
-            provenance={
-                "dataset": training_set.name,
-                "iterations": now.iteration,
-                "images_seen": now.iteration * config.batch_size,
-                "metrics": {"train_loss": train_loss, "validation_loss": loss},
-                "command": config.command(),
-                "seed": config.seed,
-                "git_revision": revision,
-                "machine": machine(device, ranks),
-            },
+    def fit(self) -> None:
+        """Trains, logs and saves as often as `config` says, until the last iteration or a signal."""
+        config, now = self.config, self.state
+        self._bar = tqdm(
+            total=config.iterations,
+            initial=now.iteration,
+            unit="it",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            disable=not self.run,
         )
-        is_best, now.best = loss < now.best, min(now.best, loss)
-        run.save(now.iteration, now.ema.weights, saved, now.state_dict(), is_best)
-        samples = sample_grid(averaged, diffusion, saved.sampling)
-        tracked.picture(now.iteration, "samples", samples)
-        classes = range(min(SHOWN, len(class_names))) if config.use_labels else None
-        frames = sequence(averaged, diffusion, saved.sampling, classes or range(SHOWN), classes)
-        run.save_pictures(now.iteration, samples, frames)
+        with (
+            Trackers(config if self.run else None, now.iteration) as self._trackers,
+            StopSignals(patient=self.ranks.size > 1) as signals,
+            self._bar,
+        ):
+            if self.run:
+                self.run.start(config, now.iteration, self.data)
+            self._restart_clock()
+            while now.iteration < config.iterations:
+                if self.ranks.any(signals.stop or signals.save):
+                    if self.ranks.any(signals.stop):
+                        if self.run:
+                            self._bar.write(f"Stopping at iteration {now.iteration}: saving a checkpoint")
+                        break
+                    signals.save = False
+                    self._save()
+                self._train_step()
+                self._bar.update()
+                if now.iteration % config.log_rate == 0 or now.iteration == config.iterations:
+                    self._log()
+                if now.iteration % config.checkpoint_rate == 0:
+                    self._save()
+            self._save()
+        if self.run and now.iteration < config.iterations:
+            go_on = f"python -m training.train --resume {self.run.path}"
+            print(f"Stopped at iteration {now.iteration}; go on with: {go_on}")
+        elif self.run:
+            print(f"Done: {self.run.path}/best.safetensors (lowest validation loss, {now.best:.5f})")
 
-    bar = tqdm(
-        total=config.iterations, initial=now.iteration, unit="it", dynamic_ncols=True, mininterval=1.0, disable=not run
-    )
-    with Trackers(config if run else None, now.iteration) as tracked, StopSignals(ranks.size > 1) as stop, bar:
-        if run:
-            run.start(config, now.iteration)
-        saved_at, last_loss, stopped = now.iteration, None, False
-        started, images_since = time.perf_counter(), 0
-        while now.iteration < config.iterations and not (stopped := ranks.any(stop.requested)):
-            batch, before = batches[now.iteration], [tensor.clone() for tensor in now.passing()]
+    def _train_step(self) -> None:
+        """One batch, one update of the weights and of their averages; nothing but counts where it is not finite."""
+        config, now, share = self.config, self.state, self.ranks.share
+        with memory_for(f"a step of {config.batch_size} images", self._less_memory()):
+            batch, before = self._batches[now.iteration], [tensor.clone() for tensor in now.passing()]
             t, weights = now.timesteps(batch.u)
-            losses = backward(model, diffusion, batch, ranks.share(t), ranks.share(weights), config)
+            losses = backward(self._network, self.diffusion, batch, share(t), share(weights), config)
             if now.importance:
-                now.importance.update(ranks.share(t), losses)
+                now.importance.update(share(t), losses)
             is_finite = step(now.optimizer, learning_rate(config, now.iteration), config.grad_clip)
             restore(now.passing(), before, is_finite)
             now.iteration += 1
-            if run and now.iteration % config.ema_update_rate == 0:
+            now.images_seen += config.batch_size
+            if self.run and now.iteration % config.ema_update_rate == 0:
                 now.ema.update(is_finite)
-            now.tally.add((losses * ranks.share(weights)).mean(), is_finite)
+            now.tally.add((losses * share(weights)).mean(), is_finite)
+        self._images_since += config.batch_size
 
-            images_since += config.batch_size
-            bar.update()
-            is_last = now.iteration == config.iterations
-            if now.iteration % config.log_rate == 0 or is_last:
-                count = now.tally.read(ranks, now.iteration)  # the only wait for the device
-                now.tally.clear()
-                last_loss, rate = count.loss, images_since / (time.perf_counter() - started)
-                if run:
-                    run.log(
-                        iteration=now.iteration,
-                        train_loss=count.loss,
-                        skipped_steps=count.skipped,
-                        images_per_second=round(rate, 1),
-                        time=round(time.time(), 1),
-                    )
-                    tracked.scalars(now.iteration, {"skipped_steps": count.skipped, "images_per_second": rate})
-                    if count.loss is not None:
-                        tracked.scalars(now.iteration, {"train_loss": count.loss})
-                        bar.set_postfix_str(f"loss {count.loss:.4f}, {rate:.0f} images/s")
-                started, images_since = time.perf_counter(), 0
-            if now.iteration % config.checkpoint_rate == 0 and not is_last:
-                saved_at = now.iteration
-                if run:
-                    checkpoint(run, last_loss)
-                started, images_since = time.perf_counter(), 0
-        if stopped and run:
-            bar.write(f"Stopping at iteration {now.iteration}: saving a checkpoint (once more to stop at once)")
-        count = now.tally.read(ranks, now.iteration)
-        if now.iteration != saved_at and run:
-            checkpoint(run, last_loss if count.loss is None else count.loss)
-    if not run:
-        return
-    if now.iteration < config.iterations:
-        print(f"Stopped at iteration {now.iteration}; go on with: python -m training.train --resume {run.path}")
-    else:
-        print(f"Done: {run.path}/best.safetensors (lowest validation loss, {now.best:.5f})")
+    def _log(self) -> None:
+        """A line of the losses since the last one."""
+        now = self.state
+        count = now.tally.read(self.ranks, now.iteration)  # the only wait for the device
+        now.tally.clear()
+        self._last_loss, rate = count.loss, self._images_since / (time.perf_counter() - self._started)
+        self._restart_clock()
+        if self.run is None:
+            return
+        self.run.log(
+            iteration=now.iteration,
+            train_loss=count.loss,
+            skipped_steps=count.skipped,
+            images_per_second=round(rate, 1),
+            time=round(time.time(), 1),
+        )
+        self._trackers.scalars(now.iteration, {"skipped_steps": count.skipped, "images_per_second": rate})
+        if count.loss is not None:
+            self._trackers.scalars(now.iteration, {"train_loss": count.loss})
+            self._bar.set_postfix_str(f"loss {count.loss:.4f}, {rate:.0f} images/s")
+
+    def _save(self) -> None:
+        """A checkpoint of the averaged weights, the state to go on from, and pictures, if there are none yet."""
+        now, run = self.state, self.run
+        if now.iteration == self._saved_at:
+            return
+        count = now.tally.read(self.ranks, now.iteration)
+        self._saved_at = now.iteration
+        if run:
+            shown = self._bar.postfix
+            advice = "what was saved before is good; free some, and go on with --resume"
+            with memory_for(f"the checkpoint of iteration {now.iteration}", advice):
+                averaged = self._averaged()
+                loss = self._validate(averaged)
+                self._say_in_bar("saving")
+                config = self._checkpoint_config(self._last_loss if count.loss is None else count.loss, loss)
+                is_best, now.best = loss < now.best, min(now.best, loss)
+                state = now.state_dict() | {"data": self.data.to_dict()}
+                run.save(now.iteration, now.ema.weights, config, state, is_best)
+                self._draw(averaged, config.sampling)
+            self._bar.set_postfix_str(shown or "")
+        self._restart_clock()
+
+    def _validate(self, network: UNet) -> float:
+        """The mean loss on the validation images, logged with its quartiles. Raises FloatingPointError."""
+        now = self.state
+        self._say_in_bar("validating")
+        quartiles = validation_loss(network, self.diffusion, self._validation_set, self.config.precision)
+        loss = finite(sum(quartiles) / len(quartiles), now.iteration)
+        if self.run:
+            self.run.log(iteration=now.iteration, validation_loss=loss, validation_loss_by_t_quartile=quartiles)
+        by_quartile = {f"validation_loss/t_quartile_{i}": x for i, x in enumerate(quartiles, start=1)}
+        self._trackers.scalars(now.iteration, {"validation_loss": loss} | by_quartile)
+        return loss
+
+    def _averaged(self) -> UNet:
+        """A network of the averaged weights, in eval mode."""
+        network = UNet(self.state.network.config).to(self.device)
+        network.load_state_dict(self.state.ema.weights)
+        return network.eval()
+
+    def _checkpoint_config(self, train_loss: float | None, validation_loss: float) -> CheckpointConfig:
+        config, now = self.config, self.state
+        return CheckpointConfig(
+            unet=now.network.config,
+            diffusion=self.diffusion.config,
+            class_names=self.data.class_names,
+            sampling=config.sampling(),
+            provenance={
+                "dataset": printable(Path(self.data.folder).name or self.data.dataset),
+                "iterations": now.iteration,
+                "images_seen": now.images_seen,
+                "metrics": {"train_loss": train_loss, "validation_loss": validation_loss},
+                "command": printable(config.command()),
+                "seed": config.seed,
+                "git_revision": self._revision,
+                "machine": machine(self.device, self.ranks),
+            },
+        )
+
+    def _draw(self, network: UNet, sampling: SamplingDefaults) -> None:
+        """A grid of samples, and how the first of them come to be."""
+        now, classes = self.state, None
+        if self.config.use_labels:
+            classes = range(min(SHOWN, len(self.data.class_names)))
+        self._say_in_bar("drawing samples")
+        samples = sample_grid(network, self.diffusion, sampling)
+        self._trackers.picture(now.iteration, "samples", samples)
+        frames = sequence(network, self.diffusion, sampling, classes or range(SHOWN), classes)
+        if self.run:
+            self.run.save_pictures(now.iteration, samples, frames)
+
+    def _restart_clock(self) -> None:
+        """What is measured from here on is the steps alone."""
+        self._started, self._images_since = time.perf_counter(), 0
+
+    def _say_in_bar(self, what: str) -> None:
+        """The bar stands still during a checkpoint."""
+        self._bar.set_postfix_str(f"checkpoint: {what}")
+
+    def _less_memory(self) -> str:
+        """What to try where a step does not fit."""
+        size, parts = self.config.batch_size, self.config.accumulate
+        more = next((n for n in range(parts + 1, size + 1) if size % (n * self.ranks.size) == 0), None)
+        advice = f"--accumulate {more} does the same in smaller parts" if more else "give fewer --base_channels"
+        again = f" (what is saved goes on by --resume {self.run.path})" if self.run and self._saved_at else ""
+        return f"{advice}, and a smaller --batch_size needs less, too{again}"
 
 
 def backward(
@@ -203,16 +308,6 @@ def single_channel_groups(config: UNetConfig) -> str | None:
     )
 
 
-def finite(loss: float, iteration: int) -> float:
-    """`loss`, unless it is infinite or not a number: then FloatingPointError, so that no such weights are saved."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the validation loss is {loss} at iteration {iteration}; what was saved before is good. "
-            "Try a lower --learning_rate, --warmup, or --grad_clip 1"
-        )
-    return loss
-
-
 def learning_rate(config: TrainConfig, iteration: int) -> float:
     """Linear warm-up, then constant or half a cosine down to 0."""
     warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
@@ -220,22 +315,17 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
     return config.learning_rate * warm * decay
 
 
-def machine(device: torch.device, ranks: Ranks) -> str:
-    """For provenance."""
-    devices = f"{ranks.size} × {device.type}" if ranks.size > 1 else device.type
-    return f"{devices}, {os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"
-
-
 def main(argv: list[str] | None = None) -> int:
-    config, resume = command.parse(argv)
-    try:
-        train(config, resume)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"training.train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training.train: interrupted", file=sys.stderr)
-        return 130
+    with lasting_output():
+        config, resume, changes = command.parse(argv)
+        try:
+            train(config, resume, changes)
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"training.train: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("training.train: interrupted", file=sys.stderr)
+            return 130
     return 0
 
 

@@ -394,7 +394,7 @@ def test_memory_is_flat_over_many_swaps(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--checkpoint", "mnist,mnist"], "have the same name; rename one"),
+        (["--checkpoint", "mnist,mnist"], "would both be called mnist: name one by NAME=PATH, such as mnist-2="),
         (["--checkpoint", "mnist,"], "must be a checkpoint, or several by commas"),
         (["--checkpoint", "mnist,nowhere.safetensors"], "no checkpoint 'nowhere.safetensors'"),
         (["--models-dir", "nowhere"], "models_dir is nowhere, which is not a folder"),

@@ -77,6 +77,25 @@ def test_home_is_expanded(tiny_options: dict[str, Any], tmp_path: Path, monkeypa
     assert TrainConfig(**options).run_dir == tmp_path / "home" / "ddpm_logs" / "run"
 
 
+def test_without_a_home_folder_another_place_is_asked_for(
+    command_line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(_: object) -> None:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    words = [word for word in command_line if "log_dir" not in word and not word.endswith("runs")]
+    assert train_main(words) == 2
+    sentence = "the home folder in ~/ddpm_logs cannot be found: set the variable HOME, or give a --log_dir without ~"
+    assert capsys.readouterr().err == f"training.train: {sentence}\n"
+    assert train_main([*words, "--log_dir", "/dev/null/x"]) == 2
+    assert "cannot make /dev/null/x/run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_main(["--resume", "~/ddpm_logs/run"])
+    assert "the home folder in ~/ddpm_logs/run cannot be found" in capsys.readouterr().err
+
+
 @needs_fixtures
 def test_training_goes_on_from_the_originals_two_files(
     tmp_path: Path, image_folder: Any, capsys: pytest.CaptureFixture[str]

@@ -27,9 +27,10 @@ from model.images import from_uint8
 from model.nn.ema import EMA
 from training import data
 from training.classifier.network import Classifier, ClassifierConfig
-from training.cli.options import Parser, integers, one_of, written
+from training.cli.options import Parser, expanded, integers, one_of, written
 from training.data.datasets import DataError, Images
 from training.evaluation import feature_extractor
+from training.memory import memory_for
 from training.run.config import torch_device
 
 WHITENED = 5000  # images whose patches make the stem
@@ -219,14 +220,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seed must be at least 0 and below 2^63, not {args.seed}")
     if args.image_size and (len(args.image_size) != 2 or min(args.image_size) < 1):
         parser.error(f"--image_size is height,width, such as 32,48, not {written(args.image_size)}")
-    if not Path(args.out).expanduser().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    parser.check_place("out", args.out)
     return args
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Trains, tests and saves; returns what is known of the result."""
-    device, out = torch_device(args.device), Path(args.out).expanduser()
+    device, out = torch_device(args.device), expanded(args.out)
     training_set, test_set = data.load(args.dataset, args.image_size)
     if training_set.labels is None or test_set.labels is None:
         raise DataError(f"{args.dataset!r} does not tell the class of every image")
@@ -254,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
-        print(json.dumps(run(args, argv)))
+        with memory_for("training a classifier", "give a smaller --image_size or --batch_size"):
+            print(json.dumps(run(args, argv)))
     except (ValueError, OSError) as error:
         print(f"training.classifier: {error}", file=sys.stderr)
         return 2

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from argparse import SUPPRESS
 from collections.abc import Collection, Mapping
 from dataclasses import Field, fields, replace
-from pathlib import Path
 from typing import Any
 
-from training.cli.options import Parser, boolean, check_choice, integers, numbers, written
+from training.cli.options import Parser, boolean, check_choice, expanded, integers, numbers, pairs, written
 from training.cli.presets import PRESETS
+from training.data_record import NOTHING, DataChanges
 from training.run.config import FIXED, GROUPS, TrainConfig
+from training.run.run_dir import read_config
 
 
 def add_options(parser: Parser) -> None:
@@ -56,28 +56,41 @@ def _settings(f: Field[Any]) -> dict[str, Any]:
     return settings
 
 
-def parse(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
-    """The configuration of this run, and whether it goes on from a run that exists."""
+def parse(argv: list[str] | None = None) -> tuple[TrainConfig, bool, DataChanges]:
+    """The configuration of this run, whether it goes on from one that exists, and what of its data may differ."""
     parser = Parser(
         prog="python -m training.train",
         usage="%(prog)s --dataset NAME_OR_FOLDER [options]\n       %(prog)s --resume DIR [options]",
         description="Train a diffusion model on images.",
         epilog="presets:\n" + "\n".join(f"  {name:<15} {text}" for name, (text, _) in PRESETS.items()),
-        elsewhere=ELSEWHERE,
     )
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; options replace its own")
+    parser.add_argument(
+        "--rename_classes",
+        metavar="OLD=NEW,..",
+        type=pairs,
+        help="with --resume: what classes are called now, where a folder's name has changed",
+    )
+    parser.add_argument(
+        "--changed_data",
+        action="store_true",
+        help="with --resume: go on though the images are not those that the run was trained on",
+    )
     parser.add_argument("--preset", metavar="NAME", help="options by name (below); options given besides override them")
     add_options(parser)
     given = vars(parser.read(argv))
     resume, preset = given.pop("resume"), given.pop("preset")
+    changes = DataChanges(given.pop("rename_classes") or {}, given.pop("changed_data"))
     try:
         if "attention_at" in given and "attention_resolutions" in given:
             raise ValueError("--attention_at and --attention_resolutions say the same in two ways: give one of them")
         if resume and preset:
             raise ValueError("--preset is for a new run: with --resume the options are the run's own")
         if resume:
-            return _resumed(resume, given), True
-        return (_preset(preset, given) if preset else TrainConfig(**given)), False
+            return _resumed(resume, given), True, changes
+        if changes != NOTHING:
+            raise ValueError("--rename_classes and --changed_data are for a run that goes on: give --resume, too")
+        return (_preset(preset, given) if preset else TrainConfig(**given)), False, changes
     except ValueError as error:
         parser.error(str(error))
 
@@ -98,16 +111,16 @@ def _preset(name: str, given: dict[str, Any]) -> TrainConfig:
 
 def _resumed(resume: str, given: dict[str, Any]) -> TrainConfig:
     """The configuration of the run in folder `resume`, with the options `given` in place of its own."""
-    folder = Path(resume).expanduser().resolve()
+    folder = expanded(resume).resolve()
     if given.keys() & {"log_dir", "project_name", "run_name"}:
         raise ValueError(
             "--resume names the run's folder, so --log_dir, --project_name and --run_name cannot be given with it"
         )
     try:
-        saved = TrainConfig(**json.loads((folder / "config.json").read_text()))
+        saved, _ = read_config(folder)
     except OSError as error:
         raise ValueError(f"--resume {resume}: no run there ({error.strerror}: config.json)") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"--resume {resume}: its config.json cannot be used: {error}") from error
     above = folder.parent
     place = {"log_dir": above.parent, "project_name": above.name} if saved.project_name else {"log_dir": above}
@@ -116,64 +129,3 @@ def _resumed(resume: str, given: dict[str, Any]) -> TrainConfig:
         if getattr(config, name) != getattr(saved, name):
             raise ValueError(f"--{name} cannot change on --resume: the run has {getattr(saved, name)}")
     return config
-
-
-ELSEWHERE = {  # what diffusers', OpenAI's and other scripts call it → the option here
-    "lr": "learning_rate",
-    "lr_warmup_steps": "warmup",
-    "lr_scheduler": "lr_schedule",
-    "adam_weight_decay": "weight_decay",
-    "max_grad_norm": "grad_clip",
-    "mixed_precision": "precision",
-    "use_fp16": "precision",
-    "gradient_accumulation_steps": "accumulate",
-    "gradient_accumulate_every": "accumulate",
-    "microbatch": "accumulate",
-    "train_batch_size": "batch_size",
-    "epochs": "iterations",
-    "num_epochs": "iterations",
-    "max_train_steps": "iterations",
-    "train_num_steps": "iterations",
-    "total_steps": "iterations",
-    "steps": "iterations",
-    "ema": "ema_decay",
-    "ema_rate": "ema_decay",
-    "dataset_name": "dataset",
-    "train_data_dir": "dataset",
-    "data_dir": "dataset",
-    "data": "dataset",
-    "folder": "dataset",
-    "resolution": "image_size",
-    "random_flip": "flip",
-    "class_cond": "use_labels",
-    "num_channels": "base_channels",
-    "dim": "base_channels",
-    "dim_mults": "channel_mults",
-    "channel_mult": "channel_mults",
-    "use_scale_shift_norm": "scale_shift_norm",
-    "num_head_channels": "head_channels",
-    "attention_levels": "attention_resolutions",
-    "diffusion_steps": "num_timesteps",
-    "ddpm_num_steps": "num_timesteps",
-    "timesteps": "num_timesteps",
-    "noise_schedule": "schedule",
-    "ddpm_beta_schedule": "schedule",
-    "beta_schedule": "schedule",
-    "prediction_type": "prediction",
-    "objective": "prediction",
-    "learn_sigma": "variance",
-    "loss_weighting": "weighting",
-    "min_snr_loss_weight": "weighting",
-    "rescale_betas_zero_snr": "zero_terminal_snr",
-    "schedule_sampler": "timestep_sampler",
-    "output_dir": "log_dir",
-    "results_folder": "log_dir",
-    "log_interval": "log_rate",
-    "save_interval": "checkpoint_rate",
-    "checkpointing_steps": "checkpoint_rate",
-    "save_and_sample_every": "checkpoint_rate",
-    "resume_checkpoint": "resume",
-    "resume_from_checkpoint": "resume",
-    "wandb": "log_to_wandb",
-    "cfg_scale": "guidance_scale",
-}

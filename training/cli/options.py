@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -33,9 +34,32 @@ def numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers such as 0.999,0.9999, not {text!r}") from error
 
 
+def pairs(text: str) -> dict[str, str]:
+    """ "cat=kitty,dog=hound": what is on the left to what is on the right."""
+    found = dict(part.split("=", 1) for part in text.split(",") if part.count("=") == 1)
+    if len(found) != len(text.split(",")) or not all((*found, *found.values())):
+        raise argparse.ArgumentTypeError(f"expected pairs such as OLD=NEW,OLD=NEW, not {text!r}")
+    return found
+
+
 def _parts(text: str) -> list[str]:
     inner = text.strip("()[], ")
     return inner.split(",") if inner else []
+
+
+def expanded(path: str | Path, option: str = "path") -> Path:
+    """A path with ~ as the home folder. Raises ValueError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"the home folder in {path} cannot be found: set the variable HOME, or give a {option} without ~"
+        ) from error
+
+
+def printable(text: str) -> str:
+    r"""`text` with \udcNN for each byte of a file's name that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def written(value: Any) -> str:
@@ -78,16 +102,9 @@ def _not_one_of(value: str, valid: Collection[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An unknown option is refused with the nearest known one. `elsewhere`: other projects' names for options here."""
+    """An unknown option is refused with the nearest known one."""
 
-    def __init__(
-        self,
-        prog: str,
-        description: str,
-        usage: str | None = None,
-        epilog: str | None = None,
-        elsewhere: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, prog: str, description: str, usage: str | None = None, epilog: str | None = None) -> None:
         super().__init__(
             prog=prog,
             usage=usage,
@@ -96,7 +113,6 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
             allow_abbrev=False,
         )
-        self._elsewhere = elsewhere or {}
 
     def read(self, argv: list[str] | None) -> argparse.Namespace:
         """As `parse_args`."""
@@ -105,12 +121,20 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown)
         return namespace
 
+    def check_place(self, option: str, path: str) -> None:
+        """Ends the program with a sentence where there is no folder for the file that an option names."""
+        try:
+            if not expanded(path).parent.is_dir():
+                self.error(f"--{option} {path}: there is no folder {Path(path).parent}")
+        except ValueError as error:
+            self.error(f"--{option}: {error}")
+
     def _refuse(self, unknown: list[str]) -> NoReturn:
         word = next((word for word in unknown if word.startswith("--")), None)
         if word is None:
             self.error(f'unexpected {" ".join(unknown)!r}; a list is one word, such as 1,2,2 or "(1, 2, 2)"')
         name = word[2:].partition("=")[0].replace("-", "_")
         valid = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-        guess = name if name in valid else self._elsewhere.get(name) or nearest(name, valid)
+        guess = name if name in valid else nearest(name, valid)
         hint = f"; did you mean --{guess}?" if guess else ""
-        self.error(f"there is no option {word.partition('=')[0]}{hint} (--help lists all: {', '.join(valid)})")
+        self.error(f"there is no option {word.partition('=')[0]}{hint} (--help lists all)")

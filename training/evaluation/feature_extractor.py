@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.safetensors_io import write_tensors
 from training.classifier.network import Classifier, ClassifierConfig
+from training.cli.options import expanded
 from training.evaluation import inception
 from training.evaluation.inception import Inception
 
@@ -77,7 +78,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
 
     Executes nothing.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix == ".pth":
         return _inception(path, device)
     try:

@@ -29,7 +29,7 @@ class TrainState:
         is_loss_aware = config.timestep_sampler == LOSS_AWARE
         self.importance = LossSecondMoment(config.num_timesteps, device=device) if is_loss_aware else None
         self.tally = Tally(device)
-        self.iteration, self.best = 0, math.inf
+        self.iteration, self.images_seen, self.best = 0, 0, math.inf
         self._sampler, self._num_timesteps = config.timestep_sampler, config.num_timesteps
 
     def timesteps(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,7 @@ class TrainState:
             "importance": self.importance.state_dict() if self.importance else None,
             "tally": self.tally.numbers,
             "iteration": self.iteration,
+            "images_seen": self.images_seen,
             "best": self.best,
         }
 
@@ -59,8 +60,7 @@ class TrainState:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.importance and state.get("importance"):
+        if self.importance:
             self.importance.load_state_dict(state["importance"])
-        if "tally" in state:  # states from before steps were skipped have none
-            self.tally.numbers = state["tally"].to(self.tally.numbers)
-        self.iteration, self.best = state["iteration"], state["best"]
+        self.tally.numbers = state["tally"].to(self.tally.numbers)
+        self.iteration, self.images_seen, self.best = state["iteration"], state["images_seen"], state["best"]

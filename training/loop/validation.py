@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,13 @@ def validation_loss(network: UNet, diffusion: GaussianDiffusion, images: Images,
             losses.append(diffusion.loss(network, x0, y, t[part].to(device), noise))
     by_t = torch.cat(losses).cpu()[t.argsort()]
     return [float(quarter.mean()) for quarter in by_t.chunk(4)]
+
+
+def finite(loss: float, iteration: int) -> float:
+    """`loss`, unless it is infinite or not a number: then FloatingPointError, so that no such weights are saved."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the validation loss is {loss} at iteration {iteration}; what was saved before is good. "
+            "Try a lower --learning_rate, --warmup, or --grad_clip 1"
+        )
+    return loss

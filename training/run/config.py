@@ -16,7 +16,7 @@ from model.nn.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
 from model.sampling.schedule import LIMITS, SamplingDefaults, make_plan
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import SPACINGS
-from training.cli.options import check_choice, written
+from training.cli.options import check_choice, expanded, printable, written
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS
 
 LOSS_AWARE = "loss_second_moment"  # of --timestep_sampler; the others are functions of uniform numbers
@@ -107,10 +107,10 @@ class TrainConfig:
     limit: str = _option("clamp", "of the predicted image at each of its steps", LIMITS)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ema_decay, (int, float)):  # a config.json from when there was only one
-            object.__setattr__(self, "ema_decay", (self.ema_decay,))
         for f in fields(self):
             if isinstance(f.default, tuple):
+                if not isinstance(getattr(self, f.name), (tuple, list)):
+                    raise ValueError(f"{f.name} is a list, not {getattr(self, f.name)!r}")
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
             if f.metadata["choices"]:
                 check_choice(f.name, getattr(self, f.name), f.metadata["choices"])
@@ -178,13 +178,16 @@ class TrainConfig:
                 f"--attention_resolutions {written(self.attention_resolutions)} counts levels, 0 for the full size: "
                 f"with these --channel_mults they are 0 to {len(self.channel_mults) - 1} (--attention_at takes pixels)"
             )
+        for name in ("project_name", "run_name"):  # a plot shows it, and W&B
+            if printable(getattr(self, name)) != getattr(self, name):
+                raise ValueError(f"--{name} {printable(getattr(self, name))} is not UTF-8: choose another name")
         if Path(self.project_name).name != self.project_name or self.project_name == "..":
             raise ValueError(f"--project_name is the name of a folder, not a path, as {self.project_name!r} is")
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files are."""
-        return Path(self.log_dir).expanduser() / self.project_name / self.run_name
+        """Where the run's files are. Raises ValueError where --log_dir is in a home folder that there is not."""
+        return expanded(self.log_dir, "--log_dir") / self.project_name / self.run_name
 
     def torch_device(self) -> torch.device:
         """See `torch_device`."""

@@ -1,9 +1,15 @@
-"""Which source made a result."""
+"""Which source made a result, on which machine."""
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 from pathlib import Path
+
+import torch
+
+from training.loop.distributed import Ranks
 
 
 def git_revision() -> str | None:
@@ -17,3 +23,9 @@ def git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def machine(device: torch.device, ranks: Ranks) -> str:
+    """For provenance."""
+    devices = f"{ranks.size} × {device.type}" if ranks.size > 1 else device.type
+    return f"{devices}, {os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"

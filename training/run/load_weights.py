@@ -20,7 +20,7 @@ from model.diffusion import DiffusionConfig
 from model.importers import import_path, load_weights, recognise
 from model.nn.unet import UNet, UNetConfig
 from model.sampling.schedule import SamplingDefaults
-from training.cli.options import numbers, written
+from training.cli.options import expanded, numbers, written
 from training.run.config import TrainConfig
 
 Told = Mapping[str, Any]
@@ -69,7 +69,7 @@ def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Che
     the state that belongs to a checkpoint, or, for a folder, in the newest. Raises ValueError with a sentence where
     there are none, or the checkpoint contradicts what was `told`.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file() and is_original(path):
         return _of_original(path, weights, told, device)
     if path.is_dir():

@@ -17,7 +17,7 @@ from model.diffusion import DiffusionConfig
 from model.importers import load_weights
 from model.nn.ema import EMA
 from model.nn.unet import UNet, UNetConfig
-from training.cli.options import written
+from training.cli.options import expanded, written
 from training.run.config import TrainConfig
 from training.run.load_weights import is_original, load_original
 
@@ -34,7 +34,7 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.op
     """
     if not config.model_checkpoint:
         return
-    path = Path(config.model_checkpoint).expanduser()
+    path = expanded(config.model_checkpoint)
     if path.is_file() and is_original(path):
         found = load_original(path, {f.name: getattr(config, f.name) for f in fields(config)})
         _check(config, network.config, found.unet, found.diffusion)
@@ -48,7 +48,7 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.op
     updates = math.ceil((10 * largest - 1) / (1 - largest))  # from there on (1 + k)/(10 + k) is more than it
     ema.load_state_dict({"averages": {repr(decay): averaged for decay in ema.averages}, "updates": max(0, updates)})
     if config.optim_checkpoint:
-        _load_optimizer(Path(config.optim_checkpoint).expanduser(), path, network, optimizer)
+        _load_optimizer(expanded(config.optim_checkpoint), path, network, optimizer)
 
 
 def _check(config: TrainConfig, ours: UNetConfig, theirs: UNetConfig, process: DiffusionConfig) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
+from training import data
 from training import train as module
 from training.run.config import TrainConfig
 from training.train import learning_rate, main, train
@@ -26,7 +27,7 @@ Options = dict[str, Any]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
 SameRun = Callable[[Path, Path, int], None]
 
-EVERY_DRAW = {"dropout": 0.2, "flip": True, "label_dropout": 0.3, "warmup": 3, "grad_clip": 1.0, "ema_decay": 0.9}
+EVERY_DRAW = {"dropout": 0.2, "flip": True, "label_dropout": 0.3, "warmup": 3, "grad_clip": 1.0, "ema_decay": (0.9,)}
 EVERY_STATE = EVERY_DRAW | {
     "schedule": "cosine",
     "num_timesteps": 6,  # so few that the importance of each is known when the run is resumed
@@ -65,7 +66,8 @@ def assert_same_run(read_log: ReadLog) -> SameRun:
 
     def compare(a: Path, b: Path, iteration: int) -> None:
         states = [torch.load(run / f"state-{iteration:07d}.pt", weights_only=True) for run in (a, b)]
-        assert states[0].keys() == {"network", "ema", "optimizer", "importance", "tally", "iteration", "best"}
+        counted = {"tally", "iteration", "images_seen", "best", "data"}
+        assert states[0].keys() == {"network", "ema", "optimizer", "importance", *counted}
         assert_equal(*states)
         for name in (f"checkpoint-{iteration:07d}.safetensors", "best.safetensors", f"samples-{iteration:07d}.png"):
             assert (a / name).read_bytes() == (b / name).read_bytes(), name
@@ -103,14 +105,6 @@ def test_n_steps_and_then_n_more_are_2n(assert_same_run: SameRun, tiny_options: 
     assert_same_run(unbroken, train(replace(half, iterations=8), resume=True), 8)
 
 
-def test_a_state_from_before_there_were_tallies_and_importance_goes_on(tiny_options: Options) -> None:
-    config = TrainConfig(**tiny_options | {"iterations": 4})
-    path = train(config) / "state-0000004.pt"
-    state = torch.load(path, weights_only=True)
-    torch.save({key: state[key] for key in ("network", "ema", "optimizer", "iteration", "best")}, path)
-    assert (train(replace(config, iterations=6), resume=True) / "state-0000006.pt").exists()
-
-
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(assert_same_run: SameRun, tiny_options: Options) -> None:
     config = TrainConfig(**tiny_options | EVERY_DRAW | {"lr_schedule": "cosine", "checkpoint_rate": 3, "log_rate": 3})
     run = train(config)
@@ -141,10 +135,13 @@ def test_a_finished_run_is_left_as_it_is(tiny_options: Options, capsys: pytest.C
     run = train(TrainConfig(**tiny_options))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert main(["--resume", str(run)]) == 0
-    after = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert before.keys() == after.keys()
-    assert [name for name in before if before[name] != after[name]] in ([], ["config.json"])
-    assert "Done" in capsys.readouterr().out
+    assert f"Nothing to do: {run} has done its 8 iterations" in capsys.readouterr().out
+    assert main(["--resume", str(run), "--iterations", "5"]) == 2
+    said = capsys.readouterr()
+    assert "--iterations 5: " in said.err
+    assert "has done 8 already" in said.err
+    assert "Done" not in said.out
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(
@@ -153,12 +150,12 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.data, "load", interrupt)
+    monkeypatch.setattr(data, "load", interrupt)
     assert main(command_line) == 130
     assert capsys.readouterr().err == "training.train: interrupted\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_after_the_step_and_leaves_the_handlers_as_they_were(
     read_log: ReadLog, number: signal.Signals, tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,12 +164,50 @@ def test_a_signal_stops_after_the_step_and_leaves_the_handlers_as_they_were(
             os.kill(os.getpid(), number)
         return learning_rate(config, iteration)
 
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in (signal.SIGINT, number)]
     monkeypatch.setattr(module, "learning_rate", rate)
     run = train(TrainConfig(**tiny_options))
     assert (run / "checkpoint-0000005.safetensors").exists()
     assert read_log(run)[-1]["iteration"] == 5
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in (signal.SIGINT, number)] == before
+
+
+def test_usr1_saves_and_goes_on(tiny_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(config: TrainConfig, iteration: int) -> float:
+        if iteration == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return learning_rate(config, iteration)
+
+    monkeypatch.setattr(module, "learning_rate", rate)
+    run = train(TrainConfig(**tiny_options | {"keep": 9}))
+    saved = sorted(int(path.stem[-7:]) for path in run.glob("checkpoint-*"))
+    assert saved == [4, 6, 8]
+
+
+def test_what_a_standing_bar_waits_for_is_said(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command_line) == 0
+    shown = capsys.readouterr().err
+    for what in ("validating", "saving", "drawing samples"):
+        assert f"checkpoint: {what}]" in shown
+    assert re.search(r"8/8 .*, loss \d", shown.rpartition("drawing samples")[2])
+
+
+def test_a_step_that_does_not_fit_into_memory_is_told(
+    command_line: list[str], tiny_options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rate(config: TrainConfig, iteration: int) -> float:
+        if iteration == 6:
+            torch.empty(2**52, dtype=torch.uint8)
+        return learning_rate(config, iteration)
+
+    monkeypatch.setattr(module, "learning_rate", rate)
+    assert main([*command_line, "--log_rate", "100"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        "training.train: there is not enough memory for a step of 8 images (it asked for 4194304.0 GiB"
+    )
+    assert "--accumulate 2 does the same in smaller parts" in said
+    assert f"--resume {TrainConfig(**tiny_options).run_dir}" in said
 
 
 def test_a_second_ctrl_c_ends_at_once(

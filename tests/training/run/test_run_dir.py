@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import resource
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +70,69 @@ def test_two_processes_cannot_train_in_one_folder(resume: bool, run: RunDir, con
     free = subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert (free.returncode == 0) == resume, free.stderr
     run._lock = os.open(os.devnull, os.O_RDONLY)  # for the fixture to close
+
+
+def test_without_file_locks_a_run_goes_on_with_one_warning(
+    config: TrainConfig, tiny: UNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on Lustre without -o flock, and some FUSE: neither locks nor fsync of folders."""
+    import fcntl
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    monkeypatch.setattr(os, "fsync", unknown)
+    with RunDir(config, resume=False) as run:
+        run.start(config, 0)
+        save(run, tiny, 1, best=True)
+    sentence = "its file system locks no files (Function not implemented): see to it that no other process trains in it"
+    assert capsys.readouterr().err == f"{run.path}: {sentence}\n"
+
+
+def test_a_folder_that_cannot_be_flushed_is_told_once(
+    run: RunDir, tiny: UNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fsync = os.fsync
+
+    def only_files(file: int) -> None:  # as CIFS
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    for iteration in (1, 2):
+        save(run, tiny, iteration, best=True)
+    assert names(run) == [
+        "best.safetensors",
+        "checkpoint-0000001.safetensors",
+        "checkpoint-0000002.safetensors",
+        "config.json",
+        "state-0000001.pt",
+        "state-0000002.pt",
+    ]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "does not tell when a file is on the disk (Invalid argument): a power failure may lose checkpoints" in said
+
+
+def test_a_disk_that_fails_is_not_passed_over(run: RunDir, tiny: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        save(run, tiny, 1)
+    assert "state-0000001.pt" not in names(run)
+
+
+def test_without_the_module_for_locks_a_run_goes_on(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("training.run.run_dir.fcntl", None)  # Windows
+    with RunDir(config, resume=False):
+        pass
+    assert "locks no files (this system has none)" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

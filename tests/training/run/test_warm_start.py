@@ -143,7 +143,7 @@ def test_ours_go_on_with_their_optimizer(tiny_options: dict[str, Any]) -> None:
 def test_a_run_that_begins_so_has_their_loss_at_once(
     tiny_options: dict[str, Any], read_log: Callable[[Path], list[dict[str, Any]]], command_line: list[str]
 ) -> None:
-    first = train(TrainConfig(**tiny_options | {"iterations": 60, "learning_rate": 5e-3, "ema_decay": 0.9}))
+    first = train(TrainConfig(**tiny_options | {"iterations": 60, "learning_rate": 5e-3, "ema_decay": (0.9,)}))
     words = ["--run_name", "second", "--iterations", "1", "--model_checkpoint", str(first / "best.safetensors")]
     assert main([*command_line, *words]) == 0
     second = read_log(first.with_name("second"))[-1]["validation_loss"]
