@@ -201,7 +201,7 @@ def norm_groups(config: UNetConfig) -> set[int]:
 def architecture(levels: list[list[tuple[int, bool]]], base: int) -> dict[str, Any]:
     """Configuration from the residual blocks of each level on the way down, each (channels out, has attention)."""
     blocks = {len(level) for level in levels}
-    if len(blocks) != 1 or any(channels % base for level in levels for channels, _ in level):
+    if len(blocks) != 1 or 0 in blocks or any(channels % base for level in levels for channels, _ in level):
         raise ImportRefused("its levels do not have equal numbers of residual blocks, or whole channel multiples")
     return {
         "base_channels": base,

@@ -6,6 +6,7 @@ import json
 import pickle
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,9 @@ def load_weights(path: Path) -> Any:
             content: Any = load_file(path)
         else:
             _check_pickle(path, start.startswith(ZIP))
-            content = torch.load(path, weights_only=True, map_location="cpu")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of protocols and layouts
+                content = torch.load(path, weights_only=True, map_location="cpu")
         _check_tensors(content, path.stat().st_size)
         return content
     except pickle.UnpicklingError as error:
@@ -100,6 +103,8 @@ def _words(path: Path) -> Iterator[str]:
 
 def _what_it_holds(path: Path) -> str:
     words = list(_words(path))
+    if not words:
+        return f"{path.name} is damaged, or no PyTorch file"
     for sign, what in OBJECTS.items():
         if any(sign in word for word in words):
             return f"it holds code or objects besides tensors and is not loaded; it is {what}"
