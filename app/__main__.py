@@ -169,7 +169,7 @@ def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
         sockets = bind(settings.host, settings.port)
         if settings.metrics_port >= 0:
             operations_sockets = bind(settings.metrics_host, settings.metrics_port, "metrics-")
-        log.info("loading %s", ", ".join(settings.checkpoints))
+        log.info("loading %s", settings.checkpoint)
         app = create_app(settings, make_runner)
     except ValueError as error:
         sys.exit(f"python -m app: {error}")

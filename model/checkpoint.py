@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.nn.unet import UNet, UNetConfig
-from model.safetensors_io import write_tensors
+from model.safetensors_io import not_data, write_tensors
 from model.sampling.schedule import SamplingDefaults, make_plan
 
 FORMAT = "ddpm-serve/1"
@@ -112,6 +112,8 @@ def find(name_or_path: str | Path) -> Path:
         path = Path(name_or_path).expanduser()
         if path.is_file():
             return path
+        if path.exists():
+            raise CheckpointError(f"no checkpoint {str(name_or_path)!r}: it is {not_data(path)}")
     except (OSError, RuntimeError) as error:  # a name too long, the home (~) of nobody
         raise CheckpointError(f"no checkpoint {str(name_or_path)!r}: {error}") from error
     names = ", ".join(sorted(p.stem for p in PRETRAINED.glob("*.safetensors")))
@@ -122,6 +124,8 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
     """Loads a checkpoint for sampling. Raises CheckpointError with a sentence for anything but a good one."""
     path = find(name_or_path)
     try:
+        if problem := not_data(path):
+            raise OSError(f"it is {problem}")
         before = _stamp(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = (file.metadata() or {}).get("ddpm")
@@ -145,8 +149,10 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
             raise CheckpointError(f"the file is damaged: its SHA-256 is not the one in {SUMS} beside it")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    except SafetensorError as error:  # in whose words nothing helps
+        raise CheckpointError(f"{path} is not a readable safetensors file, or is damaged") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error.strerror or error}") from error
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} has a configuration that cannot be used: {error!r}") from error
     network.load_state_dict(weights, assign=True)

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.convert.diffusers import DIFFUSERS, PREDICTIONS, norm_groups
-from model.convert.layout import Weights
+from model.convert.diffusers import DIFFUSERS
+from model.convert.layout import Weights, norm_groups
 from model.diffusion import DiffusionConfig
+from model.import_scheduler import PREDICTIONS, UNLIMITED
 from model.nn.layers import ResBlock
 from model.nn.unet import UNet, UNetConfig
 from model.safetensors_io import write_tensors
+from model.sampling.step import DYNAMIC_QUANTILE
 
 
 class ExportRefused(ValueError):
@@ -52,6 +54,8 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         f"its activation is {config.activation!r}, not silu": config.activation != "silu",
         "its first level is wider than its first convolution": config.channel_mults[0] != 1,
         f"it has {config.num_heads} heads whatever the width": config.num_heads != 1 and not config.head_channels,
+        "it has another number of heads on the way up": config.num_heads_upsample and not config.head_channels,
+        "it pads its images": config.initial_pad != 0,
         "it scales its timesteps": config.time_scale != 1,
         f"its norms have different numbers of groups, {sorted(norm_groups(config))}": len(norm_groups(config)) > 1,
         "its image size does not divide by its resolutions": any(side % config.multiple for side in config.image_size),
@@ -69,7 +73,7 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
             "unet": ["diffusers", "UNet2DModel"],
         },
         "unet/config.json": unet_json(config),
-        "scheduler/scheduler_config.json": scheduler_json(source.config.diffusion),
+        "scheduler/scheduler_config.json": scheduler_json(source.config.diffusion, source.config.sampling.limit),
     }
     write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", renamed(config, weights), {"format": "pt"})
     for name, content in files.items():
@@ -167,8 +171,8 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def scheduler_json(config: DiffusionConfig) -> dict[str, Any]:
-    """DDPMScheduler's configuration."""
+def scheduler_json(config: DiffusionConfig, limit: str) -> dict[str, Any]:
+    """DDPMScheduler's configuration, with the `limit` of x0 that the checkpoint is sampled with."""
     scale = 1000 / config.num_timesteps  # theirs does not scale its betas
     return {
         "_class_name": "DDPMScheduler",
@@ -180,8 +184,11 @@ def scheduler_json(config: DiffusionConfig) -> dict[str, Any]:
         "trained_betas": None,
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.prediction],
         "variance_type": config.variance,
-        "clip_sample": True,
+        "clip_sample": limit == "clamp",
         "clip_sample_range": 1.0,
+        "thresholding": limit == "dynamic",
+        "dynamic_thresholding_ratio": DYNAMIC_QUANTILE,
+        "sample_max_value": UNLIMITED,
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": config.zero_terminal_snr,
     }

@@ -25,3 +25,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def not_data(path: Path) -> str | None:
+    """What `path` is instead of a file with data in it, as the end of "it is …", and what to do; None for any file."""
+    if path.is_dir():
+        return "a folder, not a file"
+    if not path.is_file():
+        return "not a file" if path.exists() else "not there"
+    try:
+        with path.open("rb") as content:
+            start = content.read(512)
+    except OSError as error:
+        return f"not readable: {(error.strerror or 'no reason is known').lower()}"
+    if not start:
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file that it stands for: fetch that with `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page, not a file of weights: download it again"
+    return None

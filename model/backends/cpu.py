@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from model.backends.cuda import autocast_network
 from model.nn.layers import Attention, ResBlock, Upsample, folded, unfolded
-from model.nn.unet import UNet
+from model.nn.unet import UNet, padded, unpadded
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -269,7 +269,7 @@ class PackedUNet:
         if (y is None) != (config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
-        x = folded(F.pad(x, (0, -w % config.multiple, 0, -h % config.multiple)), config.patch_size)
+        x = folded(padded(x, config), config.patch_size)
         x = x.contiguous(memory_format=torch.channels_last)
         biases = self._biases(t, y)
         x = self.init_conv(x.to(self.dtype)).float()
@@ -292,4 +292,4 @@ class PackedUNet:
             else:
                 x = layer(x, biases)
         out = unfolded(self.out_conv(self.out_norm(x).to(self.dtype)).float(), config.patch_size)
-        return out[:, :, :h, :w].contiguous()
+        return unpadded(out, config, h, w).contiguous()

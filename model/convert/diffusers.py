@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from model import import_scheduler
 from model.convert.layout import (
     Flags,
     Imported,
     ImportRefused,
     Layout,
+    Source,
     Weights,
     convert,
-    diffusion_of,
+    cosines_first,
+    diffusion_by_flags,
     layers,
+    norm_groups,
     separate_qkv,
 )
-from model.diffusion import DiffusionConfig, cosine_betas
+from model.import_files import TENSORFLOW, TENSORFLOW_SAYS, folder_weights, read_json
 from model.nn.layers import ResBlock
 from model.nn.unet import UNet, UNetConfig
 
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "fixed_large_log": "fixed_large",
-    "learned_range": "learned_range",
-}
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True, "ResnetDownsampleBlock2D": False}
 UP = {"UpBlock2D": False, "AttnUpBlock2D": True, "ResnetUpsampleBlock2D": False}
 
@@ -85,39 +77,81 @@ DIFFUSERS = Layout(
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ImportRefused for anything else."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ImportRefused(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ImportRefused(f"{path} is not a JSON object")
-    return data
-
-
-def import_diffusers(folder: Path, state: Weights, flags: Flags) -> Imported:
-    """A network's folder, or a pipeline's with `unet` and `scheduler`, and the network's loaded tensors."""
-    is_pipeline = (folder / "unet" / "config.json").is_file()
-    theirs = read_json((folder / "unet" if is_pipeline else folder) / "config.json")
+def import_folder(source: Path, flags: Flags) -> Imported:
+    """A network's folder, that of a pipeline, or of a training's checkpoint. Raises ImportRefused."""
+    folder = _network(source, flags)
+    if not (folder / "config.json").exists():
+        if any(TENSORFLOW.search(path.name) for path in source.iterdir()):
+            raise ImportRefused(TENSORFLOW_SAYS)
+        raise ImportRefused("this folder has no config.json, and no unet/config.json, as diffusers' have")
+    for above in (source, folder.parent):
+        if (above / "model_index.json").exists():
+            _check_pipeline(read_json(above / "model_index.json"))
+    theirs = read_json(folder / "config.json")
     config = unet_config(theirs, flags)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        diffusion = diffusion_config(read_json(scheduler), config.learned_variance)
-    else:
+    state, file = folder_weights(folder)
+    assumed = [] if theirs.get("sample_size") or flags.image_size else ["image_size 32,32"]
+    if folder.name == "unet" and flags.weights is None and (folder.parent / "unet_ema").is_dir():
+        assumed.append("the raw weights are meant, though there is unet_ema")
+    scheduler = import_scheduler.find_scheduler(source, folder)
+    limit = "clamp"
+    if scheduler is None:
+        flags.need(num_timesteps=1000, schedule="linear", prediction="eps")
+        if not config.learned_variance:
+            flags.need(variance="fixed_small")
+        if flags.schedule == "linear" and flags.num_timesteps != 1000:  # theirs is not scaled, ours is
+            scale = (flags.num_timesteps or 1000) / 1000
+            flags.need(schedule_low=1e-4 * scale, schedule_high=0.02 * scale)
         variance = "learned_range" if config.learned_variance else "fixed_small"
-        diffusion = DiffusionConfig(flags.num_timesteps, flags.schedule, variance=variance)
-    source = dict(state)
+        diffusion, origin = diffusion_by_flags(flags, variance=variance), "by flags, since there is no scheduler"
+    else:
+        told = read_json(scheduler)
+        diffusion, limit, more = import_scheduler.read(told, config.learned_variance)
+        origin, assumed = f"from {told['_class_name']} in {scheduler}", [*assumed, *more]
+    used = {"weights"} if folder.name == "unet_ema" or (folder.parent / "unet_ema").is_dir() else set()
+    return Imported(
+        _converted(state, theirs, config),
+        config,
+        diffusion,
+        f"{origin}; weights from {folder.name}/{file}",
+        tuple(assumed),
+        limit,
+        frozenset(used),
+    )
+
+
+def _network(source: Path, flags: Flags) -> Path:
+    """Where the network is. The average is preferred, unless the raw weights, or this very folder, are asked for."""
+    has_network = (source / "config.json").exists() or not (source / "unet").is_dir()
+    home = source.parent if source.name in ("unet", "unet_ema") and flags.weights else source
+    wanted = ["unet_ema", "unet"] if flags.weights != "raw" else ["unet"]
+    if home != source or not has_network or (source / "unet_ema").is_dir():
+        for name in wanted:
+            if (home / name / "config.json").exists():
+                return home / name
+    return source
+
+
+def _check_pipeline(index: dict[str, Any]) -> None:
+    """Raises ImportRefused for a pipeline that does not make images from a UNet2DModel's noise alone."""
+    name = index.get("_class_name")
+    if latent := [part for part in ("vae", "vqvae", "movq", "image_encoder") if part in index]:
+        raise ImportRefused(f"it is a {name}: its network works on latents of its {latent[0]}, not on images")
+    if name not in PIPELINES:
+        raise ImportRefused(f"it is a {name}; the pipelines that can be imported are {', '.join(PIPELINES)}")
+
+
+def _converted(state: Weights, theirs: dict[str, Any], config: UNetConfig) -> Weights:
+    source = Source(state)
     for name in [name for name in source if ".attentions." in name]:
         head, _, leaf = name.rpartition(".")
         place, _, layer = head.rpartition(".")
         if layer in OLD_NAMES:
             source[f"{place}.{OLD_NAMES[layer]}.{leaf}"] = source.pop(name)
-    first = source.get("time_embedding.linear_1.weight")
-    if first is not None and theirs.get("flip_sin_to_cos", True) and not config.time_table:
-        half = first.shape[1] // 2
-        source["time_embedding.linear_1.weight"] = torch.cat([first[:, half:], first[:, :half]], dim=1)
-    return convert(source, config, DIFFUSERS), config, diffusion
+    if theirs.get("flip_sin_to_cos", True) and not config.time_table:
+        first = "time_embedding.linear_1.weight"
+        source[first] = cosines_first(source[first])
+    return convert(source, config, DIFFUSERS)
 
 
 def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
@@ -125,6 +159,7 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
     get = theirs.get
     if get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ImportRefused(f"it is a {get('_class_name')}; only UNet2DModel can be imported")
+    groups, scale_shift = get("norm_num_groups", 32), get("resnet_time_scale_shift", "default") == "scale_shift"
     down, up = get("down_block_types", ["DownBlock2D"] + ["AttnDownBlock2D"] * 3), get("up_block_types")
     up = ["AttnUpBlock2D"] * 3 + ["UpBlock2D"] if up is None else up
     widths = list(get("block_out_channels", (224, 448, 672, 896)))
@@ -142,6 +177,10 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
         ("class_embed_type", get("class_embed_type"), (None,)),
         ("resnet_time_scale_shift", get("resnet_time_scale_shift", "default"), ("default", "scale_shift")),
         ("downsample_padding", get("downsample_padding", 1), (0, 1)),
+        ("downsample_type", get("downsample_type", "conv"), ("conv", "resnet")),
+        ("upsample_type", get("upsample_type", "conv"), ("conv", "resnet")),
+        # the middle's attention has the groups of all others; with scale_shift none at all, where it does not tell
+        ("attn_norm_num_groups", get("attn_norm_num_groups"), (groups,) if scale_shift else (None, groups)),
     ]:
         if value not in valid:
             raise ImportRefused(f"its {name} is {value!r}, which cannot be expressed here")
@@ -160,7 +199,7 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
     )
     if len(kinds) != 1:
         raise ImportRefused("it mixes ways of changing the resolution, which cannot be expressed here")
-    size = get("sample_size") or flags.image_size
+    size = get("sample_size") or flags.image_size or (32, 32)
     head = get("attention_head_dim", 8)
     in_channels, out_channels = get("in_channels", 3), get("out_channels", 3)
     if out_channels not in (in_channels, 2 * in_channels):
@@ -175,15 +214,14 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
         num_res_blocks=get("layers_per_block", 2),
         attention_levels=tuple(i for i, has in enumerate(attention) if has),
         time_emb_dim=get("time_embedding_dim") or 4 * widths[0],
-        num_classes=labels - flags.null_class if labels else None,
-        null_class=flags.null_class,
+        **flags.classes(labels),
         class_conditioning="embedding",
         dropout=get("dropout", 0.0),
         head_channels=head or 0,
         learned_variance=out_channels == 2 * in_channels,
-        scale_shift_norm=get("resnet_time_scale_shift", "default") == "scale_shift",
+        scale_shift_norm=scale_shift,
         resblock_updown=kinds == {True},
-        norm_groups=get("norm_num_groups", 32),
+        norm_groups=groups,
         norm_eps=get("norm_eps", 1e-5),
         downsample_padding=get("downsample_padding", 1),
         time_freq_shift=get("freq_shift", 0),
@@ -192,35 +230,3 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
     if any(groups != config.norm_groups for groups in norm_groups(config)):
         raise ImportRefused(f"its norms have {config.norm_groups} groups, which do not divide all channels")
     return config
-
-
-def norm_groups(config: UNetConfig) -> set[int]:
-    """The numbers of groups of a network's GroupNorms."""
-    with torch.device("meta"):
-        network = UNet(config)
-    return {module.num_groups for module in network.modules() if isinstance(module, torch.nn.GroupNorm)}
-
-
-def diffusion_config(theirs: dict[str, Any], learned_variance: bool) -> DiffusionConfig:
-    """Their scheduler's configuration in our words. Raises ImportRefused for what ours cannot express."""
-    get = theirs.get
-    steps, schedule = get("num_train_timesteps", 1000), get("beta_schedule", "linear")
-    if not isinstance(steps, int) or not 2 <= steps <= 100_000:
-        raise ImportRefused(f"its scheduler has num_train_timesteps {steps!r}")
-    if get("trained_betas") is not None:
-        betas = np.array(get("trained_betas"), np.float64)
-    elif schedule == "linear":
-        betas = np.linspace(get("beta_start", 1e-4), get("beta_end", 0.02), steps)
-    elif schedule == "squaredcos_cap_v2":
-        betas = cosine_betas(steps)
-    else:
-        raise ImportRefused(f"its beta schedule is {schedule!r}; only linear and squaredcos_cap_v2 can be imported")
-    prediction, variance = get("prediction_type", "epsilon"), get("variance_type", "fixed_small")
-    if prediction not in PREDICTIONS:
-        raise ImportRefused(f"its prediction_type {prediction!r} cannot be expressed here")
-    if learned_variance and "variance_type" not in theirs:
-        variance = "learned_range"
-    if variance not in VARIANCES or (variance == "learned_range") != learned_variance:
-        raise ImportRefused(f"its variance_type {variance!r} cannot be expressed here")
-    plain = diffusion_of(betas, prediction=PREDICTIONS[prediction], variance=VARIANCES[variance])
-    return replace(plain, zero_terminal_snr=bool(get("rescale_betas_zero_snr", False)))

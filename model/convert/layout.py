@@ -6,41 +6,120 @@ conventions that `UNetConfig` can express. A `Layout` says which name is which.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.diffusion import DiffusionConfig, Table
+from model.diffusion import DiffusionConfig, Table, cosine_betas, linear_betas
 from model.nn.unet import UNet, UNetConfig
 
 Weights = dict[str, Tensor]
-Imported = tuple[Weights, UNetConfig, DiffusionConfig]
 
 
 class ImportRefused(ValueError):
     """The source is not something this can import; the message says what it is, and what to do."""
 
 
+class Source(Weights):
+    """A file's tensors. Asking for one that is not there raises ImportRefused."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ImportRefused(f"tensor {name!r} is missing, or its layer is not where this kind of file has it")
+
+    def take(self, name: str) -> Tensor:
+        """A tensor, which is not there any more then."""
+        tensor = self[name]
+        del self[name]
+        return tensor
+
+
 @dataclass(frozen=True)
 class Flags:
-    """What some files cannot tell."""
+    """What some files do not tell. None, False and () are not given."""
 
-    weights: str = "ema"  # ema, raw: where the file has both
-    image_size: tuple[int, int] = (32, 32)
-    num_timesteps: int = 1000
-    schedule: str = "linear"
-    num_heads: int = 1
-    head_channels: int = 0
+    weights: str | None = None  # ema, raw: where the file has both; ema if not given
+    image_size: tuple[int, int] | None = None  # 32 × 32 where nothing tells it
+    num_timesteps: int | None = None
+    schedule: str | None = None
+    schedule_low: float | None = None  # of 1000 timesteps, as in training
+    schedule_high: float | None = None
+    prediction: str | None = None
+    variance: str | None = None
+    num_heads: int | None = None
+    head_channels: int | None = None
+    num_heads_upsample: int | None = None
     new_attention_order: bool = False
     rescale_timesteps: bool = False
+    time_scale: float | None = None
     null_class: bool = False  # the last class means none
-    norm: str = "gn"  # of the original's files: with in they have tensors of the same names
-    activation: str = "silu"  # of the original's files
+    norm: str | None = None  # of the original's files: with in they have tensors of the same names
+    norm_groups: int | None = None
+    activation: str | None = None  # of the original's files
+    initial_pad: int | None = None  # of the original's files
     class_names: tuple[str, ...] = ()
+
+    def given(self) -> dict[str, Any]:
+        """The flags that are given."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in values.items() if v is not None and v is not False and v != ()}
+
+    def need(self, **defaults: Any) -> None:
+        """Raises ImportRefused unless all of these are given; `defaults` are what their project has for them."""
+        if missing := [f"--{name} {written(value)}" for name, value in defaults.items() if getattr(self, name) is None]:
+            raise ImportRefused(
+                f"the file does not tell all that it needs: add {' '.join(missing)}, "
+                "or what it was trained with instead (these are its project's defaults)"
+            )
+
+    def classes(self, rows: int | None) -> dict[str, Any]:
+        """`num_classes` and `null_class` of a network whose table of classes has so many rows; None: no table."""
+        if self.null_class and (rows or 0) < 2:
+            raise ImportRefused("--null_class needs a network with classes, of which the last means none")
+        return {"num_classes": rows - self.null_class if rows else None, "null_class": self.null_class}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A network under our names. `origin` says where its diffusion is from; `assumed` what nothing told.
+
+    `limit` is that of x0 while sampling, as the source has it. `used` has flags that leave no trace in the
+    configurations.
+    """
+
+    weights: Weights
+    unet: UNetConfig
+    diffusion: DiffusionConfig
+    origin: str
+    assumed: tuple[str, ...] = ()
+    limit: str = "clamp"
+    used: frozenset[str] = frozenset()
+
+    def check(self, flags: Flags) -> None:
+        """Raises ImportRefused for a flag that contradicts what was imported, or means nothing for it."""
+        has = {f.name: getattr(part, f.name) for part in (self.unet, self.diffusion) for f in fields(part)}
+        is_linear = self.diffusion.schedule == "linear"
+        for name, value in flags.given().items():
+            if name in self.used or name == "class_names":
+                continue
+            if name not in has or (name.startswith("schedule_") and not is_linear):
+                raise ImportRefused(f"--{name} means nothing for this file: leave it out")
+            same = math.isclose(value, has[name], rel_tol=1e-4) if isinstance(value, float) else value == has[name]
+            if not same:
+                raise ImportRefused(
+                    f"--{name} {written(value)} contradicts the file, which has {written(has[name])}: leave it out"
+                )
+
+
+def written(value: Any) -> str:
+    """As on a command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(written, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -50,7 +129,7 @@ class Layout:
     names: Mapping[str, str]
     top: Mapping[str, str]
     place: Callable[[UNet], Iterator[tuple[str, str, str]]]  # ours, theirs, where theirs has the attention
-    qkv: Callable[[Weights, str, UNetConfig], tuple[Tensor, Tensor]]  # (weight, bias) of the fused convolution
+    qkv: Callable[[Source, str, UNetConfig], tuple[Tensor, Tensor]]  # (weight, bias) of the fused convolution
 
 
 def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
@@ -59,18 +138,13 @@ def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
         network = UNet(config)
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
     places = {ours: (theirs, attention) for ours, theirs, attention in layout.place(network)}
-    left = dict(source)
+    left = Source(source)
     result: Weights = {}
-
-    def take(name: str) -> Tensor:
-        if name not in left:
-            raise ImportRefused(f"tensor {name!r} is missing, or its layer is not where this kind of file has it")
-        return left.pop(name)
 
     for name in expected:
         layer, leaf = name.rsplit(".", 1)
         if layer in layout.top:
-            result[name] = take(f"{layout.top[layer]}.{leaf}")
+            result[name] = left.take(f"{layout.top[layer]}.{leaf}")
             continue
         group, index, *rest = layer.split(".")
         theirs, attention = places[f"{group}.{index}"]
@@ -79,23 +153,55 @@ def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
             if leaf == "weight":
                 result[name], result[f"{layer}.bias"] = layout.qkv(left, attention, config)
         elif inner.startswith("attention."):
-            result[name] = take(f"{attention}.{layout.names[inner]}.{leaf}")
+            result[name] = left.take(f"{attention}.{layout.names[inner]}.{leaf}")
         else:
             place = ".".join(part for part in (theirs, layout.names.get(inner, inner)) if part)
-            result[name] = take(f"{place}.{leaf}")
+            result[name] = left.take(f"{place}.{leaf}")
     if left:
         raise ImportRefused(f"{len(left)} tensors belong to no layer of such a network, {min(left)!r} among them")
     for name, shape in expected.items():
-        if result[name].numel() != int(np.prod(shape)):
-            raise ImportRefused(f"{name}: {tuple(result[name].shape)} in the file, where the network has {shape}")
-        result[name] = result[name].float().reshape(shape)
+        result[name] = _float32(name, result[name], shape)
     return result
+
+
+def _float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ImportRefused(f"{name} is {str(tensor.dtype).removeprefix('torch.')} in the file, not floating point")
+    if _without_ones(tensor.shape) != _without_ones(shape):  # a linear layer may be a 1 × 1 convolution, or back
+        raise ImportRefused(f"{name}: {tuple(tensor.shape)} in the file, where the network has {shape}")
+    result = tensor.float().reshape(shape)
+    if not torch.isfinite(result).all():
+        raise ImportRefused(f"tensor {name!r} has numbers that are not finite")
+    return result
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the ones at its end."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)
+
+
+def checked_groups(config: UNetConfig, flags: Flags) -> UNetConfig:
+    """Raises ImportRefused where a GroupNorm cannot have as many groups as it says."""
+    if config.norm == "gn" and norm_groups(config) != {config.norm_groups}:
+        how = "--norm_groups must be what" if flags.norm_groups else "these are usual, so give --norm_groups as"
+        raise ImportRefused(f"its channels do not divide into {config.norm_groups} groups: {how} it was trained with")
+    return config
+
+
+def norm_groups(config: UNetConfig) -> set[int]:
+    """The numbers of groups of a network's GroupNorms."""
+    with torch.device("meta"):
+        network = UNet(config)
+    return {module.num_groups for module in network.modules() if isinstance(module, torch.nn.GroupNorm)}
 
 
 def architecture(levels: list[list[tuple[int, bool]]], base: int) -> dict[str, Any]:
     """Configuration from the residual blocks of each level on the way down, each (channels out, has attention)."""
     blocks = {len(level) for level in levels}
-    if len(blocks) != 1 or any(channels % base for level in levels for channels, _ in level):
+    if len(blocks) != 1 or 0 in blocks or any(channels % base for level in levels for channels, _ in level):
         raise ImportRefused("its levels do not have equal numbers of residual blocks, or whole channel multiples")
     return {
         "base_channels": base,
@@ -112,33 +218,46 @@ def layers(network: UNet) -> Iterator[tuple[str, torch.nn.Module]]:
             yield f"{group}.{i}", layer
 
 
-def separate_qkv(q: str, k: str, v: str) -> Callable[[Weights, str, UNetConfig], tuple[Tensor, Tensor]]:
+def separate_qkv(q: str, k: str, v: str) -> Callable[[Source, str, UNetConfig], tuple[Tensor, Tensor]]:
     """q, k and v as three layers, convolutions or linear."""
 
-    def fused(source: Weights, place: str, config: UNetConfig) -> tuple[Tensor, Tensor]:
-        try:
-            weights, biases = (
-                [source.pop(f"{place}.{name}.{leaf}") for name in (q, k, v)] for leaf in ("weight", "bias")
-            )
-        except KeyError as error:
-            raise ImportRefused(f"tensor {error} is missing") from error
+    def fused(source: Source, place: str, config: UNetConfig) -> tuple[Tensor, Tensor]:
+        weights, biases = ([source.take(f"{place}.{name}.{leaf}") for name in (q, k, v)] for leaf in ("weight", "bias"))
+        if len({tensor.shape for tensor in weights}) > 1:
+            raise ImportRefused(f"{place}: {q}, {k} and {v} have different shapes")
         return torch.cat(weights), torch.cat(biases)
 
     return fused
 
 
-def diffusion_of(betas: Table, **settings: Any) -> DiffusionConfig:
-    """The diffusion whose beta schedule these betas [T] are, float32 or better; `settings` are its other fields."""
+def cosines_first(weight: Tensor) -> Tensor:
+    """The first layer over cosines and sines [n, 2·half] as one over sines and cosines, and back."""
+    half = weight.shape[1] // 2
+    return torch.cat([weight[:, half:], weight[:, :half]], dim=1)
+
+
+def diffusion_by_flags(flags: Flags, **settings: Any) -> DiffusionConfig:
+    """The diffusion that flags tell; `settings` are fields that they leave open."""
+    names = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "prediction", "variance")
+    given = {name: value for name, value in flags.given().items() if name in names}
+    return DiffusionConfig(**settings | given)
+
+
+PRECISION = {torch.float16: (2e-3, 6e-8), torch.bfloat16: (8e-3, 1e-9)}  # relative, absolute: of rounded betas
+
+
+def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: Any) -> DiffusionConfig:
+    """The diffusion whose beta schedule these betas [T] are, as rounded to `dtype`; `settings` are its other fields."""
+    if betas.ndim != 1 or not 2 <= len(betas) <= 100_000 or not np.all((betas > 0) & (betas <= 1)):
+        raise ImportRefused("its betas are not from 2 to 100000 numbers between 0 and 1")
     steps = len(betas)
     scale = 1000 / steps
-    candidates = [
-        DiffusionConfig(steps, "cosine", **settings),
-        DiffusionConfig(steps, "linear", **settings),
-        DiffusionConfig(
-            steps, "linear", float(f"{betas[0] / scale:.6g}"), float(f"{betas[-1] / scale:.6g}"), **settings
-        ),
-    ]
-    for candidate in candidates:
-        if np.allclose(candidate.betas(), betas, rtol=1e-5, atol=1e-9):
-            return candidate
+    rtol, atol = PRECISION.get(dtype, (1e-5, 1e-9))
+    if np.allclose(cosine_betas(steps), betas, rtol, atol):
+        return DiffusionConfig(steps, "cosine", **settings)
+    ends = [(1e-4, 0.02)]  # the usual ones, where they are meant
+    ends += [(float(f"{betas[0] / scale:.{n}g}"), float(f"{betas[-1] / scale:.{n}g}")) for n in (2, 3, 6)]
+    for low, high in ends:
+        if np.allclose(linear_betas(steps, low, high), betas, rtol, atol):
+            return DiffusionConfig(steps, "linear", low, high, **settings)
     raise ImportRefused("its betas are neither a linear nor the cosine schedule")

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.convert.layout import Flags, Imported, ImportRefused, Layout, Weights, architecture, convert, layers
-from model.diffusion import DiffusionConfig
+from model.convert.layout import (
+    Flags,
+    Imported,
+    ImportRefused,
+    Layout,
+    Source,
+    Weights,
+    architecture,
+    checked_groups,
+    convert,
+    cosines_first,
+    diffusion_by_flags,
+    layers,
+)
 from model.nn.layers import ResBlock
 from model.nn.unet import UNet, UNetConfig
 
@@ -54,16 +68,101 @@ OPENAI = Layout(
         "out_conv": "out.2",
     },
     place=_openai_place,
-    qkv=lambda source, place, config: (source.pop(f"{place}.qkv.weight"), source.pop(f"{place}.qkv.bias")),
+    qkv=lambda source, place, config: (source.take(f"{place}.qkv.weight"), source.take(f"{place}.qkv.bias")),
 )
 
 
 def import_openai(state: Weights, flags: Flags) -> Imported:
-    """A bare U-Net. Heads, their order, T and the beta schedule come by flags. It embeds cosines before sines."""
-    source = dict(state)
-    first = source["time_embed.0.weight"]
-    half = first.shape[1] // 2
-    source["time_embed.0.weight"] = torch.cat([first[:, half:], first[:, :half]], dim=1)
+    """A bare U-Net. What it predicts, its heads, T and the beta schedule come by flags."""
+    source = Source(state)
+    _check_kind(source, flags)
+    heads = _heads(flags)
+    config = UNetConfig(
+        **_read_off(source),
+        **heads,
+        **flags.classes(len(source["label_emb.weight"]) if "label_emb.weight" in source else None),
+        image_size=flags.image_size or (32, 32),
+        class_conditioning="embedding",
+        norm_groups=flags.norm_groups or 32,
+        time_scale=_time_scale(flags),
+    )
+    if config.learned_variance and flags.variance not in (None, "learned_range"):
+        raise ImportRefused(f"--variance {flags.variance} contradicts the file, whose network says its variance")
+    source["time_embed.0.weight"] = cosines_first(source["time_embed.0.weight"])  # it embeds cosines before sines
+    if not flags.new_attention_order:
+        for name in [n for n in source if ".qkv." in n]:
+            count = config.num_heads_upsample if name.startswith("output_blocks") else 0
+            heads_here = replace(config, num_heads=count or config.num_heads)
+            source[name] = _heads_first_to_qkv_first(source[name], heads_here)
+    variance = "learned_range" if config.learned_variance else "fixed_large"
+    assumed = [] if flags.image_size else ["image_size 32,32"]
+    if not config.learned_variance and flags.variance is None:
+        assumed.append("variance fixed_large, as its project's scripts have it")
+    return Imported(
+        convert(source, checked_groups(config, flags), OPENAI),
+        config,
+        diffusion_by_flags(flags, variance=variance),
+        "by flags, since such a file has none",
+        tuple(assumed),
+        used=frozenset({"new_attention_order", "rescale_timesteps"}),
+    )
+
+
+def _check_kind(source: Source, flags: Flags) -> None:
+    """Raises ImportRefused for networks that have the same layers' names and are something else."""
+    if source["middle_block.1.qkv.weight"].dim() == 4:
+        raise ImportRefused(
+            "it is a consistency model, or the EDM one it was made from (openai/consistency_models): the network is "
+            "the same, but what stands around it cannot be expressed here"
+        )
+    given, made = source["input_blocks.0.0.weight"].shape[1], len(source["out.2.weight"])
+    if given in (6, 8) or made not in (given, 2 * given):
+        raise ImportRefused(f"it is an upsampler: it sees {given} channels, the small image's too, and makes {made}")
+    if (given, made) == (2, 2) and flags.variance not in ("fixed_small", "fixed_large"):
+        raise ImportRefused(
+            "it is an upsampler of grey images with a learned variance, or a network of 2-channel images, "
+            "which the file does not tell: if the latter, add --variance fixed_large"
+        )
+    if source["time_embed.0.weight"].shape[1] != len(source["input_blocks.0.0.weight"]):
+        raise ImportRefused(
+            "its first level is not as wide as its time embedding, as in the 512 × 512 model (channel_mult 0.5), "
+            "which cannot be expressed here"
+        )
+
+
+def _heads(flags: Flags) -> dict[str, Any]:
+    """Raises ImportRefused where the flags do not tell how many, or tell it twice."""
+    if flags.head_channels is not None:
+        if flags.num_heads is not None or flags.num_heads_upsample is not None:
+            raise ImportRefused("with --head_channels the number of heads follows: leave out the other")
+        names: dict[str, Any] = {}
+    else:
+        names = {"num_heads": 4}
+    flags.need(**names, num_timesteps=1000, schedule="linear", prediction="eps")
+    return {
+        "num_heads": flags.num_heads or 1,
+        "head_channels": flags.head_channels or 0,
+        "num_heads_upsample": flags.num_heads_upsample or 0,
+    }
+
+
+def _time_scale(flags: Flags) -> float:
+    """Nothing tells improved-diffusion, which scales timesteps to 1000 by default, from guided-diffusion."""
+    steps = flags.num_timesteps or 1000
+    if flags.rescale_timesteps:
+        if flags.time_scale is not None:
+            raise ImportRefused("--rescale_timesteps is a --time_scale of 1000/T: leave out one of them")
+        return 1000 / steps
+    if flags.time_scale is None and steps != 1000:
+        raise ImportRefused(
+            "the file does not tell whether its timesteps were scaled to 1000: add --rescale_timesteps "
+            "(improved-diffusion's default), or --time_scale 1 (guided-diffusion's)"
+        )
+    return 1.0 if flags.time_scale is None else flags.time_scale
+
+
+def _read_off(source: Source) -> dict[str, Any]:
+    """What the tensors tell of the architecture."""
     ups = [n for n in source if n.startswith("output_blocks.") and n.endswith((".2.conv.weight", ".1.conv.weight"))]
     res_ups = [n for n in source if n.startswith("output_blocks.") and n.endswith(".in_layers.0.weight")]
     res_ups = [n for n in res_ups if n.split(".")[2] != "0"]
@@ -73,39 +172,22 @@ def import_openai(state: Weights, flags: Flags) -> Imported:
     levels = []
     for level in range(num_levels):
         numbers = range(1 + level * per_level, (level + 1) * per_level)
-        try:
-            widths = [len(source[f"input_blocks.{i}.0.in_layers.2.weight"]) for i in numbers]
-        except KeyError as error:
-            raise ImportRefused(f"tensor {error} is missing") from error
+        widths = [len(source[f"input_blocks.{i}.0.in_layers.2.weight"]) for i in numbers]
         levels.append([(w, f"input_blocks.{i}.1.qkv.weight" in source) for w, i in zip(widths, numbers, strict=True)])
-    in_channels, out_channels = source["input_blocks.0.0.weight"].shape[1], len(source["out.2.weight"])
-    labels = source.get("label_emb.weight")
+    in_channels = source["input_blocks.0.0.weight"].shape[1]
     width = len(source["middle_block.0.out_layers.0.weight"])
-    scale_shift = len(source["middle_block.0.emb_layers.1.weight"]) == 2 * width
-    config = UNetConfig(
-        image_channels=in_channels,
-        image_size=flags.image_size,
-        time_emb_dim=len(first),
-        num_classes=None if labels is None else len(labels),
-        class_conditioning="embedding",
-        num_heads=flags.num_heads,
-        head_channels=flags.head_channels,
-        learned_variance=out_channels == 2 * in_channels,
-        scale_shift_norm=scale_shift,
-        resblock_updown=bool(res_ups),
-        time_scale=1000 / flags.num_timesteps if flags.rescale_timesteps else 1.0,
+    return {
+        "image_channels": in_channels,
+        "time_emb_dim": len(source["time_embed.0.weight"]),
+        "learned_variance": len(source["out.2.weight"]) == 2 * in_channels,
+        "scale_shift_norm": len(source["middle_block.0.emb_layers.1.weight"]) == 2 * width,
+        "resblock_updown": bool(res_ups),
         **architecture(levels, len(source["input_blocks.0.0.weight"])),
-    )
-    if not flags.new_attention_order:
-        for name in [n for n in source if ".qkv." in n]:
-            source[name] = _heads_first_to_qkv_first(source[name], flags)
-    variance = "learned_range" if config.learned_variance else "fixed_large"
-    diffusion = DiffusionConfig(flags.num_timesteps, flags.schedule, variance=variance)
-    return convert(source, config, OPENAI), config, diffusion
+    }
 
 
-def _heads_first_to_qkv_first(fused: Tensor, flags: Flags) -> Tensor:
+def _heads_first_to_qkv_first(fused: Tensor, config: UNetConfig) -> Tensor:
     """The older attention order has channels as heads × (q, k, v) × width."""
     channels = len(fused) // 3
-    heads = channels // flags.head_channels if flags.head_channels else flags.num_heads
+    heads = channels // config.head_channels if config.head_channels else config.num_heads
     return fused.reshape(heads, 3, channels // heads, *fused.shape[1:]).transpose(0, 1).reshape(fused.shape)

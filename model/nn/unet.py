@@ -6,7 +6,7 @@ norm); attention stands at chosen levels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,8 @@ class UNetConfig:
     time_freq_shift: int = 0  # frequencies end at 10000^-((half - 1) / (half - shift))
     time_scale: float = 1.0  # of t before it is embedded
     time_table: int = 0  # not 0: t is embedded by a stored table with so many rows, not by sines and cosines
+    initial_pad: int = 0  # zeros on every side of the image, whatever its size, which are cut off again
+    num_heads_upsample: int = 0  # not 0: the number of heads on the way up
 
     patch_size: int = 1
 
@@ -88,6 +90,8 @@ class UNetConfig:
             ("time_freq_shift", self.time_freq_shift, 0, 1),
             ("time_table", self.time_table, 0, 100_000),
             ("norm_groups", self.norm_groups, 1, 4096),
+            ("initial_pad", self.initial_pad, 0, 64),
+            ("num_heads_upsample", self.num_heads_upsample, 0, 4096),
             ("patch_size", self.patch_size, 1, 16),
             ("num_classes", 1 if self.num_classes is None else self.num_classes, 1, 100_000),
         ]
@@ -108,7 +112,8 @@ class UNetConfig:
         for level in {*self.attention_levels, len(self.channel_mults) - 1}:  # the last: the middle's
             if 0 <= level < len(self.channel_mults):
                 channels = self.base_channels * self.channel_mults[level]
-                if channels % (self.head_channels or self.num_heads):
+                heads = (self.num_heads, self.num_heads_upsample or 1)
+                if any(channels % (self.head_channels or count) for count in heads):
                     raise ValueError(f"{channels} channels cannot be divided among the attention heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
@@ -129,6 +134,19 @@ class UNetConfig:
     def multiple(self) -> int:
         """Of which height and width are multiples inside the network; it pads them."""
         return int(self.patch_size * 2 ** (len(self.channel_mults) - 1))
+
+
+def padded(x: Tensor, config: UNetConfig) -> Tensor:
+    """x [N, C, H, W] with the initial padding around, and what the levels still need below and to the right."""
+    pad = config.initial_pad
+    h, w = (side + 2 * pad for side in x.shape[2:])
+    return F.pad(x, (pad, pad + -w % config.multiple, pad, pad + -h % config.multiple))
+
+
+def unpadded(x: Tensor, config: UNetConfig, h: int, w: int) -> Tensor:
+    """The [N, C, h, w] that `padded` put something around."""
+    pad = config.initial_pad
+    return x[:, :, pad : pad + h, pad : pad + w]
 
 
 class UNet(nn.Module):
@@ -173,10 +191,11 @@ class UNet(nn.Module):
             ]
         )
 
+        up = replace(config, num_heads=config.num_heads_upsample or config.num_heads)
         for level, mult in reversed(list(enumerate(config.channel_mults))):
             for _ in range(config.num_res_blocks + 1):
                 width = config.base_channels * mult
-                self.ups.append(ResBlock(config, channels + skips.pop(), width, level in config.attention_levels))
+                self.ups.append(ResBlock(up, channels + skips.pop(), width, level in config.attention_levels))
                 channels = width
             if level != 0:
                 self.ups.append(
@@ -198,7 +217,7 @@ class UNet(nn.Module):
         if (y is None) != (config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
-        x = F.pad(x, (0, -w % config.multiple, 0, -h % config.multiple))
+        x = padded(x, config)
 
         x = self.init_conv(folded(x, config.patch_size))
         emb = self.embedded(t, y).to(x.dtype)
@@ -216,7 +235,7 @@ class UNet(nn.Module):
             else:
                 x = layer(x, emb, y)
         out = unfolded(self.out_conv(self.activation(self.out_norm(x))), config.patch_size)
-        return out[:, :, :h, :w]
+        return unpadded(out, config, h, w)
 
     def embedded(self, t: Tensor, y: Tensor | None) -> Tensor:
         """Timestep and class for the blocks, [N, time_emb_dim]. In the weights' precision, under autocast too."""

@@ -140,7 +140,7 @@ def make_plan(
     for noise, is within `guidance_interval` (Kynkäänniemi et al. 2024). `spacing` is that of `spaced`. `limit` is that
     of x0: none, clamp to [-1, 1], or dynamic, where the 99.5 % quantile of |x0| is scaled to 1 if it is more (Saharia
     et al. 2022, §2.3). Without a limit an eps network starts where log(alpha/sigma) ≥ -5.1, since its x0 explodes
-    before. `variance` is ddpm's, the diffusion's own if None;
+    before, unless ddpm takes all T steps. `variance` is ddpm's, the diffusion's own if None;
     fixed_large with fewer steps than T would leave noise in the image: it is refused, or, if not asked for here,
     replaced by fixed_small with a warning. With zero terminal SNR the first timestep must be the last of training
     (Lin et al. 2023, §3.3). Raises ValueError, InvalidPlan where one number is at fault.
@@ -148,12 +148,15 @@ def make_plan(
     one_of("sampler", sampler, SAMPLERS)
     one_of("limit", limit, LIMITS)
     num_timesteps, log_snr = diffusion.num_timesteps, diffusion.log_snr()
-    if diffusion.config.prediction == "eps" and limit == "none":
+    is_ancestral = sampler == "ddpm" and steps == num_timesteps  # which never divides by more than √(1 - β)
+    if diffusion.config.prediction == "eps" and limit == "none" and not is_ancestral:
         num_timesteps = int(np.sum(log_snr >= MIN_LOG_SNR))
     if not isinstance(steps, int):
         raise InvalidPlan("steps", f"must be a whole number, not {steps}")
     if not 1 <= steps <= num_timesteps:
         why = "" if num_timesteps == diffusion.num_timesteps else " (of an eps network with limit none)"
+        if why and sampler == "ddpm":
+            why = f" or {diffusion.num_timesteps}, all of them,{why}"
         raise InvalidPlan("steps", f"must be between 1 and {num_timesteps}{why}, not {steps}")
     if not 0 <= eta <= 1:
         raise InvalidPlan("eta", f"must be between 0 and 1, not {eta}")

@@ -48,18 +48,19 @@ def load_original(path: Path, told: Told) -> Original:
     Raises ImportRefused with a sentence for other files.
     """
     try:
-        if recognise(load_weights(path)) is not import_original:
+        state = load_weights(path)
+        is_whole = any(str(key).endswith("betas") for key in state)  # not a network alone
+        if recognise(state) is not import_original or not is_whole:
             raise ImportRefused("it is not the original's; python -m model.importers makes a checkpoint of it")
-        norm = "in" if told.get("norm") == "in" else Flags.norm  # of any other the file knows
-        flags = Flags(image_size=told.get("image_size") or Flags.image_size, norm=norm)
-        raw, unet, diffusion = import_path(path, replace(flags, weights="raw"))
-        averaged, _, _ = import_path(path, flags)
+        norm = "in" if told.get("norm") == "in" else None  # of any other the file knows
+        flags = Flags(image_size=told.get("image_size") or None, norm=norm, initial_pad=0)  # as its scripts have it
+        found = import_path(path, replace(flags, weights="raw"))
+        averaged = import_path(path, flags).weights
     except ImportRefused as error:
         raise ImportRefused(f"{path}: {error}") from error
-    unet = replace(unet, **{name: told[name] for name in ("activation", "dropout") if name in told})
-    if "loss_type" in told:
-        diffusion = replace(diffusion, loss_type=told["loss_type"])
-    return Original(raw, averaged, unet, diffusion)
+    unet = replace(found.unet, **{name: told[name] for name in ("activation", "dropout") if name in told})
+    diffusion = replace(found.diffusion, loss_type=told.get("loss_type", found.diffusion.loss_type))
+    return Original(found.weights, averaged, unet, diffusion)
 
 
 def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:

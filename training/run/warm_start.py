@@ -108,7 +108,8 @@ def _original_moments(loaded: dict[str, Any], weights: Weights, network: UNet) -
     state: dict[int, dict[str, Tensor]] = {i: {} for i, _ in enumerate(network.parameters())}
     for moment in ("exp_avg", "exp_avg_sq"):
         moments = {name: loaded["state"][i][moment] for i, name in zip(ids, names, strict=False)}
-        imported, _, _ = import_original(weights | moments, Flags(weights="raw"))
+        flags = Flags(weights="raw", initial_pad=0, norm="in" if network.config.norm == "in" else None)
+        imported = import_original(weights | moments, flags).weights
         for i, (name, _) in enumerate(network.named_parameters()):
             state[i][moment] = imported[name]
     step = torch.tensor(float(loaded["state"][ids[0]]["step"]))  # older versions of torch have an int

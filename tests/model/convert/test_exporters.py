@@ -18,8 +18,8 @@ from model.exporters import ExportRefused, export, main
 from model.importers import import_path
 from model.nn.unet import UNetConfig
 from model.sampling.noise import normals
-from model.sampling.schedule import make_plan
-from model.sampling.step import sample
+from model.sampling.schedule import SamplingDefaults, make_plan
+from model.sampling.step import apply_step, sample
 from tests.networks import randomised
 
 CONFIG = UNetConfig(
@@ -34,12 +34,12 @@ CONFIG = UNetConfig(
 )
 
 
-def checkpoint_of(path: Path, diffusion: DiffusionConfig | None = None, **values: Any) -> Any:
+def checkpoint_of(path: Path, diffusion: DiffusionConfig | None = None, limit: str = "clamp", **values: Any) -> Any:
     config = replace(CONFIG, **values)
     diffusion = diffusion or DiffusionConfig(variance="learned_range" if config.learned_variance else "fixed_small")
     network = randomised(config, 0.15)
     names = tuple(str(i) for i in range(config.num_classes or 0))
-    save(path, network.state_dict(), CheckpointConfig(config, diffusion, names))
+    save(path, network.state_dict(), CheckpointConfig(config, diffusion, names, SamplingDefaults(limit=limit)))
     return load(path)
 
 
@@ -67,10 +67,23 @@ def test_an_unconditional_network_gives_the_same(values: dict[str, Any], tmp_pat
     export(source, tmp_path / "theirs")
     _, ours, theirs = outputs(source, tmp_path / "theirs", None, None)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-    weights, config, diffusion = import_path(tmp_path / "theirs", Flags())  # and back
-    assert diffusion == source.config.diffusion
-    assert replace(config, class_conditioning="bias") == source.config.unet
-    assert all(torch.equal(weights[name], weight) for name, weight in source.network.state_dict().items())
+    back = import_path(tmp_path / "theirs", Flags())
+    assert back.diffusion == source.config.diffusion
+    assert replace(back.unet, class_conditioning="bias") == source.config.unet
+    assert all(torch.equal(back.weights[name], weight) for name, weight in source.network.state_dict().items())
+
+
+@pytest.mark.parametrize("limit", ["none", "clamp", "dynamic"])
+def test_the_limit_of_x0_goes_out_and_comes_back(limit: str, tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path / "ours.safetensors", DiffusionConfig(prediction="x0"), limit=limit)
+    export(source, tmp_path / "theirs")
+    scheduler = DDPMPipeline.from_pretrained(tmp_path / "theirs").scheduler
+    x0 = torch.linspace(-3, 3, 128).reshape(1, 1, 8, 16)
+    theirs = scheduler.step(x0, 0, torch.zeros_like(x0)).pred_original_sample
+    rows = torch.from_numpy(make_plan(source.diffusion, "ddim", 1, limit=limit).table).float()
+    _, ours = apply_step(torch.zeros_like(x0), x0, x0, x0, rows, x0)
+    torch.testing.assert_close(theirs, ours)
+    assert import_path(tmp_path / "theirs", Flags()).limit == limit
 
 
 @pytest.mark.parametrize("null_class", [False, True])
@@ -122,6 +135,8 @@ def test_the_pipeline_makes_the_same_images(
         ({"activation": "relu"}, None, "'relu'"),
         ({"channel_mults": (2, 2)}, None, "wider"),
         ({"num_heads": 2}, None, "2 heads"),
+        ({"num_heads_upsample": 2}, None, "heads on the way up"),
+        ({"initial_pad": 1}, None, "pads its images"),
         ({"norm_groups": 32}, None, "different numbers of groups"),
         ({"time_scale": 0.25}, None, "timesteps"),
         ({"image_size": (7, 8)}, None, "image size"),

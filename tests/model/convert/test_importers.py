@@ -1,84 +1,239 @@
-"""Other projects' weights give other projects' outputs; what is not theirs is refused with a sentence."""
+"""Other projects' weights give other projects' outputs; what a file does not tell is asked for, never guessed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from model import checkpoint
-from model.convert.diffusers import OLD_NAMES
-from model.convert.layout import Flags, ImportRefused
-from model.diffusion import GaussianDiffusion
+from model.backends.cpu import compile_for_inference
+from model.convert.layout import Flags, Imported, ImportRefused
+from model.diffusion import GaussianDiffusion, cosine_betas, linear_betas
 from model.importers import import_path, load_weights, main
 from model.nn.unet import UNet
+from model.sampling.schedule import InvalidPlan, make_plan
+from model.sampling.step import sample
+from tests.fixtures import expected, theirs
 
-FIXTURES = Path(__file__).parents[4] / "shared" / "fixtures"
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no {FIXTURES}")
-IMPROVED = {"num_heads": 4, "num_timesteps": 4000}
-GUIDED = {"head_channels": 16, "new_attention_order": True}
+LABELS, PLAIN, PADDED = (f"original/{name}-model.pth" for name in ("labels-linear", "plain-cosine", "padded"))
+W86, IMPROVED, GUIDED = "w86763777/small.pt", "improved-diffusion/cifar-like.pt", "guided-diffusion/imagenet-like.pt"
+FLAGS: dict[str, dict[str, Any]] = {
+    LABELS: {},
+    PLAIN: {},
+    PADDED: {"norm_groups": 4, "initial_pad": 1, "time_scale": 0.5, "image_size": (6, 10)},
+    W86: {"prediction": "eps", "variance": "fixed_large", "schedule_low": 2e-5, "schedule_high": 0.004},
+    IMPROVED: {
+        "num_heads": 4,
+        "num_heads_upsample": 2,
+        "num_timesteps": 4000,
+        "schedule": "cosine",
+        "prediction": "eps",
+        "time_scale": 1.0,
+    },
+    GUIDED: {
+        "head_channels": 16,
+        "new_attention_order": True,
+        "num_timesteps": 1000,
+        "schedule": "linear",
+        "prediction": "eps",
+    },
+}
 
 
-# The bar is 2e-6. The groups of `labels` are single channels, and its attention leaves its images in channels_last,
-# where a GroupNorm sums least exactly: its outputs are 3.1e-6 (EMA) and 4.4e-6 (raw) from what float64 gives, and the
-# order of operations that made them differs from itself by 3.3e-6 between two and five threads. Ours are 1.2e-6 from
-# float64.
-@needs_fixtures
+def imported(name: str, without: tuple[str, ...] = (), **flags: Any) -> Imported:
+    own = {flag: value for flag, value in FLAGS[name].items() if flag not in without}
+    return import_path(theirs(name), Flags(**own | flags))
+
+
+def network_of(found: Imported) -> UNet:
+    network = UNet(found.unet).eval()
+    network.load_state_dict(found.weights)
+    return network
+
+
+def inputs(name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    arrays = expected(name)
+    x, t, y = (torch.from_numpy(arrays[key]) for key in "xty")
+    return x, t, y if len(y) else None
+
+
 @pytest.mark.parametrize(
-    ("file", "output", "flags", "tolerance"),
+    ("file", "output", "weights"),
     [
-        ("original/labels-linear-model.pth", "ema_out", {}, 5e-6),
-        ("original/labels-linear-model.pth", "raw_out", {"weights": "raw"}, 5e-6),
-        ("original/plain-cosine-model.pth", "ema_out", {}, 2e-6),
-        ("original/plain-cosine-model.pth", "raw_out", {"weights": "raw"}, 2e-6),
-        ("w86763777/small.pt", "ema_out", {}, 2e-6),
-        ("w86763777/small.pt", "raw_out", {"weights": "raw"}, 2e-6),
-        ("improved-diffusion/cifar-like.pt", "out", IMPROVED, 2e-6),
-        ("guided-diffusion/imagenet-like.pt", "out", GUIDED, 2e-6),
+        *((name, f"{weights}_out", weights) for name in (LABELS, PLAIN, PADDED, W86) for weights in ("ema", "raw")),
+        (IMPROVED, "out", None),
+        (GUIDED, "out", None),
     ],
 )
-def test_their_outputs_are_reproduced(file: str, output: str, flags: dict[str, Any], tolerance: float) -> None:
-    weights, unet, diffusion = import_path(FIXTURES / file, Flags(**flags))
-    network = UNet(unet).eval()
-    network.load_state_dict(weights)
-    stem = (FIXTURES / file).stem.removesuffix("-model")
-    expected = np.load((FIXTURES / file).with_name(f"{stem}-expected.npz"))
-    x, t = torch.from_numpy(expected["x"]), torch.from_numpy(expected["t"])
-    y = torch.from_numpy(expected["y"]) if unet.num_classes else None
+def test_their_outputs_are_reproduced(file: str, output: str, weights: str | None) -> None:
+    found = imported(file, weights=weights)
+    network = network_of(found)
     with torch.no_grad():
-        found = network(x, t, y)
-        exact = network.double()(x.double(), t, y)
-    assert (found - exact).abs().max() <= 2e-6
-    assert (found - torch.from_numpy(expected[output])).abs().max() <= tolerance
-    if "betas" in expected:
-        np.testing.assert_allclose(diffusion.betas(), expected["betas"], rtol=1e-5)
-    assert (diffusion.variance == "learned_range") == unet.learned_variance
+        out = network(*inputs(file))
+        exact = network.double()(
+            *(part.double() if part is not None and part.is_floating_point() else part for part in inputs(file))
+        )
+    scale = exact.abs().max()
+    assert (out - exact).abs().max() <= 2e-6 * scale
+    assert (out - torch.from_numpy(expected(file)[output])).abs().max() <= 4e-6 * scale
+    if "betas" in expected(file):
+        np.testing.assert_allclose(found.diffusion.betas(), expected(file)["betas"], rtol=1e-5)
+    assert (found.diffusion.variance == "learned_range") == found.unet.learned_variance
 
 
-@needs_fixtures
-@pytest.mark.parametrize("file", ["labels-linear", "plain-cosine"])
+@pytest.mark.parametrize("file", [PADDED, IMPROVED])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_packed_network_pads_and_attends_alike(file: str, precision: str) -> None:
+    network = network_of(imported(file))
+    x, t, y = inputs(file)
+    with torch.no_grad():
+        plain = network(x, t, y)
+    packed = compile_for_inference(network, torch.device("cpu"), precision)(x, t, y)
+    assert packed.shape == x.shape[:1] + plain.shape[1:]
+    assert (packed - plain).abs().max() <= (1e-5 if precision == "fp32" else 0.15) * plain.abs().max()
+
+
+@pytest.mark.parametrize("file", [LABELS, PLAIN, PADDED])
 def test_the_originals_mean_is_reproduced(file: str) -> None:
-    weights, unet, config = import_path(FIXTURES / "original" / f"{file}-model.pth", Flags())
-    network = UNet(unet).eval()
-    network.load_state_dict(weights)
-    expected = np.load(FIXTURES / "original" / f"{file}-expected.npz")
-    x, t = torch.from_numpy(expected["x"]), torch.from_numpy(expected["t"])
-    y = torch.from_numpy(expected["y"]) if unet.num_classes else None
+    found = imported(file)
+    x, t, y = inputs(file)
     with torch.no_grad():
-        mean, _ = GaussianDiffusion(config).p_mean_log_variance(network(x, t, y), x, t)
-    assert (mean - torch.from_numpy(expected["mean"])).abs().max() <= 2e-6
+        mean, _ = GaussianDiffusion(found.diffusion).p_mean_log_variance(network_of(found)(x, t, y), x, t)
+    theirs_mean = torch.from_numpy(expected(file)["mean"])
+    assert (mean - theirs_mean).abs().max() <= 4e-6 * theirs_mean.abs().max()
 
 
-@needs_fixtures
+def test_the_originals_own_sampling_equals_theirs() -> None:
+    found = imported(PLAIN)  # cosine
+    plan = make_plan(GaussianDiffusion(found.diffusion), "ddpm", 40, limit="none")
+    ours = sample(network_of(found), plan, (3, 8, 8), seeds=[5, 5], indices=[0, 1])
+    sampled = torch.from_numpy(expected(PLAIN)["sampled"])
+    assert (ours - sampled).abs().max() <= 2e-5 * sampled.abs().max()
+
+
+def test_only_ancestral_sampling_of_all_steps_is_unlimited() -> None:
+    diffusion = GaussianDiffusion(imported(PLAIN).diffusion)
+    make_plan(diffusion, "ddpm", 40, limit="none")
+    for sampler, steps, message in (("ddim", 40, "between 1 and 39 "), ("ddpm", 0, "1 and 39 or 40, all of them")):
+        with pytest.raises(InvalidPlan, match=message):
+            make_plan(diffusion, sampler, steps, limit="none")
+
+
+# What the files do not tell
+
+
+@pytest.mark.parametrize(
+    ("file", "flag", "default"),
+    [
+        (IMPROVED, "num_heads", "--num_heads 4"),
+        (IMPROVED, "num_timesteps", "--num_timesteps 1000"),
+        (IMPROVED, "schedule", "--schedule linear"),
+        (IMPROVED, "prediction", "--prediction eps"),
+        (IMPROVED, "time_scale", "--rescale_timesteps"),
+        (GUIDED, "prediction", "--prediction eps"),
+        (W86, "prediction", "--prediction eps"),
+        (W86, "variance", "--variance fixed_large"),
+        (W86, "schedule_low", "--schedule_low 2e-05"),
+        (W86, "schedule_high", "--schedule_high 0.004"),
+        (PADDED, "norm_groups", "--norm_groups"),
+        (PADDED, "initial_pad", "--initial_pad"),
+    ],
+)
+def test_what_a_file_does_not_tell_is_asked_for(file: str, flag: str, default: str) -> None:
+    with pytest.raises(ImportRefused, match=default):
+        imported(file, without=(flag,))
+
+
+def test_everything_missing_is_asked_for_at_once() -> None:
+    with pytest.raises(ImportRefused) as error:
+        import_path(theirs(GUIDED), Flags())
+    assert "--num_heads 4 --num_timesteps 1000 --schedule linear --prediction eps" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "has"),
+    [
+        (IMPROVED, {"prediction": "x0"}, {"prediction": "x0"}),
+        (GUIDED, {"prediction": "v"}, {"prediction": "v"}),
+        (W86, {"prediction": "x0", "variance": "fixed_small"}, {"prediction": "x0", "variance": "fixed_small"}),
+        (W86, {"schedule_low": 1e-5, "schedule_high": 0.003}, {"schedule_low": 1e-5, "schedule_high": 0.003}),
+        (GUIDED, {"schedule_low": 2e-4}, {"schedule_low": 2e-4, "schedule_high": 0.02}),
+    ],
+)
+def test_flags_tell_the_diffusion(file: str, flags: dict[str, Any], has: dict[str, Any]) -> None:
+    diffusion = imported(file, **flags).diffusion
+    assert {name: getattr(diffusion, name) for name in has} == has
+
+
+def test_timesteps_are_scaled_as_told() -> None:
+    assert imported(IMPROVED, without=("time_scale",), rescale_timesteps=True).unet.time_scale == 0.25
+    assert imported(IMPROVED).unet.time_scale == 1
+    assert imported(IMPROVED, without=("time_scale",), num_timesteps=1000).unet.time_scale == 1  # whoever made it
+    with pytest.raises(ImportRefused, match="leave out one"):
+        imported(IMPROVED, rescale_timesteps=True)
+
+
+def test_w86763777_brings_its_image_size() -> None:
+    assert imported(W86).unet.image_size == (8, 16)  # of its x_T
+    with pytest.raises(ImportRefused, match="--image_size 32,32 contradicts the file, which has 8,16"):
+        imported(W86, image_size=(32, 32))
+
+
+@pytest.mark.parametrize("file", [LABELS, GUIDED])
+def test_the_last_class_means_none_where_told(file: str) -> None:
+    found = imported(file, null_class=True)
+    assert (found.unet.num_classes, found.unet.null_class) == (9, True)
+    with torch.no_grad():
+        out = network_of(found)(*inputs(file))
+    output = torch.from_numpy(expected(file)["out" if file == GUIDED else "ema_out"])
+    assert (out - output).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "message"),
+    [
+        (LABELS, {"num_timesteps": 500}, "--num_timesteps 500 contradicts the file, which has 1000"),
+        (LABELS, {"schedule": "cosine"}, "--schedule cosine contradicts the file, which has linear"),
+        (LABELS, {"schedule_low": 2e-4}, "which has 0.0001"),
+        (LABELS, {"num_heads": 4}, "--num_heads 4 contradicts the file, which has 1"),
+        (LABELS, {"prediction": "v"}, "which has eps"),
+        (PLAIN, {"schedule_low": 1e-4}, "--schedule_low means nothing for this file"),
+        (PLAIN, {"null_class": True}, "--null_class needs a network with classes"),
+        (PLAIN, {"new_attention_order": True}, "--new_attention_order means nothing"),
+        (PLAIN, {"rescale_timesteps": True}, "--rescale_timesteps means nothing"),
+        (W86, {"null_class": True}, "--null_class needs"),
+        (W86, {"norm": "in"}, "--norm in contradicts"),
+        (W86, {"initial_pad": 2}, "--initial_pad 2 contradicts"),
+        (W86, {"num_heads_upsample": 2}, "--num_heads_upsample 2 contradicts"),
+        (GUIDED, {"weights": "raw"}, "--weights means nothing"),
+        (GUIDED, {"variance": "fixed_small"}, "--variance fixed_small contradicts"),
+        (GUIDED, {"num_heads": 2}, "leave out the other"),
+        (GUIDED, {"num_heads_upsample": 2}, "leave out the other"),
+        (PADDED, {"norm_groups": 5}, "do not divide into 5 groups"),
+        (IMPROVED, {"num_heads_upsample": 3}, "cannot be divided among the attention heads"),
+        (LABELS, {"null_class": True, "num_heads_upsample": 2}, "--num_heads_upsample 2 contradicts"),
+    ],
+    ids=str,
+)
+def test_flags_that_do_not_fit_are_refused(file: str, flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ImportRefused, match=message):
+        imported(file, **flags)
+
+
+def test_flags_that_agree_with_the_file_are_fine() -> None:
+    found = imported(LABELS, num_timesteps=1000, schedule="linear", schedule_low=1e-4, num_heads=1, weights="ema")
+    assert found.diffusion == imported(LABELS).diffusion
+
+
 def test_what_the_originals_file_cannot_tell_comes_by_flags(tmp_path: Path) -> None:
-    source, out = FIXTURES / "original" / "plain-cosine-model.pth", tmp_path / "ours.safetensors"
+    source, out = theirs(PLAIN), tmp_path / "ours.safetensors"
     assert main([str(source), str(out), "--norm", "in", "--activation", "relu"]) == 0
     loaded = checkpoint.load(out)
     assert (loaded.config.unet.norm, loaded.config.unet.activation) == ("in", "relu")
@@ -86,191 +241,123 @@ def test_what_the_originals_file_cannot_tell_comes_by_flags(tmp_path: Path) -> N
     assert torch.equal(loaded.network.out_norm.weight, load_weights(source)["ema_model.out_norm.weight"])
 
 
-BASE = {
-    "sample_size": (8, 16),
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (16, 32),
-    "norm_num_groups": 8,
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": None,
+# Other forms of the same weights
+
+
+def changed(name: str, tmp_path: Path, change: Callable[[Any], Any]) -> Path:
+    torch.save(change(load_weights(theirs(name))), tmp_path / "changed.pt")
+    return tmp_path / "changed.pt"
+
+
+def prefixed(state: Any, prefix: str) -> Any:
+    return {prefix + name: value for name, value in state.items()}
+
+
+FORMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "original in DataParallel": (LABELS, lambda s: prefixed(s, "module.")),
+    "network in DataParallel": (
+        LABELS,
+        lambda s: {name.replace("model.", "model.module.", 1): value for name, value in s.items()},
+    ),
+    "compiled": (GUIDED, lambda s: prefixed(s, "_orig_mod.")),
+    "w86 in DataParallel": (
+        W86,
+        lambda s: s | {name: prefixed(s[name], "module.") for name in ("net_model", "ema_model")},
+    ),
+    "openai in DDP": (IMPROVED, lambda s: prefixed(s, "module.")),
+    "openai in a table": (GUIDED, lambda s: {"model": s, "step": 7}),
+    "average in a table": (GUIDED, lambda s: {"ema": s, "model": {"x": torch.zeros(1)}}),
 }
-RESNETS = {
-    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "upsample_type": "resnet",
-    "downsample_type": "resnet",
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "google": {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6},
-    "classes": {"num_class_embeds": 5, "layers_per_block": 2},
-    "scale-shift": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 8, "attention_head_dim": 8},
-    "table": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
-    "learned variance": {"out_channels": 2, "time_embedding_dim": 24},
-    "residual blocks": RESNETS,
-}
 
 
-def theirs(kind: str = "plain", **values: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(**(BASE | KINDS[kind] | values)).eval()
+@pytest.mark.parametrize("form", FORMS)
+def test_wrapped_weights_are_the_same(form: str, tmp_path: Path) -> None:
+    name, change = FORMS[form]
+    found = import_path(changed(name, tmp_path, change), Flags(**FLAGS[name]))
+    plain = imported(name)
+    assert found.unet == plain.unet
+    assert found.diffusion == plain.diffusion
+    assert all(torch.equal(found.weights[key], plain.weights[key]) for key in plain.weights)
 
 
-def inputs(model: UNet2DModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    generator = torch.Generator().manual_seed(1)
-    y = torch.tensor([0, 4, 2]) if model.config.num_class_embeds else None
-    return torch.randn(3, 1, 8, 16, generator=generator), torch.tensor([0, 500, 999]), y
+def test_the_originals_network_alone_is_read(tmp_path: Path) -> None:
+    part = "model."
+    path = changed(PLAIN, tmp_path, lambda s: {k[len(part) :]: v for k, v in s.items() if k.startswith(part)})
+    with pytest.raises(ImportRefused, match="--num_timesteps 1000 --schedule linear"):
+        import_path(path, Flags())
+    found, whole = import_path(path, Flags(num_timesteps=40, schedule="cosine")), imported(PLAIN, weights="raw")
+    assert found.diffusion == whole.diffusion
+    assert all(torch.equal(found.weights[key], whole.weights[key]) for key in whole.weights)
 
 
-def same_outputs(model: UNet2DModel, imported: Any) -> None:
-    weights, config, _ = imported
-    network = UNet(config).eval()
-    network.load_state_dict(weights)
-    x, t, y = inputs(model)
-    with torch.no_grad():
-        torch.testing.assert_close(network(x, t, y), model(x, t, y).sample, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("safe", [True, False])
-def test_networks_of_diffusers_give_their_outputs(kind: str, safe: bool, tmp_path: Path) -> None:
-    model = theirs(kind)
-    model.save_pretrained(tmp_path, safe_serialization=safe)
-    same_outputs(model, import_path(tmp_path, Flags()))
-
-
-def test_old_key_names_are_known(tmp_path: Path) -> None:
-    model = theirs()
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    for new, old in {new: old for old, new in OLD_NAMES.items()}.items():
-        weights = {k.replace(f".{new}.", f".{old}.") if ".attentions." in k else k: v for k, v in weights.items()}
-    assert any(".proj_attn." in name for name in weights)
-    save_file(weights, path)
-    same_outputs(model, import_path(tmp_path, Flags()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [LABELS, PLAIN])
+def test_half_precision_betas_are_recognised(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = changed(name, tmp_path, lambda s: {key: value.to(dtype) for key, value in s.items()})
+    assert import_path(path, Flags()).diffusion == imported(name).diffusion
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "expected"),
+    ("betas", "schedule"),
     [
-        ({}, ("eps", "fixed_small", False)),
-        ({"variance_type": "fixed_large", "beta_schedule": "squaredcos_cap_v2"}, ("eps", "fixed_large", False)),
-        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ("v", "fixed_small", True)),
-        ({"prediction_type": "sample", "num_train_timesteps": 200}, ("x0", "fixed_small", False)),
-        ({"trained_betas": np.linspace(1e-4, 0.03, 500).tolist(), "num_train_timesteps": 500}, None),
+        (linear_betas(12, 1e-5, 7e-4), "linear"),
+        (linear_betas(2000, 3e-4, 0.0123), "linear"),
+        (cosine_betas(7), "cosine"),
     ],
 )
-def test_a_pipeline_brings_its_diffusion(scheduler: dict[str, Any], expected: Any, tmp_path: Path) -> None:
-    model, noise_scheduler = theirs(), DDPMScheduler(**scheduler)
-    DDPMPipeline(model, noise_scheduler).save_pretrained(tmp_path)
-    imported = import_path(tmp_path, Flags())
-    same_outputs(model, imported)
-    diffusion = imported[2]
-    assert expected is None or (diffusion.prediction, diffusion.variance, diffusion.zero_terminal_snr) == expected
-    np.testing.assert_allclose(diffusion.betas(), noise_scheduler.betas, rtol=1e-3)  # theirs in float32
+def test_any_linear_betas_are_read(betas: Any, schedule: str, tmp_path: Path) -> None:
+    path = changed(PLAIN, tmp_path, lambda s: s | {"betas": torch.from_numpy(betas).float()})
+    found = import_path(path, Flags()).diffusion
+    assert found.schedule == schedule
+    np.testing.assert_allclose(found.betas(), betas, rtol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"act_fn": "mish"}, "act_fn is 'mish'"),
-        ({"block_out_channels": (16, 24)}, "not whole multiples"),
-        ({"time_embedding_type": "fourier"}, "'fourier'"),
-        ({"class_embed_type": "identity"}, "class_embed_type"),
-        ({"mid_block_scale_factor": 2}, "mid_block_scale_factor"),
-        ({"center_input_sample": True}, "center_input_sample"),
-        ({"down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D")}, "differ on the way down and up"),
-        ({"out_channels": 3}, "1 channels in and 3 out"),
-        ({"downsample_type": "resnet", "down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "differ|mixes"),
-        ({"num_class_embeds": 7}, "class_embedding.weight"),
-    ],
-    ids=str,
+    "betas",
+    [torch.zeros(0), torch.tensor([torch.nan] * 9), torch.ones(5, 2) / 9, torch.full((9,), 3), torch.rand(50) / 9],
+    ids=["none", "nan", "table", "integers", "random"],
 )
-def test_what_cannot_be_expressed_is_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
-    theirs().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    with pytest.raises(ImportRefused, match=message):
-        import_path(tmp_path, Flags())
+def test_betas_of_no_schedule_are_refused(betas: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ImportRefused, match="betas"):
+        import_path(changed(PLAIN, tmp_path, lambda s: s | {"betas": betas}), Flags())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.pop("conv_out.bias"), "'conv_out.bias' is missing"),
-        (lambda w: w.pop("mid_block.attentions.0.to_k.weight"), "to_k.weight"),
-        (lambda w: w.update(extra=torch.zeros(1)), "1 tensors belong to no layer .* 'extra'"),
-        (lambda w: w.update({"conv_out.bias": torch.zeros(2)}), "out_conv.bias"),
-        (lambda w: w.update({"conv_out.bias": torch.tensor([torch.nan])}), "'out_conv.bias' .* not finite"),
-    ],
-    ids=["missing", "missing key", "surplus", "shape", "nan"],
-)
-def test_weights_that_are_not_the_networks_are_refused(
-    change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
-) -> None:
-    theirs().save_pretrained(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path)
-    with pytest.raises(ImportRefused, match=message):
-        import_path(tmp_path, Flags())
+# The command
 
 
-class Evil:
-    """A pickle that would leave a trace if anyone opened it."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.touch, (self.trace,)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"step": 1, "model": {}, "opt": {}, "ema": {}, "scaler": None, "version": "1"}, "lucidrains"),
-        ({"state": {}, "param_groups": []}, "optimiser"),
-        ([{}, {}, 1, 2], "ermongroup/ddim"),
-        ({"model": {}, "optimizer": {}, "ema": {}}, "tqch"),
-        ({"weight": torch.zeros(1)}, "not a checkpoint of a project known here"),
-        ({"betas": torch.full((10,), 0.1), "ema_model.downs.0.x": torch.zeros(1)}, "is missing|missing in it"),
-    ],
-    ids=["lucidrains", "optimiser", "list", "tqch", "unknown", "half"],
-)
-def test_other_files_are_named_and_refused(content: Any, message: str, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ImportRefused, match=message):
-        import_path(tmp_path / "x.pt", Flags())
-
-
-def test_nothing_that_is_loaded_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"ema": Evil(tmp_path / "trace")}, tmp_path / "edm.pkl")
-    assert main([str(tmp_path / "edm.pkl"), str(tmp_path / "out.safetensors")]) == 2
-    assert "holds code" in capsys.readouterr().err
-    (tmp_path / "x.pt").write_bytes(b"no such thing")
-    assert main([str(tmp_path / "x.pt"), str(tmp_path / "out.safetensors")]) == 2
-    assert main([str(tmp_path / "absent.pt"), str(tmp_path / "out.safetensors")]) == 2
-    assert not (tmp_path / "trace").exists()
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_the_command_makes_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    model = theirs("classes")
-    model.save_pretrained(tmp_path / "theirs")
+def test_one_line_says_which_diffusion_is_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ours.safetensors"
-    flags = ["--null_class", "--class_names", "a,b,c,d", "--schedule", "cosine", "--num_timesteps", "500"]
-    assert main([str(tmp_path / "theirs"), str(out), *flags]) == 0
-    loaded = checkpoint.load(out)
-    assert loaded.config.class_names == ("a", "b", "c", "d")
-    assert loaded.config.unet.null_class
-    assert (loaded.config.diffusion.schedule, loaded.config.diffusion.num_timesteps) == ("cosine", 500)
-    assert loaded.config.provenance["imported_from"] == "theirs"
-    x, t, y = inputs(model)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.network(x, t, y), model(x, t, y).sample, rtol=0, atol=1e-5)
+    assert main([str(theirs(PLAIN)), str(out)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    for part in (
+        "40 timesteps, cosine, prediction eps, fixed_large",
+        "from its betas",
+        "assumed: norm gn, image_size 32,32, activation silu, time_scale 1, initial_pad 0, norm_groups 32",
+    ):
+        assert part in line
+    words = "--prediction x0 --variance fixed_small --schedule_low 1e-5 --schedule_high 0.003"
+    assert main([str(theirs(W86)), str(out), *words.split()]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "200 timesteps, linear 1e-05 to 0.003, prediction x0, fixed_small, x0 clamped to ±1 (by flags" in line
+    assert "assumed" not in line
+    assert (
+        checkpoint.load(out).config.diffusion
+        == imported(
+            W86, **{"prediction": "x0", "variance": "fixed_small", "schedule_low": 1e-5, "schedule_high": 0.003}
+        ).diffusion
+    )
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "not there" / "ours.safetensors"
+    assert main([str(theirs(PLAIN)), str(out)]) == 2
+    assert f"{out} cannot be written: No such file" in capsys.readouterr().err
+
+
+def test_every_flag_of_the_research_projects_is_stored(tmp_path: Path) -> None:
+    out = tmp_path / "ours.safetensors"
+    words = "--norm_groups 4 --initial_pad 1 --time_scale 0.5 --image_size 6,10 --weights raw"
+    assert main([str(theirs(PADDED)), str(out), *words.split()]) == 0
+    unet = checkpoint.load(out).config.unet
+    assert (unet.norm_groups, unet.initial_pad, unet.time_scale, unet.image_size) == (4, 1, 0.5, (6, 10))
+    assert replace(unet, initial_pad=0) != unet

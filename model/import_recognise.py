@@ -1,0 +1,102 @@
+"""What a loaded file is: an importer for it, or a sentence that names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from model.convert.abarankab import import_original, import_w86763777
+from model.convert.layout import Flags, Imported, ImportRefused
+from model.convert.openai import import_openai
+
+Importer = Callable[[Any, Flags], Imported]
+
+WRAPPER = re.compile(r"(^|\.)(?:module|_orig_mod)\.")  # of DataParallel, of torch.compile
+AVERAGES = ("ema", "ema_model", "model_ema", "ema_state_dict")
+NETWORKS = ("model", "state_dict", "model_state_dict", "net", "network")
+
+OPENAI = {"time_embed.0.weight", "input_blocks.0.0.weight"}
+ORIGINAL = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs.0.conv_1.weight", "out_conv.weight"}
+W86 = {"head.weight", "time_embedding.timembedding.0.weight"}
+
+NAMED: tuple[tuple[str, str], ...] = (  # a tensor's name → what has it
+    (r"mem_kv|null_classes_emb|final_res_block\.", "a lucidrains checkpoint: another architecture (linear attention)"),
+    (r"(^|\.)project_in\.", "a tqch/ddpm-torch checkpoint, which cannot be imported"),
+    (r"^temb\.dense\.0\.", "a checkpoint of ermongroup/ddim or pesser/pytorch_diffusion, which cannot be imported"),
+    (r"^all_modules\.\d", "a checkpoint of yang-song/score_sde_pytorch, another architecture"),
+    (r"^x_embedder\.", "a diffusion transformer (DiT), another architecture"),
+    (r"^model\.diffusion_model\.|^first_stage_model\.", "a latent diffusion model: its network works on latents"),
+    (r"^time_mlp\.0\.weight$", "a network of this project already: it is in a checkpoint that needs no import"),
+    (r"^(model\.)?map_noise\.|(^|\.)map_layer0\.", "a network of NVlabs/edm, another architecture"),
+)
+
+
+def unwrapped(state: Any, depth: int = 2) -> Any:
+    """The same without the prefixes of modules that only hold another, in it and in the tables inside."""
+    if not isinstance(state, dict) or depth == 0:
+        return state
+    return {WRAPPER.sub(r"\1", str(key)): unwrapped(value, depth - 1) for key, value in state.items()}
+
+
+def recognise(state: Any) -> Importer:
+    """The importer for a loaded file. Raises ImportRefused, naming what it is where that is known."""
+    return recognised(state, Flags())[1]
+
+
+def recognised(state: Any, flags: Flags) -> tuple[Any, Importer]:
+    """What of a loaded file the importer takes, and the importer."""
+    state = unwrapped(state)
+    if not isinstance(state, dict):
+        first = state[0] if isinstance(state, list) and state else None
+        if isinstance(first, dict):
+            raise ImportRefused(_name(_keys(unwrapped(first))) or "it is a list, and not of a project known here")
+        raise ImportRefused("it is not a table of tensors: no checkpoint of a project known here")
+    keys = _keys(state)
+    if importer := _importer(state, keys):
+        return state, importer
+    if {"network", "ema", "optimizer"} <= keys:
+        raise ImportRefused("it is the state of a training here: its checkpoint-*.safetensors needs no import")
+    inside = {name: _keys(value) for name, value in state.items() if isinstance(value, dict)}
+    inside |= {f"{name}.shadow": _keys(state[name].get("shadow")) for name in inside}
+    for part in (keys, *inside.values()):
+        if name := _name(part):
+            raise ImportRefused(name)
+    wanted = NETWORKS if flags.weights == "raw" else (*AVERAGES, *NETWORKS)
+    for name in wanted:
+        if name in inside and (importer := _importer(state[name], inside[name])):
+            return state[name], importer
+    if {"state", "param_groups"} <= keys:
+        raise ImportRefused("it is an optimiser's state, not a network's: import the file with the weights")
+    raise ImportRefused("it is not a checkpoint of a project known here (see --help)")
+
+
+def _keys(state: Any) -> set[str]:
+    return {str(key) for key in state} if isinstance(state, Mapping) else set()
+
+
+def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
+    if {"net_model", "ema_model"} <= keys and _keys(state["ema_model"]) >= W86:
+        return import_w86763777
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        return None
+    if "betas" in keys and any(key.startswith("ema_model.downs.") for key in keys):
+        return import_original
+    if keys >= ORIGINAL:
+        return import_original
+    if keys >= OPENAI:
+        if not any(key.startswith("output_blocks.") for key in keys):
+            raise ImportRefused("it is a classifier, of guided-diffusion: it sees noise and makes no images")
+        return import_openai
+    return None
+
+
+def _name(keys: set[str]) -> str | None:
+    if {"time_embedding.linear_1.weight", "conv_in.weight"} <= keys:
+        return "it has diffusers' weights without their configuration: give the folder with config.json"
+    for pattern, what in NAMED:
+        if any(re.search(pattern, key) for key in keys):
+            return f"it is {what}"
+    return None
