@@ -52,15 +52,20 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 def _train(config: TrainConfig, resume: bool, ranks: Ranks, device: torch.device, run: RunDir | None) -> None:
     revision = git_revision()
-    training_set, validation_set = data.load(config.dataset, config.image_size)
+    training_set, validation_set = data.load(
+        config.dataset,
+        config.image_size,
+        config.load_options(),
+        use_labels=config.use_labels,
+        cache=config.run_dir.parent,
+        quiet=not ranks.is_first,
+    )
     (_, *shape), class_names = training_set.images.shape, training_set.class_names
     if run:
         print(
             f"{training_set.name}: {len(training_set)} images to train on, {len(validation_set)} to validate,", end=" "
         )
         print(f"{tuple(shape)}, classes: {', '.join(class_names[:20]) or 'none'}")
-    if config.use_labels and (training_set.labels is None or validation_set.labels is None):
-        raise DataError(f"--use_labels, but {config.dataset!r} does not tell the class of every image")
     batches = Batches(training_set, config, ranks, device)
     validation_set = chosen(validation_set, device)
 

@@ -13,7 +13,7 @@ from training import data
 from training.data.datasets import DataError
 
 ImageFolder = Callable[..., Path]
-MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
+MNIST = Path(__file__).parents[4] / "shared" / "data" / "mnist"
 
 
 def counts(images: data.Images) -> list[int]:
