@@ -17,7 +17,7 @@ import torch
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from training.cli.options import expanded, printable
-from training.data.datasets import DataError, Images
+from training.data import DataError, Images
 from training.run.config import TrainConfig
 
 

@@ -31,9 +31,10 @@ from model.images import from_uint8, to_uint8
 from model.sampling.schedule import Plan
 from model.sampling.step import sample
 from training import data
+from training.cli import command
 from training.cli.options import Parser, expanded, one_of
 from training.cli.sampling_options import add_sampling_options, settings_of
-from training.data.datasets import DataError, Images
+from training.data import DataError, Images
 from training.evaluation import feature_extractor, memorization, metrics
 from training.evaluation.feature_extractor import Judge
 from training.evaluation.feature_files import FeatureFile
@@ -122,8 +123,6 @@ def check_classes(
     for what, names in {"the checkpoint": source.config.class_names, args.dataset: train_set.class_names}.items():
         if names != valid:
             raise DataError(f"{what} has the classes {', '.join(names)}, {whose} {', '.join(valid)}")
-    if train_set.labels is None or test_set.labels is None:
-        raise DataError(f"{args.dataset!r} does not tell the class of every image")
     if args.num_images % unet.num_classes:
         raise ValueError(f"--num_images must be a multiple of {unet.num_classes}, the number of classes")
 
@@ -134,7 +133,16 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     source, weights = load_weights.load(args.checkpoint, args.weights, {}, device)
     who = feature_extractor.load(args.features, device)
     settings, plan = settings_of(source, args)
-    train_set, test_set = data.load(args.dataset, (who.image_shape or source.config.unet.image_shape)[1:])
+    train_set, test_set = (
+        images.ordered_as(who.class_names or source.config.class_names)
+        for images in data.load(
+            args.dataset,
+            (who.image_shape or source.config.unet.image_shape)[1:],
+            command.load_options(vars(args)),
+            use_labels=source.config.unet.num_classes is not None,
+            cache=data.beside(out),
+        )
+    )
     check(source, who, train_set, test_set, args)
     how = asdict(settings) | {
         "weights": weights,
@@ -218,6 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--bits_images", type=int, default=0, metavar="N", help="held-out images for bits per dimension (default: 0)")
     add_sampling_options(parser)
+    command.add_load_options(parser)
     add("--weights", default="ema", **one_of(("ema", "raw")), help="raw is in the folder of a run (default: ema)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add("--batch_size", type=int, default=32, metavar="N", help="images at once (default: 32; a GPU likes 500)")

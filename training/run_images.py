@@ -7,7 +7,7 @@ from typing import Any
 
 from training import data
 from training.cli.options import printable
-from training.data.datasets import DataError, Images
+from training.data import Images
 from training.data_record import DataChanges, DataRecord, check_text, find_dataset
 from training.loop.distributed import Ranks
 from training.memory import memory_for
@@ -35,15 +35,20 @@ class RunImages:
         before = read_config(config.run_dir)[1] if resume else None
         place = find_dataset(config, before)
         with memory_for(f"the images of {config.dataset!r}", "give a smaller --image_size height,width"):
-            train, held_out = data.load(place, config.image_size)
+            train, held_out = data.load(
+                place,
+                config.image_size,
+                config.load_options(),
+                use_labels=config.use_labels,
+                cache=config.run_dir.parent,
+                quiet=not ranks.is_first,
+            )
         if ranks.is_first:
             counts = f"{len(train)} images to train on, {len(held_out)} to validate"
             classes = ", ".join(train.class_names[:20]) or "none"
             print(printable(f"{train.name}: {counts}, {tuple(train.images.shape[1:])}, classes: {classes}"))
         if config.use_labels:
             check_text(train.class_names)
-            if train.labels is None or held_out.labels is None:
-                raise DataError(f"--use_labels, but {config.dataset!r} does not tell the class of every image")
         if saved:  # what the weights were trained with
             before = DataRecord.from_dict(saved["data"]) if "data" in saved else before or DataRecord.of_best(config)
         if before:

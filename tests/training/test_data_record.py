@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from model import checkpoint
-from training.data.datasets import Images
+from training.data import Images
 from training.data_record import DataRecord, fingerprint
 from training.run.config import TrainConfig
 from training.train import main, train

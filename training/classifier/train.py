@@ -27,8 +27,9 @@ from model.images import from_uint8
 from model.nn.ema import EMA
 from training import data
 from training.classifier.network import Classifier, ClassifierConfig
+from training.cli import command
 from training.cli.options import Parser, expanded, integers, one_of, written
-from training.data.datasets import DataError, Images
+from training.data import DataError, Images
 from training.evaluation import feature_extractor
 from training.memory import memory_for
 from training.run.config import torch_device
@@ -81,7 +82,7 @@ class Progress:
         self.optimizer = make_optimizer(self.network, args)
         self.ema = EMA(self.network, 1 - 1 / max(2, args.epochs * (len(training_set) // args.batch_size) // 15))
         self.epoch = 0
-        digest = hashlib.sha256(training_set.images.cpu().numpy().tobytes())
+        digest = hashlib.sha256(training_set.images.cpu().numpy())
         options = {k: v for k, v in vars(args).items() if k not in ("dataset", "out", "device")}
         self._key = json.dumps(options, sort_keys=True) + digest.hexdigest()
 
@@ -206,6 +207,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", default="auto", **one_of(("auto", "fp32", "bf16")), help="auto: bf16 where it is fast (default)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    command.add_load_options(parser)
     args = parser.read(argv)
     for name in ("epochs", "batch_size", "width", "depth"):
         if getattr(args, name) < 1:
@@ -227,9 +229,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Trains, tests and saves; returns what is known of the result."""
     device, out = torch_device(args.device), expanded(args.out)
-    training_set, test_set = data.load(args.dataset, args.image_size)
-    if training_set.labels is None or test_set.labels is None:
-        raise DataError(f"{args.dataset!r} does not tell the class of every image")
+    training_set, test_set = data.load(
+        args.dataset, args.image_size, command.load_options(vars(args)), use_labels=True, cache=data.beside(out)
+    )
     if len(training_set) < args.batch_size:
         raise DataError(f"--batch_size {args.batch_size}, but only {len(training_set)} images to train on")
     if not 0 <= args.shift < min(training_set.images.shape[2:]):

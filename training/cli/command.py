@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import Field, fields, replace
 from typing import Any
 
-from training.cli.options import Parser, boolean, check_choice, expanded, integers, numbers, pairs, written
+from training.cli.options import Parser, boolean, check_choice, expanded, integers, numbers, one_of, pairs, written
 from training.cli.presets import PRESETS
+from training.data.options import LoadOptions
 from training.data_record import NOTHING, DataChanges
 from training.run.config import FIXED, GROUPS, TrainConfig
 from training.run.run_dir import read_config
@@ -33,6 +34,22 @@ def add_known_options(parser: Parser, names: Collection[str]) -> None:
     for f in fields(TrainConfig):
         if f.name in names:
             group.add_argument(f"--{f.name}", **_settings(f))
+
+
+def add_load_options(parser: Parser) -> None:
+    """Those of `training.train` that say how a data set is read, with their defaults, for other commands."""
+    group = parser.add_argument_group("how the data set is read", "as for training.train")
+    names = {f.name for f in fields(LoadOptions)}
+    for f in fields(TrainConfig):
+        if f.name in names:
+            choices = one_of(f.metadata["choices"]) if f.metadata["choices"] else {}
+            text = f.metadata["help"] + (f" (default: {written(f.default)})" if f.default != "" else "")
+            group.add_argument(f"--{f.name}", **_settings(f) | choices | {"default": f.default}, help=text)
+
+
+def load_options(given: Mapping[str, Any]) -> LoadOptions:
+    """What `add_load_options` read. Raises ValueError where it makes no sense."""
+    return LoadOptions(**{f.name: given[f.name] for f in fields(LoadOptions)})
 
 
 def check_choices(given: Mapping[str, Any]) -> None:

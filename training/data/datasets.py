@@ -1,211 +1,124 @@
-"""Images as one uint8 tensor in memory: from a folder of images per class, or by Hugging Face `datasets`."""
+"""A data set by its name: a folder of pictures, a folder of parquet files, or one of the Hugging Face hub."""
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-PACKED_SUFFIXES = {
-    ".parquet",
-    ".arrow",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".gz",
-}  # left to `datasets`, as is metadata.csv
-HELD_OUT = ("validation", "valid", "val", "test")
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+from training.data import labels, picture, splits
+from training.data.folder import image_folder
+from training.data.huggingface import hugging_face
+from training.data.images import DataError, Images
+from training.data.labels import printable
+from training.data.options import LoadOptions
+from training.data.reader import Reader
+from training.data.splits import Split
+
+__all__ = ["DataError", "Images", "load"]
+
+Say = Callable[[str], None]
 
 
-class DataError(ValueError):
-    """The data set cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """images uint8 [N, C, H, W]; labels int64 [N] in 0 … len(class_names) - 1, or None; name: for provenance."""
-
-    images: Tensor
-    labels: Tensor | None
-    class_names: tuple[str, ...]
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def to(self, device: torch.device) -> Images:
-        """The same images on another device."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return Images(self.images.to(device), labels, self.class_names, self.name)
-
-    def select(self, which: Tensor) -> Images:
-        """The images of a boolean mask or of indices, on their device."""
-        labels = None if self.labels is None else self.labels[which]
-        return Images(self.images[which], labels, self.class_names, self.name)
-
-
-@dataclass(frozen=True)
-class Split:
-    """One part of a data set, not read yet: `read(i)` opens image i of `count`."""
-
-    read: Callable[[int], Image.Image]
-    count: int
-    labels: Tensor | None
-    class_names: tuple[str, ...]
-
-
-def load(dataset: str, image_size: tuple[int, ...] = ()) -> tuple[Images, Images]:
+def load(
+    dataset: str,
+    image_size: tuple[int, ...] = (),
+    options: LoadOptions | None = None,
+    *,
+    use_labels: bool = False,
+    cache: Path | None = None,
+    quiet: bool = False,
+) -> tuple[Images, Images]:
     """(train, validation) images of a hub name, a folder with parquet files, or a folder of images per class.
 
-    Validation is the data set's validation or test split, or, where it has none, every 20th image of train. One image
-    in colour makes all of them RGB; transparency is laid over white; 16 bits become 8. Raises DataError where there are
-    no images, one is unreadable, or their sizes differ and no `image_size` (H, W) is given.
+    Validation is the data set's validation or test split, or, where it has none, every 20th image of train, by class.
+    One train image in colour makes all of them RGB; transparency is laid over white; 16 bits become 8. `use_labels`:
+    the class of every image is needed, and each class has one to train on. What takes long to decode is kept in the
+    folder `cache`, and mapped from there where it does not fit into memory. What is assumed, left out or passed over is
+    said on stderr, a line each, unless `quiet`.
+
+    Raises DataError where there are no images, one is unreadable, or their sizes differ and no `image_size` (H, W) is
+    given.
     """
-    path = Path(dataset).expanduser()
+    options, path = options or LoadOptions(), Path(dataset).expanduser()
+    if printable(dataset) != dataset:
+        raise DataError(f"the name of the data set {printable(dataset)} is not UTF-8: rename it")
     name = path.resolve().name if path.exists() else dataset
-    splits = (image_folder(path) if path.is_dir() else None) or hugging_face(dataset, path)
-    train_name = "train" if "train" in splits else next(iter(splits))
-    train = _read(splits[train_name], name, image_size)
-    held_out = next((s for s in HELD_OUT if s in splits and s != train_name), None)
-    if held_out:
-        if splits[held_out].class_names != train.class_names:
-            raise DataError(f"{name!r} has other classes in its {held_out} split than in {train_name}")
-        return train, _read(splits[held_out], name, image_size, like=train.images)
-    every = torch.arange(len(train)) % 20 == 19
-    if not every.any():
-        raise DataError(f"{dataset!r} has {len(train)} images; at least 20 are needed")
-    return train.select(~every), train.select(every)
+    say = partial(_say, name, quiet)
+    with picture.pillow(options.max_megapixels):
+        found = (image_folder(path, options, say) if path.is_dir() else None) or hugging_face(
+            dataset, path, options, say
+        )
+        parts = splits.chosen(found, dataset, say)
+        if use_labels:
+            _check_labels(parts, dataset)
+        reader = Reader(parts, name, str(path.resolve()) if path.exists() else dataset, image_size, options, say, quiet)
+        pixels = reader.read(cache)
+    gone, start = set(pixels.left_out), parts[0].count
+    kept = [[i for i in range(start) if i not in gone], [i for i in range(parts[1].count) if start + i not in gone]]
+    if not all(kept):
+        raise DataError(f"{dataset!r}: no image is left {'to train on' if not kept[0] else 'that is held out'}")
+    told = [[part.labels[i] for i in which] for part, which in zip(parts, kept, strict=True)]
+    class_names = parts[0].class_names or labels.ordered(label for part in told for label in part if label is not None)
+    if use_labels:
+        _check_classes(told[0], class_names, dataset)
+        _tell_of_single_images(told, say)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pages that cannot be written to: nothing does
+        images = torch.from_numpy(pixels.array)
+    numbers = {label: i for i, label in enumerate(class_names)}
+    tensors = images[: len(kept[0])], images[len(kept[0]) :]
+    train, held_out = (
+        Images(tensor, _numbered(part, numbers), class_names, name) for tensor, part in zip(tensors, told, strict=True)
+    )
+    return train, held_out
 
 
-def image_folder(path: Path) -> dict[str, Split] | None:
-    """The splits of a folder of images, or None where it is not one. An image's class is the name of its folder.
-
-    Folders train, validation, valid, val and test at the top are splits if there are no others. `datasets` is not
-    asked: it would take a class called "train" or "a-dev" for a split and leave the other classes out.
-    """
-    files: list[Path] = []
-    for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found = [Path(folder, n) for n in sorted(names) if not n.startswith(".")]
-        if any(f.suffix.lower() in PACKED_SUFFIXES or f.stem == "metadata" for f in found):
-            return None
-        files += [f for f in found if f.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        return None
-    tops = {f.relative_to(path).parts[0] for f in files}
-    roots = {"train": path}
-    if "train" in tops and tops <= {"train", *HELD_OUT}:
-        roots = {top: path / top for top in sorted(tops)}
-    members = {split: [f for f in files if f.is_relative_to(root)] for split, root in roots.items()}
-    class_names: tuple[str, ...] = ()
-    if all(f.parent != roots[split] for split, fs in members.items() for f in fs):
-        class_names = tuple(sorted({f.parent.name for f in files}))
-    number = {name: i for i, name in enumerate(class_names)}
-    splits = {}
-    for split, fs in members.items():
-        labels = torch.tensor([number[f.parent.name] for f in fs]) if class_names else None
-        splits[split] = Split(lambda i, fs=fs: _open(fs[i]), len(fs), labels, class_names)
-    return splits
+def _say(name: str, quiet: bool, sentence: str) -> None:
+    if not quiet:
+        print(f"{printable(name)}: {printable(sentence)}", file=sys.stderr)
 
 
-def hugging_face(dataset: str, path: Path) -> dict[str, Split]:
-    """The splits of what `datasets` reads: a folder with parquet files and the like, or a name on the hub."""
-    import datasets
-
-    if path.is_file():
-        raise DataError(f"{dataset!r} is a file; a data set is a folder, or a name on the Hugging Face hub")
-    if not path.exists() and not HUB_NAME.fullmatch(dataset):
-        raise DataError(f"there is no folder {dataset!r}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is reported below
-    try:
-        found = datasets.load_dataset(str(path) if path.exists() else dataset)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        why = " ".join(str(told).split())
-        if not path.exists():
-            why = f"there is no such folder, and the Hugging Face hub does not give it: {why}"
-        raise DataError(f"cannot read the data set {dataset!r}: {why}") from error
-    return {str(name): _hugging_face_split(split, dataset) for name, split in found.items()}
+def _numbered(names: Sequence[str | None], numbers: dict[str, int]) -> Tensor | None:
+    """int64 [N], or None where a class is not told."""
+    found = [numbers[name] for name in names if name is not None]
+    return torch.tensor(found) if len(found) == len(names) else None
 
 
-def _hugging_face_split(split: object, dataset: str) -> Split:
-    import datasets
-
-    assert isinstance(split, datasets.Dataset)
-    image_column = next((c for c, f in split.features.items() if isinstance(f, datasets.Image)), None)
-    if image_column is None:
-        raise DataError(f"{dataset!r} has no column of images, only {', '.join(split.features)}")
-    pictures = split.select_columns([image_column])
-    label_column = next((c for c, f in split.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    labels, class_names = None, ()
-    if label_column is not None:
-        class_names = tuple(split.features[label_column].names)
-        labels = torch.from_numpy(np.asarray(split[label_column][:], dtype=np.int64))
-        if (labels < 0).any():  # -1 stands for a class that is not told
-            labels = None
-    return Split(lambda i: pictures[i][image_column], len(split), labels, class_names)
+def _check_labels(parts: tuple[Split, Split], dataset: str) -> None:
+    """Raises DataError where an image has no class, with the first that has none and what to do."""
+    if unclear := next((part.unclear for part in parts if part.unclear and not any(part.labels)), ""):
+        raise DataError(f"{dataset!r} does not tell the class of every image: {unclear}{_first(parts)}")
+    if any(label is None for part in parts for label in part.labels):
+        raise DataError(
+            f"{dataset!r} does not tell the class of every image{_first(parts)}: move them into the folder of a class "
+            "or away, or complete the table"
+        )
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
+def _first(parts: tuple[Split, Split]) -> str:
+    """The first image without a class, and how many there are."""
+    total = sum(part.count for part in parts)
+    without = [part.where(i) for part in parts for i, label in enumerate(part.labels) if label is None]
+    return f" ({len(without):,} of {total:,} have none, such as {without[0]})" if without else ""
 
 
-def _read(split: Split, name: str, image_size: tuple[int, ...], like: Tensor | None = None) -> Images:
-    """Decodes a split, as `like` [N, C, H, W] in channels and size."""
-    if not split.count:
-        raise DataError(f"{name!r} has no images")
-    stack: Tensor | None = None
-    for i in range(split.count):
-        picture = _eight_bits(split, i, name)
-        if stack is None:
-            channels = like.shape[1] if like is not None else len(picture.getbands())
-            h, w = image_size or (like.shape[2:] if like is not None else (picture.height, picture.width))
-            stack = torch.empty(split.count, channels, h, w, dtype=torch.uint8)
-        elif stack.shape[1] < len(picture.getbands()) and like is None:
-            stack = stack.repeat(1, 3, 1, 1)
-        picture = picture.convert("L" if stack.shape[1] == 1 else "RGB")
-        if picture.size != (w, h):
-            if not image_size:
-                raise DataError(
-                    f"the images of {name!r} differ in size ({w}×{h} and {picture.width}×{picture.height}): "
-                    "choose one with --image_size height,width"
-                )
-            picture = ImageOps.fit(picture, (w, h), Image.Resampling.LANCZOS)
-        stack[i] = torch.from_numpy(np.array(picture)).reshape(h, w, -1).permute(2, 0, 1)
-    assert stack is not None
-    return Images(stack, split.labels, split.class_names, name)
+def _check_classes(names: Sequence[str | None], class_names: tuple[str, ...], dataset: str) -> None:
+    """Raises DataError where a class has no image to train on: it would be served, though no step ever saw it."""
+    if never := [name for name in class_names if name not in set(names)]:
+        shown = ", ".join(never[:20]) + (f" and {len(never) - 20:,} more" if len(never) > 20 else "")
+        raise DataError(f"{dataset!r} has no image to train on of the class{'es' * (len(never) > 1)} {shown}")
 
 
-def _eight_bits(split: Split, i: int, name: str) -> Image.Image:
-    """Image i in mode L or RGB."""
-    try:
-        picture = split.read(i)
-        if picture.mode == "F":
-            raise ValueError("it has floating-point pixels, of unknown range")
-        if picture.mode.startswith("I"):  # 16 bits
-            return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
-        mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            white.alpha_composite(picture.convert("RGBA"))
-            picture = white
-        return picture.convert(mode)
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, AttributeError) as error:
-        raise DataError(f"image {i} of {name!r} cannot be used: {error}") from error
+def _tell_of_single_images(told: Sequence[Sequence[str | None]], say: Say) -> None:
+    counts, held_out = Counter(told[0]), set(told[1])
+    alone = [f"{name} (1)" for name, count in counts.items() if count == 1 and name not in held_out]
+    if alone:
+        more = f" and {len(alone) - 20:,} more" if len(alone) > 20 else ""
+        say(f"a single image is trained on, and none held out, of {', '.join(alone[:20])}{more}")

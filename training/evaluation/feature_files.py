@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.datasets import Images
+from training.data import Images
 from training.evaluation.feature_extractor import Judge
 
 AT_ONCE = 500  # real images that the judge sees together
@@ -69,9 +69,9 @@ def real_features(who: Judge, images: Images) -> Tensor:
     have another file; another judge of that name, or device, or torch, writes over it. Where it cannot be written,
     nothing is kept, and a line says so.
     """
-    digest = hashlib.sha256(
-        str(tuple(images.images.shape)).encode() + images.images.cpu().numpy().tobytes()
-    ).hexdigest()
+    hashed = hashlib.sha256(str(tuple(images.images.shape)).encode())
+    hashed.update(images.images.cpu().numpy())  # not copied: it may be a file that is mapped
+    digest = hashed.hexdigest()
     path = who.path.with_name(f"{who.path.stem}-{digest[:12]}.real")
     shape = (len(images), who.size + len(who.class_names))
     key = {"judge": who.sha256, "images": digest, "shape": shape, "torch": torch.__version__, "device": who.device.type}

@@ -10,30 +10,31 @@ from torch import Tensor
 from model.diffusion import GaussianDiffusion
 from model.images import from_uint8
 from model.nn.unet import UNet
-from training.data.datasets import Images
+from training.data import Images
 
 VALIDATION_IMAGES = 1024  # a multiple of four
 AT_ONCE = 64
 
 
 def chosen(images: Images, device: torch.device) -> Images:
-    """The images that are looked at, on the device: some twice if there are few."""
-    n = VALIDATION_IMAGES
+    """The images that are looked at, on the device: VALIDATION_IMAGES, or all if there are fewer."""
+    n = min(VALIDATION_IMAGES, len(images))
     return images.select(torch.arange(n) * len(images) // n).to(device)  # from everywhere: a folder is sorted by class
 
 
 @torch.no_grad()
 def validation_loss(network: UNet, diffusion: GaussianDiffusion, images: Images, precision: str) -> list[float]:
-    """The loss of the `chosen` images by quartile of t: four numbers."""
-    n, device = len(images), images.images.device
+    """The loss of the `chosen` images, some of them more than once if there are few, by quartile of t: four numbers."""
+    n, device = VALIDATION_IMAGES, images.images.device
+    which = torch.arange(n) * len(images) // n
     generator = torch.Generator().manual_seed(0)
     t = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * diffusion.num_timesteps).long()
     t = t.clamp(max=diffusion.num_timesteps - 1)[torch.randperm(n, generator=generator)]
     losses: list[Tensor] = []
     for start in range(0, n, AT_ONCE):
         part = slice(start, start + AT_ONCE)
-        x0, y = from_uint8(images.images[part]), images.labels
-        y = None if y is None or network.config.num_classes is None else y[part]
+        some = images.select(which[part].to(device))
+        x0, y = from_uint8(some.images), None if network.config.num_classes is None else some.labels
         noise = torch.randn(x0.shape, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses.append(diffusion.loss(network, x0, y, t[part].to(device), noise))

@@ -17,6 +17,7 @@ from model.sampling.schedule import LIMITS, SamplingDefaults, make_plan
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import SPACINGS
 from training.cli.options import check_choice, expanded, printable, written
+from training.data.options import LABEL_SOURCES, LoadOptions
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS
 
 LOSS_AWARE = "loss_second_moment"  # of --timestep_sampler; the others are functions of uniform numbers
@@ -35,6 +36,11 @@ class TrainConfig:
     )
     image_size: tuple[int, ...] = _option((), "height,width: crop and resize to it; default: as the images are")
     use_labels: bool = _option(False, "condition on the class")
+    label_from: str = _option("auto", "where the class stands: auto is a folder or a table's column", LABEL_SOURCES)
+    label_column: str = _option("", "the column of a table that tells the class; default: label or class")
+    skip_broken: bool = _option(False, "leave out images that cannot be read")
+    max_megapixels: int = _option(179, "of one image; larger ones are refused")
+    grey_bits: int = _option(0, "of 16-bit greys that are in use, such as 12; 0: as measured")
     label_dropout: float = _option(0.0, "share of images trained without their class, for classifier-free guidance")
     flip: bool = _option(False, "mirror images at random (not for digits)")
 
@@ -116,6 +122,7 @@ class TrainConfig:
                 check_choice(f.name, getattr(self, f.name), f.metadata["choices"])
         self._check_numbers()
         self._check_combinations()
+        self.load_options()
         make_plan(GaussianDiffusion(self.diffusion()), **vars(self.sampling()))  # these raise for what they do not take
         # Where only the images will tell the size: one that has all of --attention_at, if there is any
         deepest = self.patch_size * 2 ** (len(self.channel_mults) - 1)
@@ -157,6 +164,8 @@ class TrainConfig:
         defaults = {f.name: f.default for f in fields(self)}
         for name, needed, has in (
             ("label_dropout", "--use_labels", self.use_labels),
+            ("label_from", "--use_labels", self.use_labels),
+            ("label_column", "--use_labels", self.use_labels),
             ("class_conditioning", "--use_labels", self.use_labels),
             ("guidance_scale", "--label_dropout, which teaches the network the null class", self.label_dropout),
             ("guidance_interval", "a --guidance_scale besides 1", self.guidance_scale != 1),
@@ -188,6 +197,10 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """Where the run's files are. Raises ValueError where --log_dir is in a home folder that there is not."""
         return expanded(self.log_dir, "--log_dir") / self.project_name / self.run_name
+
+    def load_options(self) -> LoadOptions:
+        """How the data set is read."""
+        return LoadOptions(**{f.name: getattr(self, f.name) for f in fields(LoadOptions)})
 
     def torch_device(self) -> torch.device:
         """See `torch_device`."""
