@@ -47,6 +47,7 @@ class Batches:
         if resident is None:
             resident = fits(images.images.nbytes, device)
         self._images = images.to(device) if resident else images
+        self._resident = resident  # not to be told by devices: that of a tensor has an index, "cuda" has none
         self._config, self._ranks, self._device = config, ranks, device
         self._generator = torch.Generator(device)
         self._epoch, self._order = -1, torch.empty(0)
@@ -82,7 +83,7 @@ class Batches:
         chosen = self._ranks.share(self._order[i * size : (i + 1) * size])
         labels = self._images.labels if self._config.use_labels else None
         taken = [tensor.index_select(0, chosen) for tensor in (self._images.images, labels) if tensor is not None]
-        if home != self._device:
+        if not self._resident:
             taken = [tensor.pin_memory().to(self._device, non_blocking=True) for tensor in taken]
         return taken[0], taken[1] if len(taken) == 2 else None
 

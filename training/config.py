@@ -289,12 +289,15 @@ FIXED = (
 
 
 def torch_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises ValueError on a device that is not there."""
+    """ "auto" is the GPU where there is one. A GPU has its index, as in the devices of its tensors. Raises ValueError on
+    a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device

@@ -15,6 +15,7 @@ import pytest
 from app.engine.request import Mailbox, Request, Sample
 from app.engine.runner import Runner
 from app.engine.served import Served
+from app.settings import Settings
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.plan import make_plan
@@ -101,3 +102,8 @@ def test_a_server_runs_on_a_gpu_and_waits_for_its_event_only(
         assert (pictures.shape, pictures.dtype) == ((12, *tiny_config.image_shape), np.uint8)
     runner.close()
     asked.loop.close()
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_the_servers_gpu_has_an_index(gpu: FakeCuda, name: str) -> None:
+    assert Settings(device=name).torch_device() == CUDA
