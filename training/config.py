@@ -289,8 +289,10 @@ FIXED = (
 
 
 def torch_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. A GPU has its index, as in the devices of its tensors. Raises ValueError on
-    a device that is not there."""
+    """ "auto" is the GPU where there is one. A GPU has its index, as its tensors' devices have.
+
+    Raises ValueError on a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""Training on a GPU, on one that is not there: see `tests.fake_cuda`. The backward pass is not run: it needs a device."""
+"""Training on a GPU that is not there: see `tests.fake_cuda`. The backward pass is not run: it needs a device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
+from training import parallel
 from training.batches import Batches
 from training.config import TrainConfig, torch_device
 from training.data import Images
@@ -39,3 +40,18 @@ def test_batches_are_on_the_gpu(gpu: FakeCuda, device: str, resident: bool) -> N
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_named_gpu_has_an_index(gpu: FakeCuda, name: str) -> None:
     assert torch_device(name) == TrainConfig(device=name).torch_device() == CUDA
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_process_of_torchrun_uses_no_gpu_but_its_own(
+    gpu: FakeCuda, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    used: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    real = parallel.torch_device
+    monkeypatch.setattr(parallel, "torch_device", lambda name: (used.append(name), real(name))[1])
+    assert parallel.own_device(name) == torch.device("cuda", 1)
+    assert used == [1, "cuda:1"]
+    assert parallel.own_device("cpu") == torch.device("cpu")
