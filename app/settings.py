@@ -158,7 +158,7 @@ class Settings(BaseSettings):
         return self.checkpoint.split(",")
 
     def torch_device(self) -> torch.device:
-        """A GPU has its index, as its tensors' devices have. Raises ValueError where cuda is asked for and not there."""
+        """A GPU has its index, as its tensors' devices do. Raises ValueError where cuda is asked for and not there."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no CUDA device")
         if self.device == "cpu" or not torch.cuda.is_available():

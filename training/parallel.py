@@ -73,7 +73,7 @@ def unreduced(network: nn.Module, unreduced: bool) -> AbstractContextManager[Non
 
 
 def own_device(name: str) -> torch.device:
-    """This process's under torchrun. No other GPU is used, not even to see whether it is there: each use takes memory."""
+    """This process's under torchrun. No other GPU is used, not even to see whether it is there: that takes memory."""
     if name != "cuda" and not (name == "auto" and torch.cuda.is_available()):
         if name.startswith("cuda"):
             raise ValueError(f"--device {name}: each process has its own under torchrun; --device cuda will do")

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from model.unet import UNetConfig
 from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
+from tests.networks import randomised
 from training import parallel
 from training.batches import Batches
 from training.config import TrainConfig, torch_device
@@ -55,3 +59,22 @@ def test_a_process_of_torchrun_uses_no_gpu_but_its_own(
     assert parallel.own_device(name) == torch.device("cuda", 1)
     assert used == [1, "cuda:1"]
     assert parallel.own_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attention_gets_what_fused_kernels_take(
+    gpu: FakeCuda, tiny_config: UNetConfig, layout: torch.memory_format, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash, memory-efficient and cuDNN attention all want the numbers of a row side by side."""
+    given: list[tuple[Tensor, ...]] = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: (given.append(qkv), real(*qkv))[1])
+    network = randomised(tiny_config).train().to(CUDA, memory_format=layout)
+    x, t = torch.zeros(2, 1, 8, 8, device=CUDA), torch.zeros(2, dtype=torch.int64, device=CUDA)
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        network(x.contiguous(memory_format=layout), t, t)
+    assert len(given) == 4  # attention on one level and in the middle
+    for z in (z for qkv in given for z in qkv):
+        assert z.stride(3) == 1
+        assert z.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
