@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ema import EMA
 from model.unet import UNetConfig
 from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
 from tests.networks import randomised
@@ -78,3 +79,12 @@ def test_attention_gets_what_fused_kernels_take(
     for z in (z for qkv in given for z in qkv):
         assert z.stride(3) == 1
         assert z.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def test_averages_of_all_weights_move_together(gpu: FakeCuda, tiny_config: UNetConfig) -> None:
+    network = randomised(tiny_config).to(CUDA)
+    ema, counts = EMA(network, 0.999, 0.9999), torch.ones((), dtype=torch.bool, device=CUDA)
+    gpu.record(lambda: ema.update(counts))
+    moves = {name: count for name, count in gpu.recordings[0].operators.items() if "_foreach" in name or "lerp" in name}
+    assert moves == {f"aten._foreach_{name}": 2 for name in ("sub.List", "mul_.Tensor", "add_.List")}
+    assert sum(gpu.recordings[0].operators.values()) < 100
