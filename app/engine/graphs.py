@@ -52,7 +52,8 @@ class Graphs:
         self._finite = torch.zeros(sizes[-1], dtype=torch.bool, device=device)
         self._host_table = torch.zeros(most, columns, dtype=torch.float64, pin_memory=pinned)
         self._host_finite = torch.zeros(most, dtype=torch.bool, pin_memory=pinned)
-        self._done = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        # A thread that waits for it sleeps: others have work for its core.
+        self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
         nowhere = np.array([slots.nobody])
         self._padding = self._rows(nowhere, np.array([0]), _nothing(1))[0]
         self._table.copy_(torch.from_numpy(self._padding))

@@ -20,7 +20,7 @@ from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.plan import make_plan
 from model.unet import UNetConfig
-from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
+from tests.fake_cuda import CUDA, Event, FakeCuda, fake_cuda
 from tests.networks import randomised
 
 CHUNK = 2
@@ -84,6 +84,7 @@ def test_a_server_runs_on_a_gpu_and_waits_for_its_event_only(
     assert runner._graphs is not None
     assert runner._graphs.rows == runner.sizes == [1, 2]
     assert len(gpu.recordings) == 6
+    assert not Event.spins, "a step that is waited for keeps a core busy"
     runner.warm_up(3 * CHUNK + 1)
     some = [*asked(3, "ddpm"), *asked(2, "ddim", eta=0.7, **asked.guided)]
     gpu.waits.clear()
