@@ -87,4 +87,3 @@ def test_averages_of_all_weights_move_together(gpu: FakeCuda, tiny_config: UNetC
     gpu.record(lambda: ema.update(counts))
     moves = {name: count for name, count in gpu.recordings[0].operators.items() if "_foreach" in name or "lerp" in name}
     assert moves == {f"aten._foreach_{name}": 2 for name in ("sub.List", "mul_.Tensor", "add_.List")}
-    assert sum(gpu.recordings[0].operators.values()) < 100
