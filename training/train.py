@@ -17,7 +17,7 @@ from tqdm import tqdm
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
 from model.unet import UNet, UNetConfig
-from training import command, data
+from training import command, data, gpu
 from training.batches import Batch, Batches
 from training.compiler import compiled
 from training.config import TrainConfig
@@ -51,6 +51,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 def _train(config: TrainConfig, resume: bool, ranks: Ranks, device: torch.device, run: RunDir | None) -> None:
     revision = git_revision()
+    gpu.set_up(config, device)
     training_set, validation_set = data.load(config.dataset, config.image_size)
     (_, *shape), class_names = training_set.images.shape, training_set.class_names
     if run:
@@ -222,6 +223,8 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
 def machine(device: torch.device, ranks: Ranks) -> str:
     """For provenance."""
     devices = f"{ranks.size} × {device.type}" if ranks.size > 1 else device.type
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        devices += ", TF32"
     return f"{devices}, {os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"
 
 

@@ -13,11 +13,13 @@ from model.ema import EMA
 from model.unet import UNetConfig
 from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
 from tests.networks import randomised
+from training import gpu as training_gpu
 from training import parallel
 from training.batches import Batches
 from training.config import TrainConfig, torch_device
 from training.data import Images
 from training.parallel import Ranks
+from training.train import machine
 
 
 @pytest.fixture
@@ -87,3 +89,24 @@ def test_averages_of_all_weights_move_together(gpu: FakeCuda, tiny_config: UNetC
     gpu.record(lambda: ema.update(counts))
     moves = {name: count for name, count in gpu.recordings[0].operators.items() if "_foreach" in name or "lerp" in name}
     assert moves == {f"aten._foreach_{name}": 2 for name in ("sub.List", "mul_.Tensor", "add_.List")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_products_are_rounded_to_tf32_where_that_is_asked_for(gpu: FakeCuda, precision: str) -> None:
+    config = TrainConfig(precision=precision)
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    device = torch_device("cuda")
+    assert not torch.backends.cudnn.allow_tf32, "for samples and evaluations, whose fp32 is fp32"
+    training_gpu.set_up(config, device)
+    is_rounded = precision == "tf32"
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == is_rounded
+    assert ("TF32" in machine(device, Ranks())) == is_rounded
+
+
+def test_tf32_is_refused_where_there_is_none(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(precision="tf32")
+    with pytest.raises(ValueError, match="is for GPUs, and the device is cpu"):
+        training_gpu.set_up(config, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(ValueError, match="has none"):
+        training_gpu.set_up(config, CUDA)

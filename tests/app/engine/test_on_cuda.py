@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from app.engine.request import Mailbox, Request, Sample
 from app.engine.runner import Runner
@@ -85,6 +86,7 @@ def test_a_server_runs_on_a_gpu_and_waits_for_its_event_only(
     assert runner._graphs.rows == runner.sizes == [1, 2]
     assert len(gpu.recordings) == 6
     assert not Event.spins, "a step that is waited for keeps a core busy"
+    assert not torch.backends.cudnn.allow_tf32, "torch's default for convolutions, with 10 bits of mantissa"
     runner.warm_up(3 * CHUNK + 1)
     some = [*asked(3, "ddpm"), *asked(2, "ddim", eta=0.7, **asked.guided)]
     gpu.waits.clear()
