@@ -28,7 +28,7 @@ itself runs, too, and more than once."""
 def use_tf32(on: bool) -> None:
     """Whether this process's GPUs may round the factors of float32 products to TF32, with 10 bits of mantissa.
 
-    Torch's own default is yes for convolutions and no for matrices. It is faster, where the GPU has it (Ampere and newer).
+    Torch's own default is yes for convolutions and no for matrices. It is faster, from Ampere on.
     """
     torch.backends.cudnn.allow_tf32 = on
     torch.backends.cuda.matmul.allow_tf32 = on

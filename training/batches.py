@@ -11,6 +11,7 @@ from torch import Tensor
 from model.images import from_uint8
 from training.config import TrainConfig
 from training.data import DataError, Images
+from training.gpu import layout
 from training.parallel import Ranks
 
 SHARE_OF_DEVICE = 0.5  # of its free memory, at most, for the images
@@ -49,7 +50,7 @@ class Batches:
         self._images = images.to(device) if resident else images
         self._resident = resident  # not to be told by devices: that of a tensor has an index, "cuda" has none
         self._config, self._ranks, self._device = config, ranks, device
-        self._generator = torch.Generator(device)
+        self._generator, self._layout = torch.Generator(device), layout(config, device)
         self._epoch, self._order = -1, torch.empty(0)
         self.null_class = len(images.class_names)
 
@@ -70,7 +71,7 @@ class Batches:
             y = torch.where(dropped, self.null_class, y)
         u = torch.rand(n, device=device, generator=draw)
         noise = ranks.share(torch.randn(n, *x0.shape[1:], device=device, generator=draw))
-        return Batch(x0, y, noise, u)
+        return Batch(x0.contiguous(memory_format=self._layout), y, noise.contiguous(memory_format=self._layout), u)
 
     def _next(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         """This process's images, uint8 [b, C, H, W], and their classes, on the device."""

@@ -12,7 +12,8 @@ from model.ema import EMA
 from model.timesteps import TIMESTEP_SAMPLERS, LossSecondMoment
 from model.unet import UNet
 from training.config import LOSS_AWARE, TrainConfig
-from training.optimizer import make_optimizer
+from training.gpu import layout
+from training.optimizer import load_state, make_optimizer
 from training.tally import Tally
 
 
@@ -23,7 +24,8 @@ class TrainState:
         self, config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int, device: torch.device
     ) -> None:
         torch.manual_seed(config.seed)
-        self.network = UNet(config.unet(image_shape, num_classes)).to(device)
+        network = UNet(config.unet(image_shape, num_classes))
+        self.network = network.to(device, memory_format=layout(config, device))
         self.ema = EMA(self.network, *(decay**config.ema_update_rate for decay in config.ema_decay))
         self.optimizer = make_optimizer(self.network, config)
         is_loss_aware = config.timestep_sampler == LOSS_AWARE
@@ -58,7 +60,7 @@ class TrainState:
         """Raises RuntimeError where it is that of another network, ValueError where of other averages."""
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         if self.importance and state.get("importance"):
             self.importance.load_state_dict(state["importance"])
         if "tally" in state:  # states from before steps were skipped have none

@@ -80,7 +80,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks, device: torch.device
     model = ranks.wrapped(compiled(now.network, device) if config.compile else now.network)
 
     def checkpoint(run: RunDir, train_loss: float | None) -> None:
-        averaged = UNet(now.network.config).to(device)
+        averaged = UNet(now.network.config).to(device, memory_format=gpu.layout(config, device))
         averaged.load_state_dict(now.ema.weights)
         averaged.eval()
         quartiles = validation_loss(averaged, diffusion, validation_set, config.precision)

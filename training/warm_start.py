@@ -18,6 +18,7 @@ from model.import_research import import_original
 from model.importers import load_weights
 from model.unet import UNet, UNetConfig
 from training.config import TrainConfig
+from training.optimizer import load_state
 from training.options import written
 from training.sources import is_original, load_original
 
@@ -90,7 +91,7 @@ def _load_optimizer(path: Path, weights: Path, network: UNet, optimizer: torch.o
         raise ValueError(f"--optim_checkpoint {path}: something is missing in it: {error!r}") from error
     except ImportRefused as error:
         raise ValueError(f"--optim_checkpoint {path}: {error}") from error
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    load_state(optimizer, optimizer.state_dict() | {"state": state})
 
 
 def _original_moments(loaded: dict[str, Any], weights: Weights, network: UNet) -> dict[int, dict[str, Tensor]]:

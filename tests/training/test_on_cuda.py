@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.diffusion import GaussianDiffusion
 from model.ema import EMA
 from model.unet import UNetConfig
 from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
@@ -18,8 +20,11 @@ from training import parallel
 from training.batches import Batches
 from training.config import TrainConfig, torch_device
 from training.data import Images
+from training.optimizer import restore, step
 from training.parallel import Ranks
+from training.state import TrainState
 from training.train import machine
+from training.validation import chosen, validation_loss
 
 
 @pytest.fixture
@@ -110,3 +115,47 @@ def test_tf32_is_refused_where_there_is_none(gpu: FakeCuda, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.raises(ValueError, match="has none"):
         training_gpu.set_up(config, CUDA)
+
+
+TINY: dict[str, Any] = {"base_channels": 12, "channel_mults": (1, 2), "num_res_blocks": 1, "time_emb_dim": 16}
+RUNS: dict[str, dict[str, Any]] = {
+    "bf16, losses by timestep": {"precision": "bf16", "timestep_sampler": "loss_second_moment", "grad_clip": 1.0},
+    "fp32, batch norm, learned variance": {"norm": "bn", "variance": "learned_range", "channels_last": False},
+    "adamw, two averages": {"optimizer": "adamw", "weight_decay": 1e-4, "ema_decay": (0.99, 0.9)},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_step_of_training_waits_for_the_gpu(gpu: FakeCuda, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of training.train, with a made-up gradient; then what is saved, loaded and validated."""
+    monkeypatch.setattr("training.validation.VALIDATION_IMAGES", 64)
+    config = TrainConfig(**TINY | {"batch_size": 8, "use_labels": True, "label_dropout": 0.3} | RUNS[name])
+    training_gpu.set_up(config, CUDA)
+    assert torch.backends.cudnn.benchmark == config.channels_last
+    images, diffusion = pictures(), GaussianDiffusion(config.diffusion()).to(CUDA)
+    batches, now = Batches(images, config, Ranks(), CUDA, True), TrainState(config, (1, 8, 8), 3, CUDA)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    assert all(p.is_contiguous(memory_format=layout) for p in now.network.parameters() if p.dim() == 4)
+    batches[0]  # copies the epoch's order
+    gpu.waits.clear()
+    with torch.no_grad():
+        for i in range(2):
+            batch, before = batches[i], [tensor.clone() for tensor in now.passing()]
+            assert batch.x0.is_contiguous(memory_format=layout)
+            t, weights = now.timesteps(batch.u)
+            with torch.autocast("cuda", torch.bfloat16, enabled=config.precision == "bf16"):
+                losses = diffusion.loss(now.network, batch.x0, batch.y, t, batch.noise)
+            for parameter in now.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            if now.importance:
+                now.importance.update(t, losses)
+            finite = step(now.optimizer, 1e-3, config.grad_clip)
+            restore(now.passing(), before, finite)
+            now.ema.update(finite)
+            now.tally.add((losses * weights).mean(), finite)
+    assert not gpu.waits
+    for moments in now.optimizer.state.values():
+        assert moments["exp_avg"].device == CUDA
+    TrainState(config, (1, 8, 8), 3, CUDA).load_state_dict(now.state_dict())
+    assert len(validation_loss(now.network.eval(), diffusion, chosen(images, CUDA), config.precision)) == 4
+    now.tally.read(Ranks(), 1)
