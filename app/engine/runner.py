@@ -173,7 +173,7 @@ class Runner:
             turned = self._network(x.flip(0), t.flip(0), None if y is None else y.flip(0)).flip(0)
             return out if len(x) == 1 or torch.equal(turned, out) else None
         except Exception as error:
-            if len(x) == 1 or not is_out_of_memory(error):
+            if len(x) == 1 or not is_out_of_memory(error, len(x)):
                 raise
         # The traceback is gone, with the memory that it held.
         self.free_memory()
