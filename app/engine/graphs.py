@@ -79,7 +79,7 @@ class Graphs:
     def fits(self, batch: Batch) -> bool:
         """Whether a step of it is one of those that are recorded."""
         most_rows = 2 if batch.guided.any() else 1
-        return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.dynamic
+        return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.dynamic.any()
 
     def start(self, slots: Ints, words: Ints) -> None:
         """Puts x_T of these words there, and zeros for x_0."""
