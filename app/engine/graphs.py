@@ -90,10 +90,16 @@ class Graphs:
         """Steps number `steps` of what is in `slots`, which stays there, beside what comes of it. Whose x is finite."""
         return self._run(NOISY if batch.noisy.any() else SILENT, slots, steps, batch)
 
+    def fill(self) -> None:
+        """Puts noise into all slots, for `idle`. Nobody has one yet."""
+        slots = np.arange(self.slots.count)
+        self.start(slots, np.stack([slots, 0 * slots, slots, 0 * slots], axis=1))
+
     def idle(self, rows: int) -> None:
-        """As many rows of nobody's."""
-        slots = np.full(rows, self.slots.nobody)
-        self._run(SILENT, slots, np.zeros(rows, np.int64), _nothing(rows))
+        """A step of as many rows that changes no sample: of free slots, whose noise takes as long as a sample does. On
+        zeros, or in one place, a GPU is faster."""
+        free = np.array(self.slots.free() or [self.slots.nobody])
+        self._run(SILENT, np.resize(free, rows), np.zeros(rows, np.int64), _nothing(rows))
 
     # On the host
 

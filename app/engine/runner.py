@@ -211,6 +211,7 @@ class Runner:
                 yield
                 if not agree(graphs, self.config, size, self._last_timestep, self._update):
                     raise RuntimeError(f"graphs of {size} rows do not give the bits of a step without them")
+            graphs.fill()
         except Exception as error:
             log.warning("no CUDA graphs: steps run without them, slower", exc_info=error)
         else:

@@ -474,3 +474,28 @@ def test_of_dynamic_and_other_samples_the_broken_ones_are_told(
         for broken in (others[1], request.samples[1]):
             slots(runner).x_of(broken).fill_(torch.nan)
     assert set(map(id, runner.step(crowd))) == {id(others[1]), id(request.samples[1])}
+
+
+def test_a_warm_up_is_of_noise_in_places_that_no_sample_has(runner: Runner, samples: Samples, plain: Runner) -> None:
+    """Zeros, or one place for all, would take a GPU less time than samples do."""
+    graphs, seen = runner._graphs, list[torch.Tensor]()
+    assert graphs is not None
+    network = runner._network
+
+    def watched(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        seen.append(x.clone())
+        return network(x, t, y)
+
+    crowd = samples()
+    runner.start(crowd)
+    graphs._network = watched
+    runner.warm_up(8)
+    rows = torch.cat(seen).flatten(1)
+    assert len(rows) == len(rows.unique(dim=0)) == 8
+    assert rows.std() > 0.9
+    graphs._network = network
+    left = crowd
+    while left := [s for s in left if not s.finished]:
+        runner.warm_up(5)
+        assert runner.step(left) == []
+    assert equal([state(runner, sample) for sample in crowd], finish(plain, samples()))
