@@ -256,7 +256,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         "torch.cuda.device_count": lambda: 1,
         "torch.cuda.empty_cache": lambda: None,
         "torch.cuda.get_device_capability": lambda *_: (9, 0),
-        "torch.cuda.get_device_name": lambda *_: "no GPU",
+        "torch.cuda.get_device_name": lambda *_: "a fake GPU",
         "torch.cuda.graph_pool_handle": lambda: (0, 1),
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,

@@ -16,6 +16,7 @@ import torch
 from app.engine.request import Mailbox, Request, Sample
 from app.engine.runner import Runner
 from app.engine.served import Served
+from app.main import log_device
 from app.settings import Settings
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
@@ -110,3 +111,22 @@ def test_a_server_runs_on_a_gpu_and_waits_for_its_event_only(
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_the_servers_gpu_has_an_index(gpu: FakeCuda, name: str) -> None:
     assert Settings(device=name).torch_device() == CUDA
+
+
+def test_the_log_names_what_the_network_runs_on(
+    gpu: FakeCuda, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.INFO):
+        log_device("auto", CUDA, "torch", "bf16")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        for asked in ("auto", "cpu"):
+            log_device(asked, torch.device("cpu"), "torch", "fp32")
+        monkeypatch.setattr(torch.version, "cuda", None)
+        log_device("auto", torch.device("cpu"), "torch", "fp32")
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", "the network runs on a fake GPU"),
+        ("WARNING", "the network runs on the CPU"),  # by a torch that is built for GPUs
+        ("INFO", "the network runs on the CPU"),
+        ("INFO", "the network runs on the CPU"),
+    ]
+    assert vars(caplog.records[0])["device"] == "cuda:0"
