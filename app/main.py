@@ -146,7 +146,7 @@ def _paths(*routers: APIRouter) -> frozenset[str]:
 
 
 def log_device(asked: str, device: torch.device, runtime: str, precision: str) -> None:
-    """Says what the networks run on. Warns where a torch that is built for GPUs finds none and nobody asked for a CPU."""
+    """Says what the networks run on. Warns where a torch that is built for GPUs finds none, unasked."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
     level = logging.WARNING if torch.version.cuda and not on_gpu and asked != "cpu" else logging.INFO
