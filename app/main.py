@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -41,6 +42,8 @@ HTTP_ERRORS: dict[int, type[ServiceError]] = {
 }
 
 
+log = logging.getLogger("ddpm.start")
+
 MakeRunner = Callable[[Checkpoint, torch.device, int, int, str, str], Runner]
 
 
@@ -60,6 +63,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
         keep_freed_memory()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
+    log_device(settings.device, device, runtime, precision)
 
     def make(checkpoint: Checkpoint) -> Served:
         chunk = settings.chunk_rows or best_chunk(checkpoint.network, device)
@@ -139,6 +143,15 @@ def create_operations_app(service: Service) -> FastAPI:
 
 def _paths(*routers: APIRouter) -> frozenset[str]:
     return frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
+
+
+def log_device(asked: str, device: torch.device, runtime: str, precision: str) -> None:
+    """Says what the networks run on. Warns where a torch that is built for GPUs finds none, unasked."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
+    level = logging.WARNING if torch.version.cuda and not on_gpu and asked != "cpu" else logging.INFO
+    extra = {"device": str(device), "runtime": runtime, "precision": precision, "torch": torch.__version__}
+    log.log(level, "the network runs on %s", name, extra=extra)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
 from model.nn.unet import UNet, UNetConfig
-from training import data
+from training import data, gpu
 from training.cli import command
+from training.data import DataError
 from training.data.batches import Batch, Batches
-from training.data.datasets import DataError
 from training.loop.compiler import compiled
 from training.loop.distributed import Ranks, joined, unreduced
 from training.loop.optimizer import restore, step
@@ -52,6 +52,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 def _train(config: TrainConfig, resume: bool, ranks: Ranks, device: torch.device, run: RunDir | None) -> None:
     revision = git_revision()
+    gpu.set_up(config, device)
     training_set, validation_set = data.load(config.dataset, config.image_size)
     (_, *shape), class_names = training_set.images.shape, training_set.class_names
     if run:
@@ -80,7 +81,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks, device: torch.device
     model = ranks.wrapped(compiled(now.network, device) if config.compile else now.network)
 
     def checkpoint(run: RunDir, train_loss: float | None) -> None:
-        averaged = UNet(now.network.config).to(device)
+        averaged = UNet(now.network.config).to(device, memory_format=gpu.layout(config, device))
         averaged.load_state_dict(now.ema.weights)
         averaged.eval()
         quartiles = validation_loss(averaged, diffusion, validation_set, config.precision)
@@ -223,6 +224,8 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
 def machine(device: torch.device, ranks: Ranks) -> str:
     """For provenance."""
     devices = f"{ranks.size} × {device.type}" if ranks.size > 1 else device.type
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        devices += ", TF32"
     return f"{devices}, {os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"
 
 

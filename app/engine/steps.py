@@ -58,7 +58,7 @@ class Steps:
             broken = served.runner.step(batch)
         except Exception as error:
             log.error("a step failed", exc_info=error, extra={"samples": len(batch)})
-            no_memory, broken = is_out_of_memory(error), None
+            no_memory, broken = is_out_of_memory(error, len(batch)), None
         if broken is None:  # and the traceback is gone, with the memory that it held
             self._metrics.failed_steps.labels(served.name).inc()
             if no_memory:
