@@ -39,12 +39,12 @@ from app.tracing import Tracer, Traces
 from model.backends.cpu import best_precision
 from model.checkpoint import Checkpoint
 
-log = logging.getLogger("ddpm.start")
-
 VERSION = "0.1.0"
 WATCH_S = 0.25
 PROGRESS_S = 5.0  # between lines that say that it still warms up
 
+
+log = logging.getLogger("ddpm.start")
 
 MakeRunner = Callable[[Checkpoint, torch.device, int, int, str, str], Runner]
 
@@ -65,6 +65,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
         keep_freed_memory()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
+    log_device(settings.device, device, runtime, precision)
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
         chunk = settings.chunk_rows or best_chunk(checkpoint.network, device)
@@ -166,6 +167,15 @@ async def _tell_progress(models: Models) -> None:
             told = time.monotonic()
             log.info("still warming up %s, for %.0f s now", cold.name, told - started)
     log.info("takes requests, after %.1f s of warming up", time.monotonic() - started)
+
+
+def log_device(asked: str, device: torch.device, runtime: str, precision: str) -> None:
+    """Says what the networks run on. Warns where a torch that is built for GPUs finds none, unasked."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
+    level = logging.WARNING if torch.version.cuda and not on_gpu and asked != "cpu" else logging.INFO
+    extra = {"device": str(device), "runtime": runtime, "precision": precision, "torch": torch.__version__}
+    log.log(level, "the network runs on %s", name, extra=extra)
 
 
 async def _watch(engine: Engine) -> None:

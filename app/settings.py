@@ -166,10 +166,12 @@ class Settings(BaseSettings):
         return named["init_settings"], _Environment(settings_cls)
 
     def torch_device(self) -> torch.device:
-        """Raises ValueError where cuda is asked for and not there."""
+        """A GPU has its index, as its tensors' devices do. Raises ValueError where cuda is asked for and not there."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no CUDA device")
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        if self.device == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 def complaints_about(error: ValidationError, settings: type[Settings]) -> list[str]:

@@ -22,6 +22,7 @@ from training.cli.options import printable
 from training.console import lasting_output
 from training.data.batches import Batch, Batches
 from training.data_record import NOTHING, DataChanges
+from training.loop import gpu
 from training.loop.compiler import compiled
 from training.loop.distributed import Ranks, joined, unreduced
 from training.loop.optimizer import restore, step
@@ -81,6 +82,7 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.device, self.run, self.data = config, ranks, device, run, images.record
         self._revision = git_revision()
+        gpu.set_up(config, device)
         with memory_for("the images on the device", "give a smaller --image_size height,width"):
             self._batches = Batches(images.train, config, ranks, device)
             self._validation_set = chosen(images.held_out, device)
@@ -224,7 +226,8 @@ class Trainer:
 
     def _averaged(self) -> UNet:
         """A network of the averaged weights, in eval mode."""
-        network = UNet(self.state.network.config).to(self.device)
+        layout = gpu.layout(self.config, self.device)
+        network = UNet(self.state.network.config).to(self.device, memory_format=layout)
         network.load_state_dict(self.state.ema.weights)
         return network.eval()
 

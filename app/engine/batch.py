@@ -40,6 +40,13 @@ class Batch:
             y = np.array([s.request.classes[s.i] for s in samples], np.int64)  # type: ignore[index]
         return cls(np.array(t, np.int64), y, np.stack(rows), words_of(samples, [s.step + 1 for s in samples]))
 
+    def of_those(self, which: NDArray[np.bool_]) -> Batch:
+        """The rows where `which` [N] is true."""
+        if which.all():
+            return self
+        y = None if self.y is None else self.y[which]
+        return Batch(self.t[which], y, self.plan[which], self.words[which])
+
     @property
     def noisy(self) -> NDArray[np.bool_]:
         """Whose step adds noise [N]."""
@@ -51,9 +58,9 @@ class Batch:
         return np.not_equal(self.plan[:, G], 1)
 
     @property
-    def dynamic(self) -> bool:
-        """Whether anybody's x_0 has a dynamic limit."""
-        return bool((self.plan[:, LIMIT] == LIMITS.index("dynamic")).any())
+    def dynamic(self) -> NDArray[np.bool_]:
+        """Whose x_0 has a dynamic limit [N]."""
+        return np.equal(self.plan[:, LIMIT], LIMITS.index("dynamic"))
 
 
 def words_of(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:

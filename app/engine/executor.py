@@ -64,7 +64,7 @@ class StepExecutor:
             not_finite = model.runner.step(samples)
         except Exception as error:
             log.error("a step failed", exc_info=error, extra={"samples": len(samples)})
-            no_memory, not_finite = is_out_of_memory(error), None
+            no_memory, not_finite = is_out_of_memory(error, len(samples)), None
         if not_finite is None:  # and the traceback is gone, with the memory that it held
             self._metrics.failed_steps.labels(model.name).inc()
             if no_memory:

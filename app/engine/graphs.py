@@ -52,7 +52,8 @@ class Graphs:
         self._finite = torch.zeros(sizes[-1], dtype=torch.bool, device=device)
         self._host_table = torch.zeros(most, columns, dtype=torch.float64, pin_memory=pinned)
         self._host_finite = torch.zeros(most, dtype=torch.bool, pin_memory=pinned)
-        self._done = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        # A thread that waits for it sleeps: others have work for its core.
+        self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
         nowhere = np.array([slots.nobody])
         self._padding = self._rows(nowhere, np.array([0]), _nothing(1))[0]
         self._table.copy_(torch.from_numpy(self._padding))
@@ -78,7 +79,7 @@ class Graphs:
     def fits(self, batch: Batch) -> bool:
         """Whether a step of it is one of those that are recorded."""
         most_rows = 2 if batch.guided.any() else 1
-        return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.dynamic
+        return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.dynamic.any()
 
     def start(self, slots: Ints, words: Ints) -> None:
         """Puts x_T of these words there, and zeros for x_0."""
@@ -89,10 +90,16 @@ class Graphs:
         """Steps number `steps` of what is in `slots`, which stays there, beside what comes of it. Whose x is finite."""
         return self._run(NOISY if batch.noisy.any() else SILENT, slots, steps, batch)
 
+    def fill(self) -> None:
+        """Puts noise into all slots, for `idle`. Nobody has one yet."""
+        slots = np.arange(self.slots.count)
+        self.start(slots, np.stack([slots, 0 * slots, slots, 0 * slots], axis=1))
+
     def idle(self, rows: int) -> None:
-        """As many rows of nobody's."""
-        slots = np.full(rows, self.slots.nobody)
-        self._run(SILENT, slots, np.zeros(rows, np.int64), _nothing(rows))
+        """A step of as many rows that changes no sample: of free slots, whose noise takes as long as a sample does. On
+        zeros, or in one place, a GPU is faster."""
+        free = np.array(self.slots.free() or [self.slots.nobody])
+        self._run(SILENT, np.resize(free, rows), np.zeros(rows, np.int64), _nothing(rows))
 
     # On the host
 

@@ -52,7 +52,7 @@ def knee(
         try:
             timed(rows)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error, rows):
                 raise
             otherwise = (tried[-1], tried[-1]) if tried else (chunk, chunk)
             break

@@ -15,12 +15,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # what a container may have, in cgroup v2
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether device or host had no room: torch says so in several ways, by device and library."""
+def is_out_of_memory(error: BaseException, rows: int = 1) -> bool:
+    """Whether device or host had no room: torch says so in several ways, by device and library.
+
+    Where cuDNN has no room to work in, torch says that it found no engine, as it does where there is no kernel for the
+    GPU at all. Fewer rows tell which, so it counts for a call of more than one.
+    """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     said = str(error).lower()
-    phrases = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    phrases = ["out of memory", "not enough memory", "can't allocate memory", "alloc_failed"]
+    phrases += ["unable to find an engine"] * (rows > 1)
     return isinstance(error, RuntimeError) and any(phrase in said for phrase in phrases)
 
 

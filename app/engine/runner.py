@@ -92,24 +92,44 @@ class Runner:
         Nothing is changed if it raises: the same samples can be stepped again.
         """
         batch = Batch.of(samples)
+        recorded = self._recorded(batch)
+        graphed = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if is_recorded]
+        others = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if not is_recorded]
+        states, finite = self._step_eagerly(others, batch.of_those(~recorded)) if others else ([], [])
+        if graphed:
+            finite += self._step_by_graphs(graphed, batch.of_those(recorded))
+        # Nothing fails from here on.
+        for sample, (x, x0) in zip(others, states, strict=True):
+            sample.x, sample.x0, sample.x0_prev = x, x0, sample.x0
+        for sample in samples:
+            sample.step += 1
+        return [sample for sample, ok in zip(others + graphed, finite, strict=True) if not ok]
+
+    def _recorded(self, batch: Batch) -> NDArray[np.bool_]:
+        """Whom graphs step [N]. A dynamic limit is its own request's affair: the others keep theirs."""
+        recorded = ~batch.dynamic
+        if self._graphs is None or not recorded.any() or not self._graphs.fits(batch.of_those(recorded)):
+            return np.zeros_like(recorded)
+        return recorded
+
+    def _step_by_graphs(self, samples: list[Sample], batch: Batch) -> list[bool]:
+        """Whose x is finite. The new states lie beside the old ones, which are theirs until the step is counted."""
+        assert self._graphs is not None
+        self._graphs.slots.enter(samples)
+        steps = np.array([sample.step for sample in samples])
+        finite: list[bool] = self._graphs.step(np.array([sample.slot for sample in samples]), steps, batch).tolist()
+        return finite
+
+    def _step_eagerly(self, samples: list[Sample], batch: Batch) -> tuple[list[tuple[Tensor, Tensor]], list[bool]]:
+        """Their next x and x_0, and whose x is finite, kernel by kernel."""
         if self._graphs is not None:
-            if self._graphs.fits(batch):
-                self._graphs.slots.enter(samples)
-                steps = np.array([sample.step for sample in samples])
-                finite = self._graphs.step(np.array([sample.slot for sample in samples]), steps, batch).tolist()
-                for sample in samples:
-                    sample.step += 1
-                return [sample for sample, ok in zip(samples, finite, strict=True) if not ok]
             self._graphs.slots.leave(samples)
         x = torch.stack([s.x for s in samples])  # type: ignore[misc]
         x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
         x0_prev2 = torch.stack([s.x0_prev for s in samples])  # type: ignore[misc]
         x_next, x0 = self._update(batch, x, x0_prev, x0_prev2)
-        finite = torch.isfinite(x_next).flatten(1).all(1).tolist()
-        for sample, next_x, next_x0 in zip(samples, x_next.unbind(), x0.unbind(), strict=True):
-            sample.x, sample.x0, sample.x0_prev = next_x, next_x0, sample.x0
-            sample.step += 1
-        return [sample for sample, ok in zip(samples, finite, strict=True) if not ok]
+        finite: list[bool] = torch.isfinite(x_next).flatten(1).all(1).tolist()
+        return list(zip(x_next.unbind(), x0.unbind(), strict=True)), finite
 
     def _update(self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
@@ -173,7 +193,7 @@ class Runner:
             turned = self._network(x.flip(0), t.flip(0), None if y is None else y.flip(0)).flip(0)
             return out if len(x) == 1 or torch.equal(turned, out) else None
         except Exception as error:
-            if len(x) == 1 or not is_out_of_memory(error):
+            if len(x) == 1 or not is_out_of_memory(error, len(x)):
                 raise
         # The traceback is gone, with the memory that it held.
         self.free_memory()
@@ -191,6 +211,7 @@ class Runner:
                 yield
                 if not agree(graphs, self.config, size, self._last_timestep, self._update):
                     raise RuntimeError(f"graphs of {size} rows do not give the bits of a step without them")
+            graphs.fill()
         except Exception as error:
             log.warning("no CUDA graphs: steps run without them, slower", exc_info=error)
         else:

@@ -67,6 +67,11 @@ class Slots:
         assert state is not None
         return state
 
+    def free(self) -> list[int]:
+        """Those that no sample needs any more."""
+        holders = [holder() if holder else None for holder in self._holders]
+        return [slot for slot, sample in enumerate(holders) if sample is None or sample.request.status.is_final]
+
     def find(self, n: int, stay: list[Sample]) -> list[int]:
         """n slots that may be given away. Samples make room where it has to be, but not those that `stay`."""
         kept = {sample.slot for sample in stay}

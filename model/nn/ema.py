@@ -15,6 +15,21 @@ class EMAState(TypedDict):
     updates: int
 
 
+def move(averages: list[Tensor], sources: list[Tensor], share: Tensor) -> None:
+    """averages ← averages + share·(sources - averages), in place; share [] on their device, which nobody waits for."""
+    if share.device.type == "cuda":
+        move_together(averages, sources, share)
+    else:
+        torch._foreach_lerp_(averages, sources, [share] * len(sources))
+
+
+def move_together(averages: list[Tensor], sources: list[Tensor], share: Tensor) -> None:
+    """The same in a few launches for all of them, where a lerp whose share is a tensor has one for each."""
+    steps = torch._foreach_sub(sources, averages)
+    torch._foreach_mul_(steps, share)
+    torch._foreach_add_(averages, steps)
+
+
 class EMA:
     """θ̄ ← d·θ̄ + (1 - d)·θ with d = min(decay, (1 + k)/(10 + k)) at the k-th update, for each of several decays.
 
@@ -61,7 +76,7 @@ class EMA:
         sources = [self._source[name].detach().float() for name in self._averaged]
         for decay, average in self.averages.items():
             share = ((1 - warm.clamp(max=decay)) * moved).float()
-            torch._foreach_lerp_([average[name] for name in self._averaged], sources, [share] * len(sources))
+            move([average[name] for name in self._averaged], sources, share)
             for name in self._copied:
                 source = self._source[name]
                 average[name].copy_(source if counts is None else torch.where(counts, source, average[name]))

@@ -54,8 +54,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     On a CPU it is written out, which is two to three times as fast there as torch's function; that one, where gradients
     are needed, even computes in float32 under autocast. The price is L × L weights, so long rows are left to it.
+
+    On a GPU the fused kernels of torch's function want each row's numbers side by side, and without them it writes
+    L × L weights out, in float32. They lie so in a network whose channels are last; elsewhere they are copied.
     """
-    if q.device.type != "cpu" or q.shape[2] > 1024:
+    if q.device.type != "cpu":
+        q, k, v = (z if z.stride(3) == 1 else z.contiguous() for z in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+    if q.shape[2] > 1024:
         return F.scaled_dot_product_attention(q, k, v)
     weights = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3)
     return weights @ v

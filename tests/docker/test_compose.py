@@ -68,6 +68,20 @@ def test_compose_accepts_its_files_and_reserves_the_gpu_but_for_the_cpus(extra: 
         assert "server" in found["server-gpu-1"]["networks"]["default"]["aliases"]
 
 
+def test_the_gpus_image_does_not_serve_on_a_cpu_by_accident() -> None:
+    """The driver may be too old for its torch, which then finds no GPU and says no more than a warning."""
+    assert services()["server"]["environment"]["DDPM_DEVICE"] == "${DEVICE:-cuda}"
+    for_cpus = yaml.load((ROOT / "docker-compose.cpu.yml").read_text(), Loader)["services"]["server"]
+    assert for_cpus["environment"] == {"DDPM_DEVICE": "cpu"}
+    stages = re.split(r"^FROM ", (DOCKER / "Dockerfile").read_text(), flags=re.M)
+    of_gpu = next(stage for stage in stages if stage.startswith("on-cpu AS on-cuda\n"))
+    assert stages[-1].startswith("on-${TORCH}\n")
+    (runtime,) = (version for name, (version, _) in locked("torch-cuda.txt").items() if name == "cuda-toolkit")
+    major, minor, *_ = runtime.split(".")
+    assert f"\nENV DDPM_DEVICE=cuda NVIDIA_REQUIRE_CUDA=cuda>={major}.{minor}\n" in of_gpu
+    assert "DDPM_DEVICE" not in stages[-1]
+
+
 def test_every_image_has_a_version() -> None:
     for name, service in services().items():
         default = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", service["image"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from model.images import from_uint8
 from training.data import DataError, Images
 from training.loop.distributed import Ranks
+from training.loop.gpu import layout
 from training.run.config import TrainConfig
 
 SHARE_OF_DEVICE = 0.5  # of its free memory, at most, for the images
@@ -47,8 +48,9 @@ class Batches:
         if resident is None:
             resident = fits(images.images.nbytes, device)
         self._images = images.to(device) if resident else images
+        self._resident = resident  # not to be told by devices: that of a tensor has an index, "cuda" has none
         self._config, self._ranks, self._device = config, ranks, device
-        self._generator = torch.Generator(device)
+        self._generator, self._layout = torch.Generator(device), layout(config, device)
         self._epoch, self._order = -1, torch.empty(0)
         self.null_class = len(images.class_names)
 
@@ -69,7 +71,7 @@ class Batches:
             y = torch.where(dropped, self.null_class, y)
         u = torch.rand(n, device=device, generator=draw)
         noise = ranks.share(torch.randn(n, *x0.shape[1:], device=device, generator=draw))
-        return Batch(x0, y, noise, u)
+        return Batch(x0.contiguous(memory_format=self._layout), y, noise.contiguous(memory_format=self._layout), u)
 
     def _next(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         """This process's images, uint8 [b, C, H, W], and their classes, on the device."""
@@ -82,7 +84,7 @@ class Batches:
         chosen = self._ranks.share(self._order[i * size : (i + 1) * size])
         labels = self._images.labels if self._config.use_labels else None
         taken = [tensor.index_select(0, chosen) for tensor in (self._images.images, labels) if tensor is not None]
-        if home != self._device:
+        if not self._resident:
             taken = [tensor.pin_memory().to(self._device, non_blocking=True) for tensor in taken]
         return taken[0], taken[1] if len(taken) == 2 else None
 

@@ -72,6 +72,19 @@ def unreduced(network: nn.Module, unreduced: bool) -> AbstractContextManager[Non
     return nullcontext()
 
 
+def own_device(name: str) -> torch.device:
+    """This process's under torchrun. No other GPU is used, not even to see whether it is there: that takes memory."""
+    if name != "cuda" and not (name == "auto" and torch.cuda.is_available()):
+        if name.startswith("cuda"):
+            raise ValueError(f"--device {name}: each process has its own under torchrun; --device cuda will do")
+        return torch_device(name)
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise ValueError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine")
+    torch.cuda.set_device(local)
+    return torch_device(f"cuda:{local}")
+
+
 @contextmanager
 def joined(device_name: str) -> Iterator[tuple[Ranks, torch.device]]:
     """The processes that `torchrun` started, or this one alone, and its device (cuda:i for the i-th of a machine).
@@ -82,17 +95,7 @@ def joined(device_name: str) -> Iterator[tuple[Ranks, torch.device]]:
     if size == 1:
         yield Ranks(), torch_device(device_name)
         return
-    device = torch_device(device_name)
-    if device.type == "cuda":
-        if ":" in device_name:
-            raise ValueError(f"--device {device_name}: each process has its own under torchrun; --device cuda will do")
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    device = own_device(device_name)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield Ranks(dist.get_rank(), dist.get_world_size()), device
     dist.destroy_process_group()  # not after an error: torchrun ends the others, who may wait for this one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
         {"params": [p for p in network.parameters() if id(p) not in decaying], "weight_decay": 0.0},
     ]
     return kind(groups, lr=config.learning_rate, fused=True)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Each moment lies in memory as its parameter does, though the state was saved where they lay otherwise.
+
+    The fused kernels go through both in the order of their addresses: a GPU's refuse what differs, a CPU's do not look.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(moments[name])
 
 
 def step(optimizer: torch.optim.Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from model.nn.ema import EMA
 from model.nn.unet import UNet
+from training.loop.gpu import layout
 from training.loop.loss_meter import Tally
-from training.loop.optimizer import make_optimizer
+from training.loop.optimizer import load_state, make_optimizer
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS, LossSecondMoment
 from training.run.config import LOSS_AWARE, TrainConfig
 
@@ -23,7 +24,8 @@ class TrainState:
         self, config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int, device: torch.device
     ) -> None:
         torch.manual_seed(config.seed)
-        self.network = UNet(config.unet(image_shape, num_classes)).to(device)
+        network = UNet(config.unet(image_shape, num_classes))
+        self.network = network.to(device, memory_format=layout(config, device))
         self.ema = EMA(self.network, *(decay**config.ema_update_rate for decay in config.ema_decay))
         self.optimizer = make_optimizer(self.network, config)
         is_loss_aware = config.timestep_sampler == LOSS_AWARE
@@ -59,7 +61,7 @@ class TrainState:
         """Raises RuntimeError where it is that of another network, ValueError where of other averages."""
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         if self.importance:
             self.importance.load_state_dict(state["importance"])
         self.tally.numbers = state["tally"].to(self.tally.numbers)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from model.backends.cuda import use_tf32
 from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig, GaussianDiffusion
 from model.nn.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
 from model.sampling.schedule import LIMITS, SamplingDefaults, make_plan
@@ -89,7 +90,10 @@ class TrainConfig:
     grad_clip: float = _option(0.0, "largest norm of the gradient; 0 for no limit")
     ema_decay: tuple[float, ...] = _option((0.9999,), "of the weights' moving averages; the first is the one served")
     ema_update_rate: int = _option(1, "steps between updates of the averages; their horizon in steps stays")
-    precision: str = _option("fp32", "bf16 is autocast", ("fp32", "bf16"))
+    precision: str = _option(
+        "fp32", "bf16 is autocast; tf32 is fp32 whose products have 10 bits, on a GPU", ("fp32", "tf32", "bf16")
+    )
+    channels_last: bool = _option(True, "on a GPU: a pixel's channels side by side, and kernels chosen by their times")
     compile: bool = _option(False, "compile the network")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, …")
     seed: int = _option(0, "every random draw of step i follows from this and i")
@@ -305,12 +309,18 @@ FIXED = (
 
 
 def torch_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises ValueError on a device that is not there."""
+    """ "auto" is the GPU where there is one. A GPU has its index, as its tensors' devices have, and fp32 is fp32 on it.
+
+    Raises ValueError on a device that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            use_tf32(False)  # only --precision tf32 allows it: see `training.gpu`
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device

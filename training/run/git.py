@@ -28,4 +28,6 @@ def git_revision() -> str | None:
 def machine(device: torch.device, ranks: Ranks) -> str:
     """For provenance."""
     devices = f"{ranks.size} × {device.type}" if ranks.size > 1 else device.type
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        devices += ", TF32"
     return f"{devices}, {os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"

@@ -18,6 +18,7 @@ from model.importers import load_weights
 from model.nn.ema import EMA
 from model.nn.unet import UNet, UNetConfig
 from training.cli.options import expanded, written
+from training.loop.optimizer import load_state
 from training.run.config import TrainConfig
 from training.run.load_weights import is_original, load_original
 
@@ -90,7 +91,7 @@ def _load_optimizer(path: Path, weights: Path, network: UNet, optimizer: torch.o
         raise ValueError(f"--optim_checkpoint {path}: something is missing in it: {error!r}") from error
     except ImportRefused as error:
         raise ValueError(f"--optim_checkpoint {path}: {error}") from error
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    load_state(optimizer, optimizer.state_dict() | {"state": state})
 
 
 def _original_moments(loaded: dict[str, Any], weights: Weights, network: UNet) -> dict[int, dict[str, Tensor]]:

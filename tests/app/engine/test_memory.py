@@ -1,11 +1,18 @@
 """The C library keeps what tensors leave behind, until it is told to give it back."""
 
+import asyncio
 import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+from app.engine.served import Served
+
+from app.engine.engine import Engine
+from app.engine.request import Request, Sample
+from tests.app.engine.conftest import HeldRunner
 
 PAGES = """
 import resource, torch
@@ -44,3 +51,26 @@ def test_freed_memory_is_kept_for_the_next_step_and_given_back_when_told() -> No
     assert usual > 100
     assert kept < usual / 10
     assert returned > 16e6
+
+
+def test_cudnn_without_room_to_work_in_makes_batches_smaller(
+    engine: Engine, runner: HeldRunner, served: Served, ask: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not say so: it finds no engine. Nor are samples tried one by one, as after other failures."""
+    real, tried = runner.step, list[int]()
+
+    def step(samples: list[Sample]) -> list[Sample]:
+        tried.append(len(samples))
+        if len(samples) > 4:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return real(samples)
+
+    monkeypatch.setattr(runner, "step", step)
+
+    async def main() -> int:
+        engine.submit(request := ask(asyncio.get_running_loop(), n=8, steps=2))
+        return len(await request.mailbox.answer())
+
+    assert asyncio.run(main()) == 8
+    assert tried[:2] == [8, 4]
+    assert served.scheduler.max_rows < 8

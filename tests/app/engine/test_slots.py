@@ -437,3 +437,65 @@ def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
         engine.drain(0)
         assert engine.join(10)
     assert held._graphs is None, "with its slots"
+
+
+def test_a_dynamic_limit_moves_no_sample_of_others(
+    runner: Runner, plain: Runner, checkpoint: Checkpoint, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
+) -> None:
+    others, request = samples(), ask(loop, seed=9, n=2)
+    request.plan = make_plan(checkpoint.diffusion, "ddim", 12, limit="dynamic")
+    runner.start(others)
+    runner.start(request.samples)
+    places, graphs = [sample.slot for sample in others], runner._graphs
+    assert graphs is not None
+    while left := [s for s in others if not s.finished]:
+        assert runner.step([request.samples[0], *left[:3], request.samples[1], *left[3:]]) == []
+        assert [sample.slot for sample in others] == places
+        assert [sample.slot for sample in request.samples] == [None, None]
+        if request.samples[0].step == 3:
+            before = [sample.step for sample in (*others, *request.samples)]
+            kept, graphs._graphs = graphs._graphs, {}
+            with pytest.raises(KeyError):  # a step that fails halfway has changed nothing
+                runner.step([*request.samples, *left])
+            graphs._graphs = kept
+            assert [sample.step for sample in (*others, *request.samples)] == before
+    assert equal([state(runner, sample) for sample in others], finish(plain, samples()))
+
+
+def test_of_dynamic_and_other_samples_the_broken_ones_are_told(
+    runner: Runner, checkpoint: Checkpoint, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
+) -> None:
+    others, request = samples()[:3], ask(loop, seed=9, n=2)
+    request.plan = make_plan(checkpoint.diffusion, "ddim", 12, limit="dynamic")
+    crowd = [others[0], request.samples[0], others[1], request.samples[1], others[2]]
+    runner.start(crowd)
+    assert runner.step(crowd) == []
+    with torch.inference_mode():
+        for broken in (others[1], request.samples[1]):
+            slots(runner).x_of(broken).fill_(torch.nan)
+    assert set(map(id, runner.step(crowd))) == {id(others[1]), id(request.samples[1])}
+
+
+def test_a_warm_up_is_of_noise_in_places_that_no_sample_has(runner: Runner, samples: Samples, plain: Runner) -> None:
+    """Zeros, or one place for all, would take a GPU less time than samples do."""
+    graphs, seen = runner._graphs, list[torch.Tensor]()
+    assert graphs is not None
+    network = runner._network
+
+    def watched(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        seen.append(x.clone())
+        return network(x, t, y)
+
+    crowd = samples()
+    runner.start(crowd)
+    graphs._network = watched
+    runner.warm_up(8)
+    rows = torch.cat(seen).flatten(1)
+    assert len(rows) == len(rows.unique(dim=0)) == 8
+    assert rows.std() > 0.9
+    graphs._network = network
+    left = crowd
+    while left := [s for s in left if not s.finished]:
+        runner.warm_up(5)
+        assert runner.step(left) == []
+    assert equal([state(runner, sample) for sample in crowd], finish(plain, samples()))

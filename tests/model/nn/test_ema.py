@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.nn.ema import EMA
+from model.nn.ema import EMA, move_together
 from model.nn.unet import UNet, UNetConfig
 
 
@@ -19,8 +19,13 @@ def perturb(network: nn.Module, seed: int) -> None:
         parameter.data.add_(torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.9999])
-def test_the_average_is_the_formula_with_its_warm_up(tiny: UNet, decay: float) -> None:
+def test_the_average_is_the_formula_with_its_warm_up(
+    tiny: UNet, decay: float, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on == "gpu":  # its way to do it, which runs anywhere
+        monkeypatch.setattr("model.nn.ema.move", move_together)
     ema = EMA(tiny, decay)
     expected = {name: p.detach().double().clone() for name, p in tiny.named_parameters()}
     for k in range(1, 31):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.nn.unet import UNet
-from training.loop.optimizer import make_optimizer, restore, step
+from training.loop.optimizer import load_state, make_optimizer, restore, step
 from training.run.config import TrainConfig
 
 
@@ -93,3 +93,25 @@ def test_what_a_skipped_step_changed_is_put_back() -> None:
     tensors[0].add_(1)
     restore(tensors, before, torch.tensor(True))
     assert tensors[0].tolist() == [2, 2]
+
+
+def test_moments_lie_in_memory_as_their_parameters_do(tiny: UNet) -> None:
+    """A state that a GPU saved with its channels last goes on elsewhere as one that was saved there."""
+    other = copy.deepcopy(tiny).to(memory_format=torch.channels_last)
+    optimizers = [make_optimizer(network, TrainConfig()) for network in (tiny, other)]
+    with_gradient(tiny)
+    step(optimizers[0], 1e-3)
+    other.load_state_dict(tiny.state_dict())
+    load_state(optimizers[1], copy.deepcopy(optimizers[0].state_dict()))
+    for a, b in zip(tiny.parameters(), other.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = [optimizers[0].state[a][name], optimizers[1].state[b][name]]
+            assert torch.equal(*moments)
+            assert moments[1].stride() == b.stride()
+    third = make_optimizer(tiny, TrainConfig())
+    load_state(third, copy.deepcopy(optimizers[1].state_dict()))
+    for network, optimizer in ((tiny, third), (other, optimizers[1])):
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        step(optimizer, 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), other.parameters(), strict=True))
