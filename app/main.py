@@ -68,16 +68,16 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     log_device(settings.device, device, runtime, precision)
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
-        chunk = settings.chunk_rows or best_chunk(checkpoint.network, device)
+        chunk = settings.micro_batch_size or best_chunk(checkpoint.network, device)
         runner = make_runner(checkpoint, device, chunk, threads, runtime, precision)
-        return ModelInstance(checkpoint, runner, settings.max_batch_rows)
+        return ModelInstance(checkpoint, runner, settings.max_batch_size)
 
     metrics = Metrics()
-    engine = Engine(metrics.engine, max_pending_nfe=settings.max_queue_rows, step_timeout_s=settings.step_timeout_s)
+    engine = Engine(metrics.engine, max_pending_nfe=settings.max_pending_nfe, step_timeout_s=settings.step_timeout_s)
     served = Models(settings, metrics, engine, make)
     metrics.bind_engine(engine.status)
     loop_monitor = EventLoopMonitor(metrics)
-    metrics.pending_nfe_limit.set(settings.max_queue_rows)
+    metrics.pending_nfe_limit.set(settings.max_pending_nfe)
     metrics.declare_build(VERSION)
 
     @asynccontextmanager

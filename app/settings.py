@@ -65,19 +65,19 @@ class Settings(BaseSettings):
     )
     max_timeout_s: float = Field(300, gt=0, le=86_400, description="longest time a request may take, and the default")
     max_body_bytes: int = Field(65_536, ge=1, description="largest request body")
-    max_queue_rows: int = Field(
+    max_pending_nfe: int = Field(
         250_000,
         ge=1,
         description="most work admitted at once, in U-Net rows: images x steps, twice that with guidance",
     )
-    max_batch_rows: int = Field(
+    max_batch_size: int = Field(
         0,
         ge=0,
         le=65_536,
         description="most U-Net rows in a step; 0 is as many as the warm-up finds to be worth it, and for a crowd as "
         "many as gain anything",
     )
-    chunk_rows: int = Field(
+    micro_batch_size: int = Field(
         0,
         ge=0,
         le=65_536,
@@ -195,6 +195,8 @@ def misread(complaint: str, settings: type[Settings]) -> str:
         return f"{found[1]} needs a value; --help lists the options"
     if found := re.search(r"unrecognized arguments: (.*)", complaint):
         word = found[1].split()[0].partition("=")[0]
+        if renamed := RENAMED.get(word.removeprefix("--").replace("-", "_")):
+            return f"{word} is called --{renamed.replace('_', '-')} now"
         nearest = difflib.get_close_matches(word, flags, n=1)
         meant = f"; did you mean {nearest[0]}?" if nearest else ";"
         return f"unknown option {word}{meant} --help lists the options"
@@ -219,6 +221,13 @@ def default_variables(defaults: dict[str, str]) -> dict[str, str]:
     return {name: os.environ.setdefault(name, value) for name, value in defaults.items()}
 
 
+RENAMED = {  # settings that had another name
+    "max_batch_rows": "max_batch_size",
+    "max_queue_rows": "max_pending_nfe",
+    "chunk_rows": "micro_batch_size",
+}
+
+
 def unknown_variables(settings: type[Settings] = Settings) -> list[str]:
     """A sentence for every DDPM_* variable that no setting reads: most likely a misspelling."""
     known = [name.upper() for name in settings.model_fields]
@@ -226,6 +235,9 @@ def unknown_variables(settings: type[Settings] = Settings) -> list[str]:
     for name in sorted(os.environ):
         key = name.upper().removeprefix(PREFIX)
         if name.upper().startswith(PREFIX) and key not in known and not _is_link(name, os.environ[name]):
+            if renamed := RENAMED.get(key.lower()):
+                sentences.append(f"{name} is called {PREFIX}{renamed.upper()} now")
+                continue
             nearest = difflib.get_close_matches(key, known, n=1)
             sentences.append(f"unknown variable {name}" + (f"; did you mean {PREFIX}{nearest[0]}?" if nearest else ""))
     return sentences

@@ -73,32 +73,32 @@ ROWS: dict[str, list[Graph]] = {
             "Request",
             "From a request's arrival to the last byte of its answer; ok ones of /generate.",
             "s",
-            quantiles("ddpm_request_seconds", f'{MODEL}, endpoint="/generate", outcome="ok"'),
+            quantiles("ddpm_e2e_request_latency_seconds", f'{MODEL}, endpoint="/generate", outcome="ok"'),
         ),
         Graph(
             "Queue against compute",
             "The mean request: waiting for its first step, and the rest of its time.",
             "s",
             [
-                (mean("ddpm_queue_seconds", "model"), "queue {{model}}"),
+                (mean("ddpm_request_queue_time_seconds", "model"), "queue {{model}}"),
                 (
                     mean(
-                        "ddpm_request_seconds",
+                        "ddpm_e2e_request_latency_seconds",
                         "model",
                         f'{MODEL}, endpoint=~"/generate|/diffusion-sequence", outcome="ok"',
                     )
-                    + f" - {mean('ddpm_queue_seconds', 'model')}",
+                    + f" - {mean('ddpm_request_queue_time_seconds', 'model')}",
                     "compute and answer {{model}}",
                 ),
             ],
             stacked=True,
         ),
-        Graph("Queue", "From admission to the first step.", "s", quantiles("ddpm_queue_seconds")),
+        Graph("Queue", "From admission to the first step.", "s", quantiles("ddpm_request_queue_time_seconds")),
         Graph(
             "First frame",
             "Of a stream: from admission until it can be sent.",
             "s",
-            quantiles("ddpm_first_frame_seconds"),
+            quantiles("ddpm_time_to_first_frame_seconds"),
         ),
         Graph(
             "Encoding",
@@ -110,7 +110,7 @@ ROWS: dict[str, list[Graph]] = {
             "Oldest wait",
             "How long the request waits that waits longest for its first step.",
             "s",
-            [(f"ddpm_oldest_wait_seconds{{{REPLICA}}}", "{{instance}}")],
+            [(f"ddpm_oldest_queued_request_age_seconds{{{REPLICA}}}", "{{instance}}")],
         ),
     ],
     "Engine": [
@@ -126,15 +126,15 @@ ROWS: dict[str, list[Graph]] = {
             "Batch fill",
             "Rows of a mean batch over its room for them. Low under load: requests come one by one.",
             "percentunit",
-            [(mean("ddpm_batch_fill_ratio", "instance, model"), "{{model}} {{instance}}")],
+            [(mean("ddpm_batch_utilization", "instance, model"), "{{model}} {{instance}}")],
         ),
         Graph(
             "Rows of a batch",
             "The mean batch, and the most it may have.",
             "none",
             [
-                (mean("ddpm_batch_rows", "instance, model"), "{{model}} {{instance}}"),
-                (f"max by (model) (ddpm_batch_rows_limit{{{MODEL}}})", "limit {{model}}"),
+                (mean("ddpm_batch_size", "instance, model"), "{{model}} {{instance}}"),
+                (f"max by (model) (ddpm_max_batch_size{{{MODEL}}})", "limit {{model}}"),
             ],
         ),
         Graph(
@@ -142,8 +142,8 @@ ROWS: dict[str, list[Graph]] = {
             "Images in the present step, and admitted ones outside of it.",
             "none",
             [
-                (f"sum by (model) (ddpm_rows_running{{{MODEL}}})", "running {{model}}"),
-                (f"sum by (model) (ddpm_rows_waiting{{{MODEL}}})", "waiting {{model}}"),
+                (f"sum by (model) (ddpm_num_samples_running{{{MODEL}}})", "running {{model}}"),
+                (f"sum by (model) (ddpm_num_samples_waiting{{{MODEL}}})", "waiting {{model}}"),
             ],
             stacked=True,
         ),
@@ -159,13 +159,13 @@ ROWS: dict[str, list[Graph]] = {
             "Cancelled requests",
             "Their clients left before the answer.",
             "reqps",
-            [(rate("ddpm_cancel_seconds_count", "model"), "{{model}}")],
+            [(rate("ddpm_cancellation_latency_seconds_count", "model"), "{{model}}")],
         ),
         Graph(
             "Cancel latency",
             "From a client's leaving to the freeing of its places: about a step.",
             "s",
-            quantiles("ddpm_cancel_seconds"),
+            quantiles("ddpm_cancellation_latency_seconds"),
         ),
         Graph(
             "Wasted image-steps",
@@ -221,15 +221,15 @@ ROWS: dict[str, list[Graph]] = {
             "Age of the present step",
             "0 between steps. One that is far older than steps take is a stall.",
             "s",
-            [(f"ddpm_heartbeat_age_seconds{{{REPLICA}}}", "{{instance}}")],
+            [(f"ddpm_current_step_age_seconds{{{REPLICA}}}", "{{instance}}")],
         ),
         Graph(
             "Event loop",
             "How long it was busy with something else when somebody came, and the longest of the last minute.",
             "s",
             [
-                *quantiles("ddpm_event_loop_pause_seconds", REPLICA),
-                (f"ddpm_event_loop_longest_pause_seconds{{{REPLICA}}}", "longest {{instance}}"),
+                *quantiles("ddpm_event_loop_lag_seconds", REPLICA),
+                (f"ddpm_event_loop_max_lag_seconds{{{REPLICA}}}", "longest {{instance}}"),
             ],
         ),
         Graph(

@@ -120,6 +120,6 @@ def server(grey_checkpoint: Path) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="session")
 def faulty(grey_checkpoint: Path) -> Iterator[ServerProcess]:
     """The same with a runner that fails as the seed says (see faulty_server.py), and a short queue."""
-    argv = ["--max-queue-rows", "40000", "--max-batch-rows", "16"]
+    argv = ["--max-pending-nfe", "40000", "--max-batch-size", "16"]
     with ServerProcess("tests.app.faulty_server", "--checkpoint", str(grey_checkpoint), *argv) as server:
         yield server

@@ -112,7 +112,7 @@ class ServerProcess:
     def rows(self) -> float:
         """Images that are admitted and not answered."""
         text = self.client.get("/metrics").text
-        return metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting")
+        return metric(text, "ddpm_num_samples_running") + metric(text, "ddpm_num_samples_waiting")
 
     @contextmanager
     def truthful_readiness(self) -> Iterator[list[int]]:
@@ -124,7 +124,7 @@ class ServerProcess:
         client = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
         def age() -> float:
-            return metric(client.get("/metrics").text, "ddpm_heartbeat_age_seconds")
+            return metric(client.get("/metrics").text, "ddpm_current_step_age_seconds")
 
         def look() -> None:
             before, status, after = age(), client.get("/readyz").status_code, age()

@@ -158,7 +158,7 @@ def test_a_key_has_only_so_many_requests_under_way(held: HeldRunner, grey_checkp
     with serving(grey_checkpoint, held, api_keys=BOTH, key_concurrency=1) as client:
         worker = threading.Thread(target=lambda: client.post("/generate", json={"steps": 100}, headers=bearer(ALICE)))
         worker.start()
-        wait_for(lambda: metric(client.get("/metrics", headers=bearer(BOB)).text, "ddpm_rows_running") > 0)
+        wait_for(lambda: metric(client.get("/metrics", headers=bearer(BOB)).text, "ddpm_num_samples_running") > 0)
         answer = client.post("/generate", json={}, headers=bearer(ALICE))
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
         assert answer.headers["retry-after"] == "1"

@@ -37,7 +37,7 @@ def test_fifty_at_once_get_what_each_gets_alone(server: ServerProcess) -> None:
     requests = mixed_requests(50)
     alone = [server.client.request(**request) for request in requests]
     steps = server.metric("ddpm_image_steps_total")
-    batches = server.metric("ddpm_batch_rows_count")
+    batches = server.metric("ddpm_batch_size_count")
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(base_url=server.url, timeout=PATIENCE, limits=limits) as client, ThreadPoolExecutor(50) as pool:
         together = list(pool.map(lambda request: client.request(**request), requests))
@@ -46,7 +46,7 @@ def test_fifty_at_once_get_what_each_gets_alone(server: ServerProcess) -> None:
     assert len({answer.content for answer in together}) == 50
     wanted = sum(body["n"] * body["steps"] for body in (r.get("json") or r["params"] for r in requests))
     assert server.metric("ddpm_image_steps_total") == steps + wanted
-    assert server.metric("ddpm_batch_rows_count") - batches < wanted / 2  # they did share batches
+    assert server.metric("ddpm_batch_size_count") - batches < wanted / 2  # they did share batches
     assert server.rows() == 0
 
 
@@ -65,12 +65,12 @@ def test_a_burst_of_forty_requests_of_fifty_images_is_admitted_by_default(grey_c
     # As the bundled checkpoint is sampled.
     body = {"n": 50, "sampler": "dpmpp_2m", "steps": 15, "guidance_scale": 1.5, "class_label": 1}
     with serving(grey_checkpoint, runner) as client, ThreadPoolExecutor(41) as pool:
-        assert client.app.state.service.settings.max_queue_rows == Settings.model_fields["max_queue_rows"].default
+        assert client.app.state.service.settings.max_pending_nfe == Settings.model_fields["max_pending_nfe"].default
         burst = [pool.submit(client.post, "/generate", json=body) for _ in range(40)]
 
         def admitted() -> float:
             text = client.get("/metrics").text
-            return metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting")
+            return metric(text, "ddpm_num_samples_running") + metric(text, "ddpm_num_samples_waiting")
 
         wait_for(lambda: admitted() == 2000, "all images of the burst in the queue")
         runner.released.set()

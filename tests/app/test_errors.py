@@ -368,12 +368,12 @@ def busy(client: TestClient, **body: Any) -> threading.Thread:
     """A request that is being worked on."""
     thread = threading.Thread(target=lambda: client.post("/generate", json=body))
     thread.start()
-    wait_for(lambda: metric(client.get("/metrics").text, "ddpm_rows_running") > 0, "work")
+    wait_for(lambda: metric(client.get("/metrics").text, "ddpm_num_samples_running") > 0, "work")
     return thread
 
 
 def test_a_full_queue_is_429_and_an_empty_one_takes_anything(held: HeldRunner, grey_checkpoint: Path) -> None:
-    with serving(grey_checkpoint, held, max_queue_rows=100) as client:
+    with serving(grey_checkpoint, held, max_pending_nfe=100) as client:
         thread = busy(client, n=2, steps=50)
         for answer in (
             client.post("/generate", json={"n": 64, "steps": 1000}),
@@ -399,5 +399,5 @@ def test_a_time_out_that_passes_is_504_and_frees_the_place(held: HeldRunner, gre
         answer = client.post("/generate", json={"steps": 100, "timeout_s": 1})
         assert "passed" in error(answer, 504, "deadline_exceeded")["message"]
         text = client.get("/metrics").text
-        assert metric(text, "ddpm_rows_running") + metric(text, "ddpm_rows_waiting") == 0
+        assert metric(text, "ddpm_num_samples_running") + metric(text, "ddpm_num_samples_waiting") == 0
         assert 0 < metric(text, "ddpm_wasted_image_steps_total") < 100

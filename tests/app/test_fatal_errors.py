@@ -49,7 +49,7 @@ def test_a_step_that_never_returns_answers_everyone_and_ends_the_process(grey_ch
     with ServerProcess(FAULTY, *argv) as server, ThreadPoolExecutor(4) as pool:
         alone = [generate(server, body).content for body in NEIGHBOURS]
         hung = pool.submit(generate, server, {"n": 2, "steps": 8, "seed": HANGS})
-        wait_for(lambda: server.metric("ddpm_heartbeat_age_seconds") > 0.2, "the hung step")
+        wait_for(lambda: server.metric("ddpm_current_step_age_seconds") > 0.2, "the hung step")
         others = [pool.submit(generate, server, body) for body in NEIGHBOURS]
         streamed = pool.submit(stream, server, {"steps": 40})
         with server.truthful_readiness() as said:
@@ -87,7 +87,7 @@ def test_a_step_that_never_returns_does_not_outlast_the_drain(grey_checkpoint: P
     argv = ["--checkpoint", str(grey_checkpoint), "--drain-s", "0"]
     with ServerProcess(FAULTY, *argv) as server, ThreadPoolExecutor(1) as pool:
         hung = pool.submit(generate, server, {"n": 2, "steps": 8, "seed": HANGS})
-        wait_for(lambda: server.metric("ddpm_heartbeat_age_seconds") > 0.2, "the hung step")
+        wait_for(lambda: server.metric("ddpm_current_step_age_seconds") > 0.2, "the hung step")
         server.terminate()
         wait_for(lambda: refused(server), "the refusal of new work")
         assert (hung.result().status_code, hung.result().json()["error"]["code"]) == (503, "not_ready")

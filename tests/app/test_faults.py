@@ -82,8 +82,8 @@ def test_a_client_that_leaves_frees_its_places_at_the_next_step(
     connection = ask(faulty, method, path, body)
     if "sse" in path or "multipart" in path:
         connection.getresponse().read(1000)  # it has begun
-    wait_for(lambda: faulty.metric("ddpm_rows_running") == 16, "a full batch")
-    assert faulty.metric("ddpm_rows_waiting") == 4
+    wait_for(lambda: faulty.metric("ddpm_num_samples_running") == 16, "a full batch")
+    assert faulty.metric("ddpm_num_samples_waiting") == 4
     wait_for(lambda: faulty.metric("ddpm_image_steps_total") > metric(before, "ddpm_image_steps_total"), "a step")
     connection.close()
     wait_for(lambda: faulty.rows() == 0, "free places")
@@ -98,8 +98,8 @@ def test_a_client_that_leaves_frees_its_places_at_the_next_step(
     assert 0 < grown("ddpm_wasted_image_steps_total") < 20 * 1000 / 2
     assert grown("ddpm_wasted_image_steps_total") == grown("ddpm_image_steps_total")
     assert grown("ddpm_images_total") == 0
-    assert grown("ddpm_cancel_seconds_count") == 1
-    assert grown("ddpm_cancel_seconds_bucket", le="2.5") == 1
+    assert grown("ddpm_cancellation_latency_seconds_count") == 1
+    assert grown("ddpm_cancellation_latency_seconds_bucket", le="2.5") == 1
     assert grown("ddpm_requests_total", endpoint=endpoint) == 1
 
 
@@ -214,14 +214,14 @@ def test_a_batch_without_memory_becomes_smaller_for_a_while_and_nobody_notices(f
     alone = [generate(faulty, **stranger).content for stranger in STRANGERS]
     with slow_company(faulty):
         *answers, crowded = together(faulty, *STRANGERS, body)
-        assert faulty.metric("ddpm_batch_rows_limit") <= ROOM
+        assert faulty.metric("ddpm_max_batch_size") <= ROOM
     assert [answer.content for answer in answers] == alone
     assert crowded.status_code == 200
     parts = [generate(faulty, **body | {"n": 1, "index": i}, columns=1) for i in range(8)]
     assert generate(faulty, **body).content == crowded.content
     assert [part.status_code for part in parts] == [200] * 8
     generate(faulty, n=16, steps=400)
-    assert faulty.metric("ddpm_batch_rows_limit") == 16
+    assert faulty.metric("ddpm_max_batch_size") == 16
 
 
 def test_frames_arrive_while_the_work_goes_on(faulty: ServerProcess) -> None:
@@ -241,7 +241,7 @@ def test_retry_after_is_the_work_over_the_measured_rate(faulty: ServerProcess) -
     connection.close()
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     rows, seconds = (
-        metric(after, name) - metric(before, name) for name in ("ddpm_batch_rows_sum", "ddpm_step_seconds_sum")
+        metric(after, name) - metric(before, name) for name in ("ddpm_batch_size_sum", "ddpm_step_seconds_sum")
     )
     # 16 times 1000 rows wait for 64 times 1000, and both are more than the queue holds.
     expected = (16 * 1000 - rows) / (rows / seconds)

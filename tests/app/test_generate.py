@@ -245,7 +245,12 @@ def test_the_ends_of_the_ranges_are_served(client: TestClient, n: int, seed: int
 
 
 def test_metrics_count_what_a_request_really_did(client: TestClient) -> None:
-    names = ("ddpm_image_steps_total", "ddpm_images_total", "ddpm_batch_rows_sum", "ddpm_queue_seconds_count")
+    names = (
+        "ddpm_image_steps_total",
+        "ddpm_images_total",
+        "ddpm_batch_size_sum",
+        "ddpm_request_queue_time_seconds_count",
+    )
     before = client.get("/metrics").text
     generate(client, n=5, steps=7, guidance_scale=2, class_label=1)
     after = client.get("/metrics").text

@@ -66,7 +66,7 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
         assert client.get("/health").json() == {"status": "ok"}
         assert metric(client.get("/metrics").text, "ddpm_ready") == 1
         assert client.post("/generate", json={}).status_code == 200
-        limit = metric(client.get("/metrics").text, "ddpm_batch_rows_limit", model="grey")
+        limit = metric(client.get("/metrics").text, "ddpm_max_batch_size", model="grey")
         assert client.get("/models").json()["models"][0]["batch_rows"] == limit > 0
 
 
@@ -75,7 +75,7 @@ def test_a_draining_server_takes_no_work_and_finishes_what_it_has(held: HeldRunn
         answers: list[Any] = []
         worker = threading.Thread(target=lambda: answers.append(client.post("/generate", json={"n": 2, "steps": 40})))
         worker.start()
-        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_rows_running") == 2)
+        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_num_samples_running") == 2)
         client.app.state.service.engine.drain(30)
         assert client.get("/livez").status_code == 200
         for answer in (client.get("/readyz"), client.post("/generate", json={}), client.get("/diffusion-sequence")):
@@ -88,8 +88,8 @@ def test_a_draining_server_takes_no_work_and_finishes_what_it_has(held: HeldRunn
 
 
 CONTRACT = {
-    "ddpm_rows_running": "gauge",
-    "ddpm_rows_waiting": "gauge",
+    "ddpm_num_samples_running": "gauge",
+    "ddpm_num_samples_waiting": "gauge",
     "ddpm_ready": "gauge",
     "ddpm_model_info": "gauge",
     "ddpm_model_loads": "counter",
@@ -102,29 +102,29 @@ CONTRACT = {
     "ddpm_key_requests": "counter",
     "ddpm_frames_sent": "counter",
     "ddpm_frames_dropped": "counter",
-    "ddpm_request_seconds": "histogram",
-    "ddpm_queue_seconds": "histogram",
+    "ddpm_e2e_request_latency_seconds": "histogram",
+    "ddpm_request_queue_time_seconds": "histogram",
     "ddpm_step_seconds": "histogram",
-    "ddpm_cancel_seconds": "histogram",
+    "ddpm_cancellation_latency_seconds": "histogram",
     "ddpm_encode_seconds": "histogram",
-    "ddpm_batch_rows": "histogram",
-    "ddpm_batch_fill_ratio": "histogram",
-    "ddpm_batch_rows_limit": "gauge",
-    "ddpm_first_frame_seconds": "histogram",
+    "ddpm_batch_size": "histogram",
+    "ddpm_batch_utilization": "histogram",
+    "ddpm_max_batch_size": "gauge",
+    "ddpm_time_to_first_frame_seconds": "histogram",
     "ddpm_device_memory_bytes": "gauge",
-    "ddpm_event_loop_pause_seconds": "histogram",
-    "ddpm_event_loop_longest_pause_seconds": "gauge",
+    "ddpm_event_loop_lag_seconds": "histogram",
+    "ddpm_event_loop_max_lag_seconds": "gauge",
     "ddpm_engine_stalled": "gauge",
-    "ddpm_heartbeat_age_seconds": "gauge",
-    "ddpm_oldest_wait_seconds": "gauge",
-    "ddpm_pending_work_rows": "gauge",
-    "ddpm_pending_work_rows_limit": "gauge",
-    "ddpm_expected_rows_per_second": "gauge",
+    "ddpm_current_step_age_seconds": "gauge",
+    "ddpm_oldest_queued_request_age_seconds": "gauge",
+    "ddpm_pending_nfe": "gauge",
+    "ddpm_pending_nfe_limit": "gauge",
+    "ddpm_estimated_nfe_per_second": "gauge",
     "ddpm_build_info": "gauge",
 }
 LABELS: dict[str, set[str] | frozenset[str]] = {
     "ddpm_requests": {"endpoint", "model", "outcome"},
-    "ddpm_request_seconds": {"endpoint", "model", "outcome"},
+    "ddpm_e2e_request_latency_seconds": {"endpoint", "model", "outcome"},
     "ddpm_model_loads": {"model", "outcome"},
     "ddpm_wasted_image_steps": {"model", "outcome"},
     "ddpm_device_memory_bytes": {"device", "kind"},
@@ -132,10 +132,21 @@ LABELS: dict[str, set[str] | frozenset[str]] = {
     "ddpm_model_info": {"model", "sha256", "device", "runtime", "precision"},
     **dict.fromkeys(
         (
-            *("ddpm_rows_running", "ddpm_rows_waiting", "ddpm_images", "ddpm_image_steps", "ddpm_failed_steps"),
-            *("ddpm_frames_sent", "ddpm_frames_dropped", "ddpm_first_frame_seconds", "ddpm_queue_seconds"),
-            *("ddpm_step_seconds", "ddpm_cancel_seconds", "ddpm_batch_rows", "ddpm_batch_rows_limit"),
-            "ddpm_batch_fill_ratio",
+            *(
+                "ddpm_num_samples_running",
+                "ddpm_num_samples_waiting",
+                "ddpm_images",
+                "ddpm_image_steps",
+                "ddpm_failed_steps",
+            ),
+            *(
+                "ddpm_frames_sent",
+                "ddpm_frames_dropped",
+                "ddpm_time_to_first_frame_seconds",
+                "ddpm_request_queue_time_seconds",
+            ),
+            *("ddpm_step_seconds", "ddpm_cancellation_latency_seconds", "ddpm_batch_size", "ddpm_max_batch_size"),
+            "ddpm_batch_utilization",
         ),
         frozenset({"model"}),
     ),

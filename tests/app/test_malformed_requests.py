@@ -27,7 +27,7 @@ def test_hostile_requests_get_no_5xx_and_leave_nothing_behind(grey_checkpoint: P
 
 @pytest.mark.slow
 def test_files_that_are_nearly_checkpoints_are_refused_and_nothing_runs(grey_checkpoint: Path, tmp_path: Path) -> None:
-    argv = ["--checkpoint", str(grey_checkpoint), "--max-batch-rows", "8", *settings(tmp_path)]
+    argv = ["--checkpoint", str(grey_checkpoint), "--max-batch-size", "8", *settings(tmp_path)]
     with ServerProcess("app", *argv) as server:
         findings = offer_spoiled(server, tmp_path, grey_checkpoint, 60)
     assert not findings.wrong

@@ -23,7 +23,7 @@ MAX_ROWS = 4
 
 @pytest.fixture(scope="module")
 def fresh(grey_checkpoint: Path) -> ServerProcess:
-    with ServerProcess("app", "--checkpoint", str(grey_checkpoint), "--max-batch-rows", str(MAX_ROWS)) as server:
+    with ServerProcess("app", "--checkpoint", str(grey_checkpoint), "--max-batch-size", str(MAX_ROWS)) as server:
         yield server
 
 
@@ -52,32 +52,32 @@ def test_every_count_is_what_the_clients_saw(fresh: ServerProcess) -> None:
     assert metric(text, "ddpm_requests_total", endpoint="/generate", model="", outcome="invalid_class_label") == 1
     for outcome, count in (("ok", 2), ("invalid_request", 1)):
         labels = {"endpoint": "/generate", "outcome": outcome}
-        assert metric(text, "ddpm_request_seconds_count", **labels) == count
-    assert metric(text, "ddpm_queue_seconds_count", model="grey") == 4
+        assert metric(text, "ddpm_e2e_request_latency_seconds_count", **labels) == count
+    assert metric(text, "ddpm_request_queue_time_seconds_count", model="grey") == 4
     assert metric(text, "ddpm_frames_sent_total", model="grey") == events.count("frame") + 3
     assert metric(text, "ddpm_frames_dropped_total", model="grey") == 3 - events.count("frame")
-    assert metric(text, "ddpm_first_frame_seconds_count", model="grey") == 1  # a file's frames come all at once
+    assert metric(text, "ddpm_time_to_first_frame_seconds_count", model="grey") == 1  # a file's frames come all at once
     assert metric(text, "ddpm_encode_seconds_count") == 2 + events.count("frame") + 1 + 1  # and the final picture; gif
-    assert metric(text, "ddpm_wasted_image_steps_total") == metric(text, "ddpm_cancel_seconds_count") == 0
+    assert metric(text, "ddpm_wasted_image_steps_total") == metric(text, "ddpm_cancellation_latency_seconds_count") == 0
     # No guidance: a row is an image's step, and a batch's fill is its rows over those it had room for.
-    assert metric(text, "ddpm_batch_rows_sum", model="grey") == metric(text, "ddpm_image_steps_total")
-    assert metric(text, "ddpm_batch_rows_count") == metric(text, "ddpm_step_seconds_count")
-    assert metric(text, "ddpm_batch_rows_limit", model="grey") == MAX_ROWS
-    assert metric(text, "ddpm_batch_fill_ratio_sum") * MAX_ROWS == metric(text, "ddpm_batch_rows_sum")
-    assert metric(text, "ddpm_step_seconds_sum") < metric(text, "ddpm_request_seconds_sum", outcome="ok")
+    assert metric(text, "ddpm_batch_size_sum", model="grey") == metric(text, "ddpm_image_steps_total")
+    assert metric(text, "ddpm_batch_size_count") == metric(text, "ddpm_step_seconds_count")
+    assert metric(text, "ddpm_max_batch_size", model="grey") == MAX_ROWS
+    assert metric(text, "ddpm_batch_utilization_sum") * MAX_ROWS == metric(text, "ddpm_batch_size_sum")
+    assert metric(text, "ddpm_step_seconds_sum") < metric(text, "ddpm_e2e_request_latency_seconds_sum", outcome="ok")
 
 
 def test_the_limit_of_a_batch_is_measured_and_changes_no_image(fresh: ServerProcess, server: ServerProcess) -> None:
     (told,) = [line for line in server.logs() if line["message"] == "batches measured"]
     assert told["rows"] <= told["most"]
     assert set(told["milliseconds_per_row"]) == {"8", "16", "32"} >= {str(told["rows"]), str(told["most"])}
-    assert server.metric("ddpm_batch_rows_limit", model="grey") == told["most"]
+    assert server.metric("ddpm_max_batch_size", model="grey") == told["most"]
     caps = [process.client.get("/models").json()["models"][0]["batch_rows"] for process in (server, fresh)]
     assert caps == [told["most"], MAX_ROWS]
     body = {"n": 11, "steps": 3, "seed": 5, "guidance_scale": 2}
     limited, measured = (process.client.post("/generate", json=body).content for process in (fresh, server))
     assert limited == measured
-    assert fresh.metric("ddpm_batch_rows_limit", model="grey") == MAX_ROWS
+    assert fresh.metric("ddpm_max_batch_size", model="grey") == MAX_ROWS
     assert not [line for line in fresh.logs() if line["message"] == "batches measured"]
 
 
@@ -85,7 +85,7 @@ def test_guidance_counts_two_rows_for_one_image(fresh: ServerProcess) -> None:
     before = fresh.client.get("/metrics").text
     fresh.client.post("/generate", json={"n": 1, "steps": 3, "guidance_scale": 2}).raise_for_status()
     after = fresh.client.get("/metrics").text
-    for name, more in (("ddpm_batch_rows_sum", 6), ("ddpm_image_steps_total", 3), ("ddpm_images_total", 1)):
+    for name, more in (("ddpm_batch_size_sum", 6), ("ddpm_image_steps_total", 3), ("ddpm_images_total", 1)):
         assert metric(after, name) - metric(before, name) == more
 
 
@@ -96,7 +96,7 @@ def test_a_client_that_leaves_is_a_cancel_and_its_steps_are_waste(fresh: ServerP
         for line in stream.iter_lines():
             if line.startswith("event: frame"):
                 break
-    wait_for(lambda: fresh.metric("ddpm_cancel_seconds_count", model="grey") == 1, "the cancel")
+    wait_for(lambda: fresh.metric("ddpm_cancellation_latency_seconds_count", model="grey") == 1, "the cancel")
     wait_for(lambda: fresh.metric("ddpm_requests_total", endpoint=SEQUENCE, outcome="cancelled") == 1, "the outcome")
     after = fresh.client.get("/metrics").text
     steps = metric(after, "ddpm_image_steps_total") - metric(before, "ddpm_image_steps_total")
@@ -106,29 +106,39 @@ def test_a_client_that_leaves_is_a_cancel_and_its_steps_are_waste(fresh: ServerP
 
 
 def test_gauges_show_the_work_while_it_is_there(held: HeldRunner, grey_checkpoint: Path) -> None:
-    with serving(grey_checkpoint, held, max_batch_rows=2, max_queue_rows=500) as client:
+    with serving(grey_checkpoint, held, max_batch_size=2, max_pending_nfe=500) as client:
 
         def now(name: str, **labels: str) -> float:
             return metric(client.get("/metrics").text, name, **labels)
 
         assert (
-            now("ddpm_pending_work_rows") == now("ddpm_heartbeat_age_seconds") == now("ddpm_oldest_wait_seconds") == 0
+            now("ddpm_pending_nfe")
+            == now("ddpm_current_step_age_seconds")
+            == now("ddpm_oldest_queued_request_age_seconds")
+            == 0
         )
-        assert now("ddpm_pending_work_rows_limit") == 500
+        assert now("ddpm_pending_nfe_limit") == 500
         # Every other step is for those with the least to do: with two of them the third waits its turn.
         works = [{"n": 2, "steps": 30}, {"n": 2, "steps": 40}]
         workers = [threading.Thread(target=client.post, args=("/generate",), kwargs={"json": work}) for work in works]
         for worker in workers:
             worker.start()
-        wait_for(lambda: now("ddpm_rows_running", model="grey") == 2 and now("ddpm_rows_waiting", model="grey") == 2)
-        assert 0 < now("ddpm_pending_work_rows") <= 2 * 30 + 2 * 40
-        wait_for(lambda: now("ddpm_heartbeat_age_seconds") > 0, "a step")
+        wait_for(
+            lambda: (
+                now("ddpm_num_samples_running", model="grey") == 2
+                and now("ddpm_num_samples_waiting", model="grey") == 2
+            )
+        )
+        assert 0 < now("ddpm_pending_nfe") <= 2 * 30 + 2 * 40
+        wait_for(lambda: now("ddpm_current_step_age_seconds") > 0, "a step")
         assert now("ddpm_engine_stalled") == 0
-        assert now("ddpm_expected_rows_per_second") > 0
+        assert now("ddpm_estimated_nfe_per_second") > 0
         held.released.set()
         for worker in workers:
             worker.join()
-        wait_for(lambda: now("ddpm_pending_work_rows") == now("ddpm_rows_running") == now("ddpm_rows_waiting") == 0)
+        wait_for(
+            lambda: now("ddpm_pending_nfe") == now("ddpm_num_samples_running") == now("ddpm_num_samples_waiting") == 0
+        )
 
 
 def test_the_oldest_wait_grows_until_the_first_step(held: HeldRunner, grey_checkpoint: Path) -> None:
@@ -145,16 +155,19 @@ def test_the_oldest_wait_grows_until_the_first_step(held: HeldRunner, grey_check
         worker = threading.Thread(target=client.post, args=("/generate",), kwargs={"json": {}})
         worker.start()
         assert entered.wait(30)
-        first = metric(client.get("/metrics").text, "ddpm_oldest_wait_seconds")
-        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_oldest_wait_seconds") > first > 0, "a longer wait")
+        first = metric(client.get("/metrics").text, "ddpm_oldest_queued_request_age_seconds")
+        wait_for(
+            lambda: metric(client.get("/metrics").text, "ddpm_oldest_queued_request_age_seconds") > first > 0,
+            "a longer wait",
+        )
         leave.set()
         held.released.set()
         worker.join()
-        assert metric(client.get("/metrics").text, "ddpm_oldest_wait_seconds") == 0
+        assert metric(client.get("/metrics").text, "ddpm_oldest_queued_request_age_seconds") == 0
 
 
 def test_a_pause_of_the_event_loop_is_as_long_as_it_was(grey_checkpoint: Path) -> None:
-    name = "ddpm_event_loop_pause_seconds"
+    name = "ddpm_event_loop_lag_seconds"
     with serving(grey_checkpoint) as client:
         asked, before = time.monotonic(), client.get("/metrics").text
         client.portal.call(time.sleep, 0.4)  # on the event loop
@@ -162,7 +175,7 @@ def test_a_pause_of_the_event_loop_is_as_long_as_it_was(grey_checkpoint: Path) -
         wait_for(lambda: metric(client.get("/metrics").text, f"{name}_count") > looks, "some looks")
         after = client.get("/metrics").text
         seconds = time.monotonic() - asked
-    longest = metric(after, "ddpm_event_loop_longest_pause_seconds")
+    longest = metric(after, "ddpm_event_loop_max_lag_seconds")
     assert longest >= 0.4 - TICK_S
     count, late, short = (
         metric(after, f"{name}_{part}", **label) - metric(before, f"{name}_{part}", **label)

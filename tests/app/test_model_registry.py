@@ -86,7 +86,7 @@ class KeyedServer(ServerProcess):
 @pytest.fixture
 def server(shop: Shop) -> Iterator[KeyedServer]:
     shop.refill()
-    with KeyedServer(FAULTY, *shop.argv(), "--max-batch-rows", "4") as server:
+    with KeyedServer(FAULTY, *shop.argv(), "--max-batch-size", "4") as server:
         yield server
 
 
@@ -163,7 +163,7 @@ def test_requests_choose_a_model_and_the_first_is_the_default(server: KeyedServe
 
 def test_each_models_images_are_those_of_a_server_of_its_own(server: KeyedServer, shop: Shop) -> None:
     bodies = {"one": BODIES, "two": [body | {"class_label": None} for body in BODIES]}
-    with KeyedServer(FAULTY, *shop.argv(shop.two), "--max-batch-rows", "4") as other:
+    with KeyedServer(FAULTY, *shop.argv(shop.two), "--max-batch-size", "4") as other:
         alone = [generate(other, **body).content for body in bodies["two"]]
     alone = [generate(server, **body).content for body in bodies["one"]] + alone
     with ThreadPoolExecutor(10) as pool:
@@ -181,12 +181,12 @@ def test_a_long_queue_at_one_model_does_not_starve_another(server: KeyedServer) 
         assert generate(server, model="two", steps=40, seed=SLOW).status_code == 200
         steps = server.metric("ddpm_step_seconds_count", model="one") - before
         assert steps < 4 * 40, "of 2400 that the crowd needs"
-        assert server.metric("ddpm_rows_waiting", model="one") > 0
-        assert server.metric("ddpm_rows_waiting", model="two") == 0
+        assert server.metric("ddpm_num_samples_waiting", model="one") > 0
+        assert server.metric("ddpm_num_samples_waiting", model="two") == 0
         for other in crowd:
             assert other.result().status_code == 200
-    assert server.metric("ddpm_batch_rows_bucket", model="one", le="4.0") == server.metric(
-        "ddpm_batch_rows_count", model="one"
+    assert server.metric("ddpm_batch_size_bucket", model="one", le="4.0") == server.metric(
+        "ddpm_batch_size_count", model="one"
     )
 
 
@@ -284,13 +284,13 @@ def test_a_model_comes_from_the_folder_and_goes_again(server: KeyedServer, shop:
     loaded = load(server, "new").json()
     assert (loaded["name"], loaded["replaced"], loaded["default"]) == ("new", None, False)
     assert generate(server, model="new").headers["x-ddpm-checkpoint"] == shop.hashes[1]
-    assert server.metric("ddpm_batch_rows_limit", model="new") == 4
+    assert server.metric("ddpm_max_batch_size", model="new") == 4
     with work_under_way(server, model="new") as running:
         left = server.client.delete("/models/new")
         assert [card["name"] for card in left.json()["models"]] == ["one", "two"]
         assert generate(server, model="new").status_code == 404
         assert [work.result().status_code for work in running] == [200] * 4
-    wait_for(lambda: 'ddpm_batch_rows_limit{model="new"}' not in server.client.get("/metrics").text, "its end")
+    wait_for(lambda: 'ddpm_max_batch_size{model="new"}' not in server.client.get("/metrics").text, "its end")
     assert server.metric("ddpm_model_info", model="new") == 0
     assert server.metric("ddpm_images_total", model="new") == 9, "what it did stays counted"
     for name, status, code in (("new", 404, "model_not_found"), ("one", 409, "model_conflict")):
@@ -379,7 +379,7 @@ def test_memory_is_flat_over_many_swaps(shop: Shop) -> None:
     size = versions[0].stat().st_size
     assert size > 7e6
     used: list[float] = []
-    with KeyedServer("app", *shop.argv(served), "--max-batch-rows", "1", "--chunk-rows", "1") as server:
+    with KeyedServer("app", *shop.argv(served), "--max-batch-size", "1", "--micro-batch-size", "1") as server:
         for i in range(20):
             shop.put(versions[1 - i % 2], served)
             assert load(server, "large").json()["checkpoint"] == sha256(versions[1 - i % 2])

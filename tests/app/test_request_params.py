@@ -7,8 +7,8 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from app.engine.served import Served
 
+from app.engine.instance import ModelInstance
 from app.engine.request import Frame
 from app.engine.runner import Runner
 from app.errors import InvalidClassLabel, InvalidRequest
@@ -29,8 +29,8 @@ def grey(grey_checkpoint: Path) -> Checkpoint:
     return checkpoint.load(grey_checkpoint)
 
 
-def served(checkpoint: Checkpoint) -> Served:
-    return Served(checkpoint, Runner(checkpoint, torch.device("cpu"), chunk=4), max_rows=8)
+def served(checkpoint: Checkpoint) -> ModelInstance:
+    return ModelInstance(checkpoint, Runner(checkpoint, torch.device("cpu"), chunk=4), max_batch_size=8)
 
 
 def job(checkpoint: Checkpoint, asked: GenerateBody | SequenceQuery, **settings: object) -> Job:
@@ -241,9 +241,9 @@ def test_a_stream_keeps_the_newest_frame_for_a_slow_client_and_a_file_keeps_all(
 
     async def deliver() -> None:
         query = SequenceQuery(frames=5, steps=10, format=format)
-        mailbox = make_job(query, served(grey), Settings(), lambda: drops.append(1)).request.mailbox
+        output = make_job(query, served(grey), Settings(), lambda: drops.append(1)).request.output
         for step in range(5):
-            mailbox.deliver(Frame(step, np.zeros((1, 1, 8, 12), np.uint8)))
+            output.deliver(Frame(step, np.zeros((1, 1, 8, 12), np.uint8)))
 
     asyncio.run(deliver())
     assert len(drops) == dropped
@@ -288,8 +288,8 @@ def test_guidance_needs_a_null_class(colour_checkpoint: Path) -> None:
 def test_a_plan_is_made_once_for_equal_settings_of_a_checkpoint(grey: Checkpoint) -> None:
     one, other = served(grey), served(grey)
     asked = SamplingDefaults("ddim", 7)
-    assert one.plan(asked, None) is one.plan(replace(asked), None)
-    assert one.plan(asked, None) is not one.plan(replace(asked, steps=8), None)
-    assert one.plan(asked, None) is not other.plan(asked, None)
-    small, large = (one.plan(SamplingDefaults("ddpm", 1000), v).table for v in ("fixed_small", "fixed_large"))
+    assert one.schedule(asked, None) is one.schedule(replace(asked), None)
+    assert one.schedule(asked, None) is not one.schedule(replace(asked, steps=8), None)
+    assert one.schedule(asked, None) is not other.schedule(asked, None)
+    small, large = (one.schedule(SamplingDefaults("ddpm", 1000), v).table for v in ("fixed_small", "fixed_large"))
     assert not np.array_equal(small, large)

@@ -30,7 +30,7 @@ CRASH_EVERY = 20  # requests
 def servers(request: pytest.FixtureRequest) -> Iterator[tuple[ServerProcess, ServerProcess]]:
     """One that fails where a seed says so, and one that does not, by the settings that a server has by itself."""
     if name := os.environ.get("SEED_CHECKPOINT"):
-        argv = ["--checkpoint", name, "--max-queue-rows", "1000000"]
+        argv = ["--checkpoint", name, "--max-pending-nfe", "1000000"]
         with ServerProcess("tests.app.faulty_server", *argv) as one, ServerProcess("app", *argv) as other:
             yield one, other
     else:
@@ -73,7 +73,7 @@ def test_an_image_is_the_same_alone_in_a_crowd_after_crashes_and_in_another_proc
         together = list(pool.map(in_a_crowd, range(MIXES)))
     assert [asked for asked, a, b in zip(mixes, together, elsewhere, strict=True) if a != b] == []
     steps = sum(asked["n"] * asked["steps"] for asked in mixes)
-    assert crashing.metric("ddpm_batch_rows_count") - batches < steps / 2, "there were crowds"
+    assert crashing.metric("ddpm_batch_size_count") - batches < steps / 2, "there were crowds"
     assert crashing.metric("ddpm_engine_restarts_total") - restarts >= 2 * (MIXES // CRASH_EVERY)
     for asked, made in zip(mixes, elsewhere, strict=True):
         i = rng.randrange(asked["n"])

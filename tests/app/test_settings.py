@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from app.__main__ import read_settings
-from app.settings import PREFIX, Settings, service_links, unknown_variables
+from app.settings import PREFIX, RENAMED, Settings, service_links, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +152,15 @@ def test_the_device_is_found_or_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device cuda was asked for"):
             Settings(device="cuda").torch_device()
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_names_of_settings_are_refused_with_the_new(
+    old: str, new: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        read_settings([f"--{old.replace('_', '-')}", "8"])
+    assert f"--{old.replace('_', '-')} is called --{new.replace('_', '-')} now" in capsys.readouterr().err
+    monkeypatch.setenv(f"DDPM_{old.upper()}", "8")
+    with pytest.raises(SystemExit, match=f"DDPM_{old.upper()} is called DDPM_{new.upper()} now"):
+        read_settings([])

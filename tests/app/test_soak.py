@@ -35,7 +35,7 @@ def test_a_server_under_siege_answers_everyone_rightly(grey_checkpoint: Path, tm
 
 @pytest.mark.slow
 def test_clients_that_vanish_at_any_moment_leave_nothing_behind(grey_checkpoint: Path) -> None:
-    argv = ["--checkpoint", str(grey_checkpoint), "--max-batch-rows", "16", "--read-timeout-s", "3"]
+    argv = ["--checkpoint", str(grey_checkpoint), "--max-batch-size", "16", "--read-timeout-s", "3"]
     with ServerProcess("tests.app.faulty_server", *argv) as server:
         findings = let_vanish(server, 60)
     assert not findings.wrong

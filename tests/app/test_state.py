@@ -64,7 +64,9 @@ def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint
     with serving(grey_checkpoint, held) as client:
         with pytest.raises(RuntimeError, match="a bug"):
             asyncio.run(handle(client.app.state.service))
-        wait_for(lambda: metric(client.get("/metrics").text, "ddpm_cancel_seconds_count") == 1, "the cancel")
+        wait_for(
+            lambda: metric(client.get("/metrics").text, "ddpm_cancellation_latency_seconds_count") == 1, "the cancel"
+        )
 
 
 def test_a_client_that_leaves_marks_the_outcome_while_the_handler_still_waits(
@@ -75,7 +77,7 @@ def test_a_client_that_leaves_marks_the_outcome_while_the_handler_still_waits(
         job = make_job(GenerateBody(steps=1000), service.models.default, service.settings)
         async with admitted(service, http, job):
             with pytest.raises(Cancelled):
-                await job.request.mailbox.answer()
+                await job.request.output.images()
             return http.state.outcome
 
     with serving(grey_checkpoint, held) as client:

@@ -15,8 +15,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from app.engine.admission import estimate_makespan
+from app.engine.instance import BatchLimits, Demand
 from app.engine.request import Request
-from app.engine.scheduler import Scheduler, steps_until_done
+from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.sampling.schedule import Plan, make_plan
 from tests.bench.policies import publish, step_options, steps_of
@@ -44,27 +46,30 @@ class Queue:
     @property
     def seconds(self) -> float:
         """Of those there, none for longer than the new one takes, in full batches."""
-        return sum(min(request.work_left, self.new.work_left) for request in self.there) / self.rate
+        return sum(min(request.remaining_nfe, self.new.remaining_nfe) for request in self.there) / self.rate
 
 
 def all_of_it(queue: Queue) -> float:
     """What is there, and then the request itself, in full batches."""
-    return queue.seconds + queue.new.work_left / queue.rate
+    return queue.seconds + queue.new.remaining_nfe / queue.rate
 
 
 def own_steps(queue: Queue) -> float:
     """The request's steps as long as the batches that it shares; where those are full, after all that is there."""
-    most = queue.there.max_rows
+    most = queue.there.limits.max
     own = len(queue.new.plan) * min(queue.rows, most) / queue.rate
     return own + (queue.seconds if queue.rows > most else 0.0)
 
 
 def places(queue: Queue) -> float:
     """Those with less left to do first, then the request as places get free: what the engine does."""
-    room = queue.there.room_for([*queue.there, queue.new])
-    left = sorted((request.work_left, request.n) for request in queue.there)
-    jobs = [(n, work / n) for work, n in left if work <= queue.new.work_left]
-    return steps_until_done([*jobs, (queue.new.n, len(queue.new.plan))], room) * min(queue.rows, room) / queue.rate
+    demand = Demand()
+    for request in (*queue.there, queue.new):
+        demand.add(request)
+    room = queue.there.limits.budget(demand)
+    left = sorted((request.remaining_nfe, request.n) for request in queue.there)
+    jobs = [(n, work / n) for work, n in left if work <= queue.new.remaining_nfe]
+    return estimate_makespan([*jobs, (queue.new.n, len(queue.new.plan))], room) * min(queue.rows, room) / queue.rate
 
 
 Rule = Callable[[Queue], float]
@@ -81,7 +86,7 @@ def replay(
     scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], step_s: list[float], rule: Rule, error: float
 ) -> tuple[float, int, int]:
     """Goodput as a share of full batches, how many were refused, and how many were admitted and came too late."""
-    full = scheduler.max_rows / step_s[scheduler.max_rows]
+    full = scheduler.limits.max / step_s[scheduler.limits.max]
     deadline_s = DEADLINE * trace[0].steps * step_s[1]
     now, i, work, refused, late = 0.0, 0, 0, 0, 0
 
@@ -89,7 +94,7 @@ def replay(
         nonlocal i, refused
         while i < len(trace) and trace[i].at <= until:
             asked, i = trace[i], i + 1
-            request = Request(plans[asked.steps], 0, 0, asked.n, None, asked.at + deadline_s, None, None)  # type: ignore[arg-type]
+            request = Request(plans[asked.steps], 0, 0, asked.n, None, asked.at + deadline_s, None, "")  # type: ignore[arg-type]
             if rule(Queue(scheduler, request, error * full)) > deadline_s:
                 refused += 1
             else:
@@ -105,7 +110,7 @@ def replay(
         admit(now)
         for sample in batch:
             sample.step += 1
-            sample.request.work_left -= 1
+            sample.request.remaining_nfe -= 1
         for request in list(scheduler):
             if finished := all(sample.finished for sample in request.samples):
                 work += len(request.plan) * request.n if now <= request.deadline and deadline_s <= now <= SECONDS else 0
@@ -129,8 +134,9 @@ def table(step_s: list[float], caps: list[str]) -> str:
                 cells = []
                 for load in (1, 2, 3):
                     trace = poisson("uniform", load * most / step_s[most], SECONDS, seed=load)
-                    scheduler = Scheduler(most)
-                    scheduler.allow(usual, most)
+                    limits = BatchLimits(most)
+                    limits.set(usual, most)
+                    scheduler = Scheduler(limits)
                     good, refused, late = replay(scheduler, trace, plans, step_s, rule, error)
                     cells.append(f"{good:.2f} ({refused}, {late})")
                 lines.append(f"| {cap} | {name} | {ERRORS[error]} | {' | '.join(cells)} |")

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from datetime import date
 
 import torch
-from app.engine.served import Served
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from app.engine.instance import ModelInstance
 from app.engine.memory import device_memory
-from app.engine.request import Mailbox, Request, Sample
+from app.engine.request import OutputStream, Request, Sample
 from app.engine.runner import Runner, best_chunk, last
 from app.engine.sizes import candidates
 from model import checkpoint
@@ -116,16 +116,16 @@ class Bench:
         precision = best_precision(self.device) if args.precision == "auto" else args.precision
         self.chunk = args.chunk or best_chunk(loaded.network, self.device)
         self.runner = Runner(loaded, self.device, self.chunk, 0, "torch", precision)
-        self.served = Served(loaded, self.runner, 0)
+        self.served = ModelInstance(loaded, self.runner, 0)
         started = time.perf_counter()
-        for _ in self.served.portions:
+        for _ in self.served.warmup_steps:
             pass
         self.ready = time.perf_counter() - started
 
     def request(self, n: int, steps: int, sampler: str = "ddim") -> Request:
         plan = make_plan(self.diffusion, sampler, steps)
         classes = None if self.config.num_classes is None else (1,) * n
-        return Request(plan, 0, 0, n, classes, math.inf, Mailbox(self.loop), self.served)
+        return Request(plan, 0, 0, n, classes, math.inf, OutputStream(self.loop), self.served.name)
 
     @contextmanager
     def graphs(self, wanted: bool) -> Iterator[None]:
@@ -211,7 +211,7 @@ class Bench:
         print(f"run: {' '.join(map(str, runner.sizes))}; ", end="")
         graphs = runner._graphs
         print(f"graphs: {f'all of them, {graphs.slots.count} slots' if graphs else 'none'}; ", end="")
-        print(f"rows in a step at most: {self.served.scheduler.max_rows}\n")
+        print(f"rows in a step at most: {self.served.batch_limits.max}\n")
         print(
             "Milliseconds (of the peak): the network alone; steps of ddim and of ddpm, without graphs and as served.\n"
         )
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--nets", default="cifar10,mnist", help=f"{', '.join(CONFIGS)}, or bundled")
     parser.add_argument("--rows", default="1,8,64,256,512,1024")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    parser.add_argument("--chunk", type=int, default=0, help="as --chunk-rows of the server")
+    parser.add_argument("--chunk", type=int, default=0, help="as --micro-batch-size of the server")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)  # why there are no graphs

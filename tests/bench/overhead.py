@@ -85,7 +85,7 @@ class Turn:
         self.rate = grown("ddpm_image_steps_total", before, after) / steps / took
         earlier, later = pauses(before), pauses(last)
         self.pauses = {bound: later[bound] - earlier[bound] for bound in later}
-        self.longest = metric(last, "ddpm_event_loop_longest_pause_seconds")
+        self.longest = metric(last, "ddpm_event_loop_max_lag_seconds")
 
 
 def grown(name: str, before: str, after: str) -> float:
@@ -99,7 +99,7 @@ def pauses(text: str) -> dict[float, float]:
         float(sample.labels["le"]): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name == "ddpm_event_loop_pause_seconds_bucket"
+        if sample.name == "ddpm_event_loop_lag_seconds_bucket"
     }
 
 
@@ -145,7 +145,7 @@ def compare_steps(server: ServerProcess, naive: Callable[[], float], args: argpa
                         steps[name].append(grown("ddpm_step_seconds_sum", last, text) / count)
                     last = text
                 took = time.perf_counter() - started
-            names = ("ddpm_batch_rows_sum", "ddpm_batch_rows_count", "ddpm_encode_seconds_count")
+            names = ("ddpm_batch_size_sum", "ddpm_batch_size_count", "ddpm_encode_seconds_count")
             totals[name].append((*(grown(each, first, last) for each in names), took))
     base = statistics.median(loops)
     how = f"{args.precision}, {args.threads} threads, {args.clients} clients"
@@ -185,7 +185,7 @@ def main() -> None:
             count += 1
         return ROWS * count / (time.perf_counter() - started)
 
-    argv = ["--checkpoint", "mnist", "--max-batch-rows", str(ROWS), "--threads", str(args.threads)]
+    argv = ["--checkpoint", "mnist", "--max-batch-size", str(ROWS), "--threads", str(args.threads)]
     with ServerProcess("app", *argv) as server:
         (compare_steps if args.pngs else compare_rates)(server, naive, args)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from app.engine.instance import BatchLimits
 from app.engine.request import Request, Sample
 from app.engine.runner import Runner, best_chunk
 from app.engine.scheduler import Scheduler
@@ -40,6 +41,7 @@ class RoundRobin(Scheduler):
     """Every request in turn gives one image."""
 
     def schedule(self) -> list[Sample]:
+        self.budget = self.limits.budget(self.demand)
         return self._round_robin()
 
 
@@ -47,7 +49,8 @@ class LeastWork(Scheduler):
     """Those with the least left to do."""
 
     def schedule(self) -> list[Sample]:
-        return self._least_work_first()
+        self.budget = self.limits.budget(self.demand)
+        return self._shortest_first()
 
 
 class HalfAndHalf(Scheduler):
@@ -57,7 +60,8 @@ class HalfAndHalf(Scheduler):
 
     def schedule(self) -> list[Sample]:
         self._steps += 1
-        return self._least_work_first() if self._steps % self.every else self._round_robin()
+        self.budget = self.limits.budget(self.demand)
+        return self._shortest_first() if self._steps % self.every else self._round_robin()
 
 
 class EveryFourth(HalfAndHalf):
@@ -75,7 +79,7 @@ class InOrder(Scheduler):
     def schedule(self) -> list[Sample]:
         batch: list[Sample] = []
         for request in sorted(self, key=self.key):
-            batch += request.samples[: self.max_rows - len(batch)]
+            batch += request.samples[: self.limits.max - len(batch)]
         return batch
 
 
@@ -83,21 +87,21 @@ class LeastProduct(InOrder):
     """What is left to do, times all that there was: the least of it first keeps the mean slowdown low."""
 
     def key(self, request: Request) -> tuple[float, ...]:
-        return (request.work_left * request.n * len(request.plan), request.number)
+        return (request.remaining_nfe * request.n * len(request.plan), request.number)
 
 
 class LeastServed(InOrder):
     """Those that have had the least so far: what one can do who does not know how long a request is."""
 
     def key(self, request: Request) -> tuple[float, ...]:
-        return (request.steps_done, request.number)
+        return (request.image_steps, request.number)
 
 
 class Deficit(InOrder):
     """Deficit round robin by work: in turn each request may run `QUANTUM` rows, all its images at once."""
 
-    def __init__(self, max_rows: int) -> None:
-        super().__init__(max_rows)
+    def __init__(self, limits: BatchLimits) -> None:
+        super().__init__(limits)
         self._rounds: dict[Request, tuple[int, int]] = {}  # when its turn is, and what it may still run
 
     def schedule(self) -> list[Sample]:
@@ -106,7 +110,7 @@ class Deficit(InOrder):
         self._rounds = {r: self._rounds.get(r, (last, QUANTUM)) for r in there}
         batch: list[Sample] = []
         for request in sorted(there, key=lambda r: (self._rounds[r][0], r.number)):
-            samples = request.samples[: self.max_rows - len(batch)]
+            samples = request.samples[: self.limits.max - len(batch)]
             if samples:
                 turn, left = self._rounds[request]
                 left -= len(samples)
@@ -125,8 +129,8 @@ class WholeRequests(InOrder):
         first = min(self, key=lambda r: r.number)
         for request in [] if batch else sorted(self, key=lambda r: r.number):
             fresh = [sample for sample in request.samples if sample.step == 0]
-            if len(request.plan) == len(first.plan) and (not batch or len(batch) + len(fresh) <= self.max_rows):
-                batch += fresh[: self.max_rows]
+            if len(request.plan) == len(first.plan) and (not batch or len(batch) + len(fresh) <= self.limits.max):
+                batch += fresh[: self.limits.max]
         self._batch = tuple(batch)
         return batch
 
@@ -162,7 +166,7 @@ def step_times(threads: int, most: int, seconds: float) -> list[float]:
     runner.warm_up(most)
     plan = make_plan(loaded.diffusion, "ddim", 1000)
     times: list[list[float]] = [[0.0], *([] for _ in range(most))]
-    request = Request(plan, 0, 0, most, (0,) * most, 0.0, None, None)  # type: ignore[arg-type]
+    request = Request(plan, 0, 0, most, (0,) * most, 0.0, None, "")  # type: ignore[arg-type]
     runner.start(request.samples)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(times[most]) < 5:
@@ -188,11 +192,11 @@ def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], s
         while waiting and waiting[0][0] <= now:
             at, i = heapq.heappop(waiting)
             asked = trace[i]
-            request = Request(plans[asked.steps], 0, 0, asked.n, None, 0.0, None, None)  # type: ignore[arg-type]
+            request = Request(plans[asked.steps], 0, 0, asked.n, None, 0.0, None, "")  # type: ignore[arg-type]
             number[request], seen[i] = i, at
             scheduler.add(request)
         batch = scheduler.schedule()
-        assert 0 < len(batch) <= scheduler.max_rows, "a policy gave no batch, or too large a one"
+        assert 0 < len(batch) <= scheduler.limits.max, "a policy gave no batch, or too large a one"
         requests = {sample.request for sample in batch}
         for request in requests:
             i = number[request]
@@ -200,8 +204,8 @@ def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], s
         now += step_s[len(batch)]
         for sample in batch:
             sample.step += 1
-            sample.request.work_left -= 1
-            sample.request.steps_done += 1
+            sample.request.remaining_nfe -= 1
+            sample.request.image_steps += 1
         for request in requests:
             i = number[request]
             seen[i] = now
@@ -233,8 +237,9 @@ def table(step_s: list[float], caps: list[str], requests: int) -> str:
             for cap in caps:
                 usual, *most = (int(rows) for rows in cap.split("-"))
                 for name, policy in list(POLICIES.items())[: 1 if most else None]:
-                    scheduler = policy(usual)
-                    scheduler.allow(usual, *most or [usual])
+                    limits = BatchLimits(usual)
+                    limits.set(usual, *most or [usual])
+                    scheduler = policy(limits)
                     found = replay(scheduler, trace, plans, step_s)
                     cells = [percentile(v, p) for v in (found.latency, found.slowdown) for p in (50, 95)]
                     cells.append(float(found.starved.max()))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from app.engine.instance import BatchLimits
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.images import to_uint8
@@ -251,7 +252,7 @@ def test_in_order_means_in_order() -> None:
     step_s = [0.0, 0.01, 0.01, 0.01, 0.01]
     crowd_first = replay(InOrder(4), trace, plans, step_s).latency
     assert crowd_first.tolist() == pytest.approx([0.8, 0.99])
-    passed = replay(Scheduler(4), trace, plans, step_s).latency
+    passed = replay(Scheduler(BatchLimits(4)), trace, plans, step_s).latency
     assert passed[1] < 0.5
 
 

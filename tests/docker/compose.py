@@ -245,7 +245,7 @@ def serves() -> None:
 
 def passes_disconnects_on() -> None:
     (server,) = replicas()
-    before = metric(server, "ddpm_cancel_seconds_count")
+    before = metric(server, "ddpm_cancellation_latency_seconds_count")
     for call in (
         lambda client: client.post(f"{API}/generate", json={"n": 8, "steps": steps(60)}),
         lambda client: client.get(
@@ -259,8 +259,8 @@ def passes_disconnects_on() -> None:
             except httpx.ReadTimeout:
                 pass
     left = time.monotonic()
-    wait_for(lambda: metric(server, "ddpm_cancel_seconds_count") == before + 2, "the cancels", 30)
-    wait_for(lambda: metric(server, "ddpm_pending_work_rows") == 0, "an empty queue", 30)
+    wait_for(lambda: metric(server, "ddpm_cancellation_latency_seconds_count") == before + 2, "the cancels", 30)
+    wait_for(lambda: metric(server, "ddpm_pending_nfe") == 0, "an empty queue", 30)
     say(f"clients that left: the replica dropped their work within {time.monotonic() - left:.1f} s")
 
 
@@ -324,7 +324,7 @@ def survives_the_death_of_a_replica() -> None:
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(generate, seed=i, n=1, steps=steps(20)) for i in range(6)]
         wait_for(lambda: all("frame" in s.events for s in streams), "all streams to flow")
-        on_victim = metric(victim, "ddpm_rows_running") + metric(victim, "ddpm_rows_waiting")
+        on_victim = metric(victim, "ddpm_num_samples_running") + metric(victim, "ddpm_num_samples_waiting")
         assert on_victim >= 2, "the victim has too little to lose"
         kill(victim)
         killed = time.monotonic()
@@ -359,7 +359,7 @@ def drains_on_sigterm_and_the_alert_fires_and_resolves() -> None:
     victim = replicas()[0]
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(generate, seed=i, n=1, steps=steps(6)) for i in range(6)]
-        wait_for(lambda: metric(victim, "ddpm_rows_running") > 0, "work on it")
+        wait_for(lambda: metric(victim, "ddpm_num_samples_running") > 0, "work on it")
         stopped = time.monotonic()
         docker("stop", "-t", "40", victim)
         seconds = time.monotonic() - stopped

@@ -49,7 +49,7 @@ def test_every_instrument_is_shown_or_watched() -> None:
     used |= {name for rule in rules() for name in metrics_in(rule["expr"])}
     # Rows over rows a second is what the limit guards; the limit itself is for an autoscaler. Requests by key are none
     # where no keys are configured, as here, and every panel must have data.
-    unwatched = {"ddpm_pending_work_rows_limit", "ddpm_key_requests"}
+    unwatched = {"ddpm_pending_nfe_limit", "ddpm_key_requests"}
     registry = Metrics().registry
     names = {family.name for family in registry.collect() if family.name.startswith("ddpm_")}
     for name in names - unwatched:

@@ -106,8 +106,8 @@ def test_the_autoscaler_asks_for_what_the_adapter_makes_of_metrics_that_exist() 
     counted = rule["seriesQuery"].split("{")[0]
     query = rule["metricsQuery"].replace("<<.Series>>", counted).replace("<<.LabelMatchers>>", 'pod="a"')
     assert metrics_in(query.replace("<<.GroupBy>>", "pod")) == {
-        "ddpm_pending_work_rows",
-        "ddpm_expected_rows_per_second",
+        "ddpm_pending_nfe",
+        "ddpm_estimated_nfe_per_second",
     }
     assert metrics_in(query.replace("<<.GroupBy>>", "pod")) <= series()
     assert base("autoscaler")["spec"]["scaleTargetRef"]["name"] == base("deployment")["metadata"]["name"]

@@ -63,8 +63,8 @@ def healthy() -> dict[str, str]:
             on("process_start_time_seconds", instance): steady(1000),
             on("process_open_fds", instance): steady(50),
             on("process_max_fds", instance): steady(1024),
-            on("ddpm_pending_work_rows", instance): steady(1000),
-            on("ddpm_expected_rows_per_second", instance): steady(200),
+            on("ddpm_pending_nfe", instance): steady(1000),
+            on("ddpm_estimated_nfe_per_second", instance): steady(200),
             on("ddpm_device_memory_bytes", instance, device="cuda", kind="used"): steady(60e9),
             on("ddpm_device_memory_bytes", instance, device="cuda", kind="total"): steady(80e9),
             on("ddpm_image_steps_total", instance, model="mnist"): steady(0, 3000),
@@ -76,9 +76,9 @@ def healthy() -> dict[str, str]:
             on(REQUESTS, instance, **REQUEST, outcome="cancelled"): steady(0, 15),
             on(REQUESTS, instance, **REQUEST, outcome="invalid_request"): steady(0, 60),
         }
-    series |= histogram("ddpm_request_seconds", 0.3, **REQUEST, outcome="ok")
-    series |= histogram("ddpm_request_seconds", 60, **REQUEST, outcome="cancelled")
-    return series | histogram("ddpm_cancel_seconds", 0.05, model="mnist")
+    series |= histogram("ddpm_e2e_request_latency_seconds", 0.3, **REQUEST, outcome="ok")
+    series |= histogram("ddpm_e2e_request_latency_seconds", 60, **REQUEST, outcome="cancelled")
+    return series | histogram("ddpm_cancellation_latency_seconds", 0.05, model="mnist")
 
 
 @dataclass
@@ -117,20 +117,26 @@ HISTORIES = {
     "requests fail": one("DDPMErrors", {on(REQUESTS, **REQUEST, outcome="step_failed"): steady(0, 5)}),
     "one request in a thousand fails": History({on(REQUESTS, **REQUEST, outcome="step_failed"): steady(0, 0.3)}),
     "clients send nonsense": History({on(REQUESTS, **REQUEST, outcome="invalid_request"): steady(0, 1500)}),
-    "requests are slow": one("DDPMSlow", {**histogram("ddpm_request_seconds", 30, **REQUEST, outcome="ok")}),
-    "the queue is long and grows": one("DDPMQueueGrowing", {on("ddpm_pending_work_rows"): steady(1000, 500)}),
-    "the queue is long and shrinks": History({on("ddpm_pending_work_rows"): steady(200_000, -400)}),
-    "requests are refused": one("DDPMRefusing", {on(REQUESTS, **REQUEST, outcome="overloaded"): steady(0, 60)}),
-    "time-outs pass": one("DDPMRefusing", {on(REQUESTS, **REQUEST, outcome="deadline_exceeded"): steady(0, 60)}),
+    "requests are slow": one(
+        "DDPMSlow", {**histogram("ddpm_e2e_request_latency_seconds", 30, **REQUEST, outcome="ok")}
+    ),
+    "the queue is long and grows": one("DDPMQueueGrowing", {on("ddpm_pending_nfe"): steady(1000, 500)}),
+    "the queue is long and shrinks": History({on("ddpm_pending_nfe"): steady(200_000, -400)}),
+    "requests are refused": one(
+        "DDPMHighRejectionRate", {on(REQUESTS, **REQUEST, outcome="overloaded"): steady(0, 60)}
+    ),
+    "time-outs pass": one(
+        "DDPMHighRejectionRate", {on(REQUESTS, **REQUEST, outcome="deadline_exceeded"): steady(0, 60)}
+    ),
     "the device is full": one(
         "DDPMDeviceMemory", {on("ddpm_device_memory_bytes", device="cuda", kind="used"): steady(78e9)}
     ),
-    "cancels take long": one("DDPMCancelsSlow", histogram("ddpm_cancel_seconds", 5, model="mnist")),
+    "cancels take long": one("DDPMCancelsSlow", histogram("ddpm_cancellation_latency_seconds", 5, model="mnist")),
     "work for nobody": one(
-        "DDPMWaste", {on("ddpm_wasted_image_steps_total", model="mnist", outcome="cancelled"): steady(0, 1500)}
+        "DDPMWastedCompute", {on("ddpm_wasted_image_steps_total", model="mnist", outcome="cancelled"): steady(0, 1500)}
     ),
     "frames are dropped": one("DDPMFramesDropped", {on("ddpm_frames_dropped_total", model="mnist"): steady(0, 90)}),
-    "descriptors": one("DDPMDescriptors", {on("process_open_fds"): steady(1000)}),
+    "descriptors": one("DDPMFileDescriptorsHigh", {on("process_open_fds"): steady(1000)}),
     "two checkpoints of one name": one(
         "DDPMMixedCheckpoints",
         {

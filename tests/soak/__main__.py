@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def _vanishing(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
-    argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-rows", "16", "--read-timeout-s", "3"]
+    argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-size", "16", "--read-timeout-s", "3"]
     with ServerProcess(FAULTY, *argv) as server:
         return let_vanish(server, args.clients, args.seed)
 
@@ -102,7 +102,7 @@ def _schema(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> 
 
 
 def _spoiled(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
-    argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-rows", "8", *settings(folder)]
+    argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-size", "8", *settings(folder)]
     with ServerProcess("app", *argv) as server:
         return offer_spoiled(server, folder, checkpoints[0], args.files, args.seed)
 

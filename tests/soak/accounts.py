@@ -17,7 +17,12 @@ from tests.app.processes import ServerProcess, metric, wait_for
 
 EXECUTORS = min(32, (os.cpu_count() or 1) + 4) + 1  # threads of asyncio's pool and the loader of weights, when needed
 SLACK = 24 * 2**20  # bytes that a process's memory may grow by in a run, beside a twentieth of it
-WORK = ("ddpm_pending_work_rows", "ddpm_rows_running", "ddpm_rows_waiting", "ddpm_oldest_wait_seconds")
+WORK = (
+    "ddpm_pending_nfe",
+    "ddpm_num_samples_running",
+    "ddpm_num_samples_waiting",
+    "ddpm_oldest_queued_request_age_seconds",
+)
 
 
 @dataclass

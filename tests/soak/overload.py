@@ -26,7 +26,7 @@ async def overload(
 ) -> dict[str, float | str]:
     """What it measured, for the report; what must not be is written down with the siege. `queue` is the most U-Net rows
     that the server admits."""
-    rate = server.metric("ddpm_expected_rows_per_second")
+    rate = server.metric("ddpm_estimated_nfe_per_second")
     wanted = 10 * rate / (BODY["n"] * BODY["steps"])
     calm = most = resident(server.process.pid)
     latencies: list[float] = []
@@ -71,7 +71,7 @@ async def overload(
     if tasks:
         await asyncio.wait(tasks)
 
-    full_s = queue / min(rate, server.metric("ddpm_expected_rows_per_second"))
+    full_s = queue / min(rate, server.metric("ddpm_estimated_nfe_per_second"))
     for wrong, sentence in [
         (not latencies, "nobody was served"),
         (

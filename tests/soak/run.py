@@ -26,7 +26,7 @@ WORKERS = 16
 
 def arguments(checkpoint: Path) -> list[str]:
     """For every server of a siege: equal ones make equal bytes."""
-    limits = ["--max-queue-rows", str(QUEUE), "--read-timeout-s", "3", "--write-timeout-s", "30"]
+    limits = ["--max-pending-nfe", str(QUEUE), "--read-timeout-s", "3", "--write-timeout-s", "30"]
     limits += ["--max-timeout-s", str(LONGEST_S)]
     return ["--checkpoint", str(checkpoint), "--step-timeout-s", "10", *limits]
 
@@ -129,8 +129,8 @@ def _account_for_requests(server: ServerProcess, siege: Siege, findings: Finding
         "answers that the log confirms": len(known) - len(different),
         "unanswered": sum(count for (_, outcome), count in findings.outcomes.items() if outcome == "unanswered"),
         "clients that vanished": siege.vanished,
-        "cancels": int(metric(text, "ddpm_cancel_seconds_count")),
-        "cancel latency: half, 99 %, all within (s)": told(quantiles(text, "ddpm_cancel_seconds")),
+        "cancels": int(metric(text, "ddpm_cancellation_latency_seconds_count")),
+        "cancel latency: half, 99 %, all within (s)": told(quantiles(text, "ddpm_cancellation_latency_seconds")),
         "step: half, 99 %, all within (s)": told(quantiles(text, "ddpm_step_seconds")),
         "images": int(metric(text, "ddpm_images_total")),
         "image-steps": int(metric(text, "ddpm_image_steps_total")),

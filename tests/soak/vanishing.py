@@ -41,7 +41,7 @@ def let_vanish(server: ServerProcess, number: int, seed: int = 0) -> Findings:
     text = server.client.get("/metrics").text
     cancels, steps = (quantiles(text, f"ddpm_{name}_seconds") for name in ("cancel", "step"))
     findings.numbers |= {
-        "cancels": int(server.metric("ddpm_cancel_seconds_count")),
+        "cancels": int(server.metric("ddpm_cancellation_latency_seconds_count")),
         "cancel latency: half, 99 %, all within (s)": told(cancels),
         "step: half, 99 %, all within (s)": told(steps),
     }

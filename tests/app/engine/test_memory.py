@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from app.engine.served import Served
 
 from app.engine.engine import Engine
+from app.engine.instance import ModelInstance
 from app.engine.request import Request, Sample
 from tests.app.engine.conftest import HeldRunner
 
@@ -54,7 +54,11 @@ def test_freed_memory_is_kept_for_the_next_step_and_given_back_when_told() -> No
 
 
 def test_cudnn_without_room_to_work_in_makes_batches_smaller(
-    engine: Engine, runner: HeldRunner, served: Served, ask: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    runner: HeldRunner,
+    served: ModelInstance,
+    ask: Callable[..., Request],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It does not say so: it finds no engine. Nor are samples tried one by one, as after other failures."""
     real, tried = runner.step, list[int]()
@@ -69,8 +73,8 @@ def test_cudnn_without_room_to_work_in_makes_batches_smaller(
 
     async def main() -> int:
         engine.submit(request := ask(asyncio.get_running_loop(), n=8, steps=2))
-        return len(await request.mailbox.answer())
+        return len(await request.output.images())
 
     assert asyncio.run(main()) == 8
     assert tried[:2] == [8, 4]
-    assert served.scheduler.max_rows < 8
+    assert served.batch_limits.max < 8

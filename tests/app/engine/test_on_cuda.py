@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from app.engine.served import Served
 
-from app.engine.request import Mailbox, Request, Sample
+from app.engine.instance import ModelInstance
+from app.engine.request import OutputStream, Request, Sample
 from app.engine.runner import Runner
 from app.main import log_device
 from app.settings import Settings
@@ -51,13 +51,13 @@ class Asked:
 
     def __init__(self, checkpoint: Checkpoint, runner: Runner) -> None:
         self.loop, self.checkpoint = asyncio.new_event_loop(), checkpoint
-        self.served = Served(checkpoint, runner, 0)
+        self.served = ModelInstance(checkpoint, runner, 0)
         self.guided = {"guidance_scale": 2.5} if checkpoint.config.unet.null_class else {}
 
     def __call__(self, n: int, sampler: str, **how: Any) -> list[Sample]:
         plan = make_plan(self.checkpoint.diffusion, sampler, 12, **how)
         classes = None if self.checkpoint.config.unet.num_classes is None else (1,) * n
-        return Request(plan, 5, 0, n, classes, math.inf, Mailbox(self.loop), self.served).samples
+        return Request(plan, 5, 0, n, classes, math.inf, OutputStream(self.loop), self.served.name).samples
 
 
 def served(gpu: FakeCuda, config: UNetConfig, precision: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Runner, Asked]:

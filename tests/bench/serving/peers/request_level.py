@@ -30,10 +30,10 @@ def schedule(self: Scheduler) -> list[Sample]:
             if not _same(first, request):
                 continue
             samples = [sample for sample in request.samples if sample.step == 0]
-            if batch and len(batch) + len(samples) > self.max_rows:
+            if batch and len(batch) + len(samples) > self.limits.max:
                 break
-            batch += samples[: self.max_rows]
-    _batches[id(self)] = batch
+            batch += samples[: self.limits.max]
+    _batches[id(self)], self.budget = batch, self.limits.max
     return batch
 
 
