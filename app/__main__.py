@@ -169,8 +169,9 @@ def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
         sockets = bind(settings.host, settings.port)
         if settings.metrics_port >= 0:
             operations_sockets = bind(settings.metrics_host, settings.metrics_port, "metrics-")
-        log.info("loading %s", settings.checkpoint)
+        begun = time.monotonic()
         app = create_app(settings, make_runner)
+        log.info("loaded %s in %.1f s", settings.checkpoint, time.monotonic() - begun)
     except ValueError as error:
         sys.exit(f"python -m app: {error}")
     except (RuntimeError, MemoryError) as error:  # what torch raises for its devices
