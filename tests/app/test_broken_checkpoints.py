@@ -84,7 +84,7 @@ def test_what_is_no_file_does_not_take_the_place_of_what_is_served(
     else:
         shop.one.symlink_to(shop.folder / "nowhere")
     try:
-        assert_kept(server, "no checkpoint 'one': neither a file nor bundled", shop, picture)
+        assert_kept(server, "no checkpoint 'one': ", shop, picture)
     finally:
         shop.one.rmdir() if kind == "folder" else shop.one.unlink()
 

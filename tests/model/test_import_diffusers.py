@@ -194,6 +194,16 @@ def test_schedulers_that_share_the_betas_come_in(kind: Any, tmp_path: Path) -> N
         assert found.diffusion.variance == "fixed_small"
 
 
+@pytest.mark.parametrize(
+    ("kind", "ends"), [("DDPMScheduler", (1e-4, 0.02)), ("HeunDiscreteScheduler", (8.5e-4, 0.012))]
+)
+def test_a_short_configuration_has_the_classes_defaults(kind: str, ends: tuple[float, float], tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": kind}))
+    betas = import_path(tmp_path, Flags()).diffusion.betas()
+    assert (len(betas), betas[0], betas[-1]) == pytest.approx((1000, *ends))
+
+
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, DDIMScheduler])
 def test_a_variance_that_is_not_named_is_told(kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs().save_pretrained(tmp_path)

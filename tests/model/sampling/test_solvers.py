@@ -318,7 +318,7 @@ def test_eps_without_a_limit_starts_where_x0_can_be_told() -> None:
         assert make_plan(eps, sampler, 20).timesteps[0] == 9999
         assert make_plan(v, sampler, 20, limit="none").timesteps[0] == 9999
     with pytest.raises(ValueError, match=f"between 1 and {start + 1}"):
-        make_plan(eps, "ddpm", 10_000, limit="none")
+        make_plan(eps, "ddim", 10_000, limit="none")
 
 
 def test_without_a_limit_x0_is_what_the_network_says() -> None:

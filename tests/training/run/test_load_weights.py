@@ -17,6 +17,7 @@ from model.diffusion import GaussianDiffusion
 from model.images import to_uint8
 from model.importers import import_path
 from model.nn.unet import UNet
+from model.sampling.noise import normals
 from model.sampling.schedule import make_plan
 from model.sampling.step import sample
 from tests.fixtures import theirs
@@ -45,6 +46,25 @@ def test_the_originals_file_is_sampled_by_either_of_its_weights(weights: str, tm
     plan = make_plan(GaussianDiffusion(imported.diffusion), "ddpm", 4, variance="fixed_small")
     expected = to_uint8(sample(network, plan, (3, 32, 32), seeds=[0], indices=[1])).permute(0, 2, 3, 1).numpy()[0]
     assert np.abs(images(tmp_path)["1.png"] - expected).max() <= 1
+
+
+def test_the_originals_own_sampling_can_be_asked_for(tmp_path: Path) -> None:
+    words = f"--model_path {PLAIN} --save_dir {tmp_path} --num_images 1 --sampler ddpm --steps 40 --limit none"
+    assert main([*words.split(), "--device", "cpu"]) == 0
+    found = import_path(Path(PLAIN), Flags())
+    network = UNet(found.unet).eval()
+    network.load_state_dict(found.weights)
+    process = GaussianDiffusion(found.diffusion)
+    x = normals([0], [0], [0], (3, 32, 32))
+    for step, t in enumerate(range(39, -1, -1), start=1):  # theirs, of Ho et al., algorithm 2
+        beta, alpha_bar = process.betas[t], process.alphas_cumprod[t]
+        with torch.no_grad():
+            eps = network(x, torch.tensor([t]))
+        x = (x - beta / np.sqrt(1 - alpha_bar) * eps) / np.sqrt(1 - beta)
+        if t > 0:
+            x = x + np.sqrt(beta) * normals([0], [0], [step], (3, 32, 32))
+    expected = to_uint8(x.float()).permute(0, 2, 3, 1).numpy()[0]
+    assert np.abs(images(tmp_path)["0.png"] - expected).max() <= 1
 
 
 def test_an_old_sampling_command_of_the_original_works(tmp_path: Path) -> None:
