@@ -17,8 +17,8 @@ from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from training import data
 from training import train as module
+from training.data import Images
 from training.data.batches import Batches
-from training.data.datasets import Images
 from training.loop.distributed import Ranks
 from training.loop.optimizer import step
 from training.loop.validation import chosen, validation_loss
@@ -351,7 +351,8 @@ def test_what_cannot_be_trained_is_refused_with_a_sentence_and_leaves_no_run(
     assert main(command_line) == 0
     assert "holds a run already" in refusal(command_line, capsys)
     (tmp_path / "pictures" / "emu").mkdir()
-    shutil.copyfile(tmp_path / "pictures" / "cat" / "000.png", tmp_path / "pictures" / "emu" / "000.png")
+    for name in ("000.png", "001.png"):
+        shutil.copyfile(tmp_path / "pictures" / "cat" / name, tmp_path / "pictures" / "emu" / name)
     assert "other classes or channels" in refusal(["--resume", str(tmp_path / "runs" / "run")], capsys)
 
 

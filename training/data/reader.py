@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from training.data import memory, picture
 from training.data.cache import PixelCache, Pixels
-from training.data.datasets import memory, picture
 from training.data.decoding import in_parallel
 from training.data.images import DataError
 from training.data.options import LoadOptions
