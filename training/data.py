@@ -65,7 +65,7 @@ def load(
     if not all(kept):
         raise DataError(f"{dataset!r}: no image is left {'to train on' if not kept[0] else 'that is held out'}")
     told = [[part.labels[i] for i in which] for part, which in zip(parts, kept, strict=True)]
-    class_names = parts[0].class_names or labels.ordered(label for part in told for label in part if label is not None)
+    class_names = parts[0].class_names or labels.ordered(label for part in parts for label in part.labels if label)
     if use_labels:
         _check_classes(told[0], class_names, dataset)
         _tell_of_single_images(told, say)
@@ -93,20 +93,17 @@ def _numbered(names: Sequence[str | None], numbers: dict[str, int]) -> Tensor | 
 
 def _check_labels(parts: tuple[Split, Split], dataset: str) -> None:
     """Raises DataError where an image has no class, with the first that has none and what to do."""
-    if unclear := next((part.unclear for part in parts if part.unclear and not any(part.labels)), ""):
-        raise DataError(f"{dataset!r} does not tell the class of every image: {unclear}{_first(parts)}")
-    if any(label is None for part in parts for label in part.labels):
-        raise DataError(
-            f"{dataset!r} does not tell the class of every image{_first(parts)}: move them into the folder of a class "
-            "or away, or complete the table"
-        )
-
-
-def _first(parts: tuple[Split, Split]) -> str:
-    """The first image without a class, and how many there are."""
-    total = sum(part.count for part in parts)
     without = [part.where(i) for part in parts for i, label in enumerate(part.labels) if label is None]
-    return f" ({len(without):,} of {total:,} have none, such as {without[0]})" if without else ""
+    if not without:
+        return
+    told = f"{dataset!r} does not tell the class of every image"
+    have = f"{len(without):,} of {sum(part.count for part in parts):,} {'has' if len(without) == 1 else 'have'} none"
+    train, held_out = parts
+    if train.unclear:
+        raise DataError(f"{told}: {train.unclear} ({have}, such as {without[0]})")
+    if held_out.unclear:
+        raise DataError(f"{told}: {have}, those that are held out, such as {without[0]}: move them away, or class them")
+    raise DataError(f"{told}: {have}, such as {without[0]}: move what has none away, or tell its class")
 
 
 def _check_classes(names: Sequence[str | None], class_names: tuple[str, ...], dataset: str) -> None:
@@ -118,7 +115,7 @@ def _check_classes(names: Sequence[str | None], class_names: tuple[str, ...], da
 
 def _tell_of_single_images(told: Sequence[Sequence[str | None]], say: Say) -> None:
     counts, held_out = Counter(told[0]), set(told[1])
-    alone = [f"{name} (1)" for name, count in counts.items() if count == 1 and name not in held_out]
+    alone = [name for name, count in counts.items() if count == 1 and name not in held_out]
     if alone:
         more = f" and {len(alone) - 20:,} more" if len(alone) > 20 else ""
-        say(f"a single image is trained on, and none held out, of {', '.join(alone[:20])}{more}")
+        say(f"classes of one image, which is trained on and not held out: {', '.join(alone[:20])}{more}")

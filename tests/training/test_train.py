@@ -351,7 +351,8 @@ def test_what_cannot_be_trained_is_refused_with_a_sentence_and_leaves_no_run(
     assert main(command_line) == 0
     assert "holds a run already" in refusal(command_line, capsys)
     (tmp_path / "pictures" / "emu").mkdir()
-    shutil.copyfile(tmp_path / "pictures" / "cat" / "000.png", tmp_path / "pictures" / "emu" / "000.png")
+    for name in ("000.png", "001.png"):
+        shutil.copyfile(tmp_path / "pictures" / "cat" / name, tmp_path / "pictures" / "emu" / name)
     more = ["--resume", str(tmp_path / "runs" / "run"), "--iterations", "10"]
     assert "has the classes cat, dog, emu, and the run was trained on cat, dog" in refusal(more, capsys)
 

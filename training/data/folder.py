@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -203,29 +203,28 @@ def _split(path: Path, members: list[str], reader: _Labels) -> Split:
 
 
 def _tell_of_folders(listing: Listing, roots: dict[str, str], say: Say) -> None:
-    """Classes without pictures, two folders of one name, and a folder that may be one too many."""
-    inner: dict[str, set[str]] = defaultdict(set)
+    """Class folders without images, two of one name, and a folder that may be one too many."""
+    inner: dict[str, set[str]] = defaultdict(set)  # folders within a class's, by the folder of the class
     for root in roots.values():
-        classes: dict[str, set[str]] = defaultdict(set)
         for picture in listing.pictures:
             below = picture[len(root) + 1 :] if root else picture
             if (not root or _top(picture) == root) and (top := _top(below)):
                 inner[top].add(_top(below[len(top) + 1 :]))
-                classes[from_folder(top, top)].add(top)
-        for name, folders in classes.items():
-            if len(folders) > 1:
-                say(f"{len(folders)} folders are called {name}, in several forms of Unicode: they are one class")
-        depth = len(Path(root).parts) + 1
-        within = [
-            f for f in listing.folders if len(Path(f).parts) == depth and (not root or f.startswith(root + os.sep))
-        ]
-        if empty := [f for f in within if Path(f).name not in inner]:
-            say(f"no class for {examples(empty)}: no images in there")
-    if len(inner) == 1:
-        ((only, folders),) = inner.items()
-        if "" not in folders and len(folders) > 1:
-            root = printable(str(listing.root / next(iter(roots.values())) / only))
-            say(
-                f"all images are of one class, {printable(only)}: if its folders, such as {printable(min(folders))}, "
-                f"are the classes, give --dataset {root}"
-            )
+    forms = Counter(from_folder(top, top) for top in inner)
+    for name in (name for name, count in forms.items() if count > 1):
+        say(f"{forms[name]} folders are called {name}, in several forms of Unicode: they are one class")
+    places = [folder for folder in listing.folders if os.path.dirname(folder) in roots.values() and folder]
+    empty = [folder for folder in places if os.path.basename(folder) not in {*inner, *roots.values()}]
+    inside = [*listing.folders, *(folder for folders in listing.not_entered.values() for folder in folders)]
+    if told := [folder for folder in empty if _within(folder, listing.others) or not _within(folder, inside)]:
+        say(f"no class for {examples(told)}: no images in there")
+    if len(inner) == 1 and len(folders := next(iter(inner.values()))) > 1 and "" not in folders:
+        only = listing.root / next(iter(roots.values())) / next(iter(inner))
+        say(
+            f"all images are of one class, {printable(only.name)}: if its folders, such as {printable(min(folders))}, "
+            f"are the classes, give --dataset {printable(str(only))}"
+        )
+
+
+def _within(folder: str, paths: list[str]) -> bool:
+    return any(path.startswith(folder + os.sep) for path in paths)

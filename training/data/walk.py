@@ -14,6 +14,7 @@ from training.data import picture, table
 from training.data.images import DataError
 from training.data.labels import printable
 
+OURS = {".pixels", ".lock", ".part"}  # what training.data.cache leaves
 PACKED = {".parquet", ".arrow"}
 NOT_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 OF_A_RUN = {"dataset", "num_timesteps", "base_channels"}  # keys of its config.json
@@ -78,7 +79,7 @@ def walk(root: Path) -> Listing:
                 pending.append(path)
             elif _is_folder(entry):
                 links.append(path)
-            else:
+            elif _suffix(path) not in OURS:
                 _kind(listing, path, entry).append(path)
     for paths in (listing.folders, listing.pictures, listing.tables, listing.packed, listing.others):
         paths.sort(key=_place)
