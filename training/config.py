@@ -79,7 +79,10 @@ class TrainConfig:
     learning_rate: float = _option(2e-4, "of the optimizer")
     weight_decay: float = _option(0.0, "of adamw")
     warmup: int = _option(0, "steps over which the learning rate rises from 0")
-    lr_schedule: str = _option("constant", "after the warm-up; cosine ends at 0", ("constant", "cosine"))
+    lr_schedule: str = _option(
+        "constant", "after the warm-up; cosine and wsd end at 0, wsd along a line", ("constant", "cosine", "wsd")
+    )
+    decay_share: float = _option(0.2, "of the steps, the last ones, over which the learning rate of wsd falls")
     grad_clip: float = _option(0.0, "largest norm of the gradient; 0 for no limit")
     ema_decay: tuple[float, ...] = _option((0.9999,), "of the weights' moving averages; the first is the one served")
     ema_update_rate: int = _option(1, "steps between updates of the averages; their horizon in steps stays")
@@ -136,6 +139,8 @@ class TrainConfig:
             raise ValueError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"--learning_rate must be between 0 and 1, not {self.learning_rate}")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"--decay_share must be above 0 and at most 1, not {self.decay_share}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"--label_dropout must be at least 0 and below 1, not {self.label_dropout}")
         decays = self.ema_decay
@@ -166,6 +171,7 @@ class TrainConfig:
             ("norm_eps", "a --norm", self.norm != "none"),
             ("num_heads", "--head_channels 0", not self.head_channels),
             ("downsample_padding", "--resblock_updown false", not self.resblock_updown),
+            ("decay_share", "--lr_schedule wsd", self.lr_schedule == "wsd"),
             ("weight_decay", "--optimizer adamw", self.optimizer == "adamw"),
             ("optim_checkpoint", "--model_checkpoint", self.model_checkpoint),
         ):
