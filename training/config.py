@@ -75,9 +75,11 @@ class TrainConfig:
     batch_size: int = _option(128, "images per step")
     accumulate: int = _option(1, "parts of a batch that the device sees one by one; divides --batch_size")
     iterations: int = _option(800_000, "steps in all")
-    optimizer: str = _option("adam", "fused where the device can", ("adam", "adamw"))
+    optimizer: str = _option(
+        "adam", "muon is for inner kernels, with adamw for the rest, at one learning rate", ("adam", "adamw", "muon")
+    )
     learning_rate: float = _option(2e-4, "of the optimizer")
-    weight_decay: float = _option(0.0, "of adamw")
+    weight_decay: float = _option(0.0, "of adamw and muon")
     warmup: int = _option(0, "steps over which the learning rate rises from 0")
     lr_schedule: str = _option(
         "constant", "after the warm-up; cosine and wsd end at 0, wsd along a line", ("constant", "cosine", "wsd")
@@ -172,8 +174,9 @@ class TrainConfig:
             ("num_heads", "--head_channels 0", not self.head_channels),
             ("downsample_padding", "--resblock_updown false", not self.resblock_updown),
             ("decay_share", "--lr_schedule wsd", self.lr_schedule == "wsd"),
-            ("weight_decay", "--optimizer adamw", self.optimizer == "adamw"),
+            ("weight_decay", "--optimizer adamw or muon", self.optimizer != "adam"),
             ("optim_checkpoint", "--model_checkpoint", self.model_checkpoint),
+            ("optim_checkpoint", "--optimizer adam or adamw", self.optimizer != "muon"),
         ):
             if getattr(self, name) != defaults[name] and not has:
                 raise ValueError(f"--{name} needs {needed}")

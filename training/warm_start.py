@@ -18,6 +18,8 @@ from model.import_research import import_original
 from model.importers import load_weights
 from model.unet import UNet, UNetConfig
 from training.config import TrainConfig
+from training.muon import MuonAdamW
+from training.optimizer import Optimizer
 from training.options import written
 from training.sources import is_original, load_original
 
@@ -26,7 +28,7 @@ PROCESS = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "predic
 OPTIONS = {"attention_levels": "attention_resolutions", "null_class": "label_dropout", "learned_variance": "variance"}
 
 
-def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: Optimizer) -> None:
     """Puts `config.model_checkpoint` into network and averages, and `config.optim_checkpoint` into the optimizer.
 
     Iterations and learning rate begin anew. The averages' warm-up counts as done, so that they keep what they have.
@@ -47,7 +49,7 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.op
     largest = max(ema.averages)
     updates = math.ceil((10 * largest - 1) / (1 - largest))  # from there on (1 + k)/(10 + k) is more than it
     ema.load_state_dict({"averages": {repr(decay): averaged for decay in ema.averages}, "updates": max(0, updates)})
-    if config.optim_checkpoint:
+    if config.optim_checkpoint and not isinstance(optimizer, MuonAdamW):  # for which the options refuse it
         _load_optimizer(Path(config.optim_checkpoint).expanduser(), path, network, optimizer)
 
 
