@@ -17,6 +17,7 @@ from model.samplers import SAMPLERS
 from model.spacing import SPACINGS
 from model.timesteps import TIMESTEP_SAMPLERS
 from model.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
+from training.lognormal import LOGNORMAL
 from training.options import check_choice, written
 
 LOSS_AWARE = "loss_second_moment"  # of --timestep_sampler; the others are functions of uniform numbers
@@ -42,6 +43,7 @@ class TrainConfig:
     channel_mults: tuple[int, ...] = _option((1, 2, 2, 2), "channels of each level, as multiples of the first's")
     num_res_blocks: int = _option(2, "residual blocks per level")
     patch_size: int = _option(1, "2: squares of 2 × 2 pixels enter as channels, for a quarter of the work")
+    haar: bool = _option(False, "the channels of squares of 2 × 2 are their Haar wavelets, not their pixels")
     attention_resolutions: tuple[int, ...] = _option((1,), "levels with attention, counted from 0, the full size")
     attention_at: tuple[int, ...] = _option(
         (), "the same by the shorter side in pixels, such as 16,8; instead of these"
@@ -70,7 +72,11 @@ class TrainConfig:
     variance: str = _option("fixed_small", "of a step of ddpm; learned_range adds the variational bound", VARIANCES)
     loss_type: str = _option("l2", "distance", LOSSES)
     weighting: str = _option("none", "of each timestep's loss", WEIGHTINGS)
-    timestep_sampler: str = _option("uniform", "how a step draws its timesteps", (*TIMESTEP_SAMPLERS, LOSS_AWARE))
+    timestep_sampler: str = _option(
+        "uniform", "how a step draws its timesteps", (*TIMESTEP_SAMPLERS, LOSS_AWARE, LOGNORMAL)
+    )
+    noise_mean: float = _option(-1.2, "of the logarithm of lognormal's noise levels, as Karras et al. 2022")
+    noise_std: float = _option(1.2, "its standard deviation")
 
     batch_size: int = _option(128, "images per step")
     accumulate: int = _option(1, "parts of a batch that the device sees one by one; divides --batch_size")
@@ -141,6 +147,11 @@ class TrainConfig:
             raise ValueError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"--learning_rate must be between 0 and 1, not {self.learning_rate}")
+        if not (abs(self.noise_mean) <= 10 and 0 < self.noise_std <= 10):
+            raise ValueError(
+                f"--noise_mean is from -10 to 10 and --noise_std above 0, at most 10, not {self.noise_mean} and "
+                f"{self.noise_std}"
+            )
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"--decay_share must be above 0 and at most 1, not {self.decay_share}")
         if not 0 <= self.label_dropout < 1:
@@ -169,10 +180,13 @@ class TrainConfig:
             ("guidance_interval", "a --guidance_scale besides 1", self.guidance_scale != 1),
             ("schedule_low", "--schedule linear", self.schedule == "linear"),
             ("schedule_high", "--schedule linear", self.schedule == "linear"),
+            ("haar", "--patch_size 2", self.patch_size == 2),
             ("norm_groups", "--norm gn", self.norm == "gn"),
             ("norm_eps", "a --norm", self.norm != "none"),
             ("num_heads", "--head_channels 0", not self.head_channels),
             ("downsample_padding", "--resblock_updown false", not self.resblock_updown),
+            ("noise_mean", f"--timestep_sampler {LOGNORMAL}", self.timestep_sampler == LOGNORMAL),
+            ("noise_std", f"--timestep_sampler {LOGNORMAL}", self.timestep_sampler == LOGNORMAL),
             ("decay_share", "--lr_schedule wsd", self.lr_schedule == "wsd"),
             ("weight_decay", "--optimizer adamw or muon", self.optimizer != "adam"),
             ("optim_checkpoint", "--model_checkpoint", self.model_checkpoint),
@@ -208,6 +222,7 @@ class TrainConfig:
             channel_mults=self.channel_mults,
             num_res_blocks=self.num_res_blocks,
             patch_size=self.patch_size,
+            haar=self.haar,
             attention_levels=self._attention_levels(min(image_shape[1:])),
             time_emb_dim=self.time_emb_dim,
             num_classes=num_classes if self.use_labels else None,
@@ -288,6 +303,8 @@ FIXED = (
     "attention_at",
     *(f.name for f in fields(DiffusionConfig)),
     "timestep_sampler",
+    "noise_mean",
+    "noise_std",
     "optimizer",
     "weight_decay",
     "ema_decay",

@@ -1,4 +1,4 @@
-"""Adam and AdamW, fused, and Muon; a step whose gradient is not finite changes nothing, and nobody waits to find out."""
+"""Adam, AdamW and Muon; a step whose gradient is not finite changes nothing, and nobody waits to find out."""
 
 from __future__ import annotations
 

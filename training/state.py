@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.diffusion import GaussianDiffusion
 from model.ema import EMA
 from model.timesteps import TIMESTEP_SAMPLERS, LossSecondMoment
 from model.unet import UNet
 from training.config import LOSS_AWARE, TrainConfig
+from training.lognormal import LOGNORMAL, LogNormal
 from training.optimizer import make_optimizer
 from training.tally import Tally
 
@@ -28,6 +30,10 @@ class TrainState:
         self.optimizer = make_optimizer(self.network, config)
         is_loss_aware = config.timestep_sampler == LOSS_AWARE
         self.importance = LossSecondMoment(config.num_timesteps, device=device) if is_loss_aware else None
+        self._lognormal = None
+        if config.timestep_sampler == LOGNORMAL:
+            alphas_cumprod = GaussianDiffusion(config.diffusion()).alphas_cumprod
+            self._lognormal = LogNormal(alphas_cumprod, config.noise_mean, config.noise_std, device)
         self.tally = Tally(device)
         self.iteration, self.best = 0, math.inf
         self._sampler, self._num_timesteps = config.timestep_sampler, config.num_timesteps
@@ -36,6 +42,8 @@ class TrainState:
         """The timesteps t, int64 [N], that --timestep_sampler makes of u [N], and the weights of their losses [N]."""
         if self.importance:
             return self.importance.draw(u)
+        if self._lognormal:
+            return self._lognormal.draw(u), torch.ones_like(u)
         return TIMESTEP_SAMPLERS[self._sampler](u, self._num_timesteps), torch.ones_like(u)
 
     def passing(self) -> list[Tensor]:

@@ -38,12 +38,7 @@ def snapshot(network: UNet, optimizer: MuonAdamW) -> list[Tensor]:
 
 
 def is_inner(name: str) -> bool:
-    layer = name.rpartition(".")[0]
-    return (
-        name.endswith("weight")
-        and not any(word in name for word in ("norm", "class", "init_conv", "out_conv"))
-        and bool(layer)
-    )
+    return name.endswith("weight") and not any(word in name for word in ("norm", "class", "init_conv", "out_conv"))
 
 
 def test_inner_kernels_are_muons_and_the_rest_is_adamws(tiny: UNet) -> None:
@@ -63,7 +58,7 @@ def test_inner_kernels_are_muons_and_the_rest_is_adamws(tiny: UNet) -> None:
 def test_a_step_is_that_of_torchs_two_with_clipping(tiny: UNet) -> None:
     other = copy.deepcopy(tiny)
     optimizer = muon(tiny, 0.1)
-    names = {name: p for name, p in other.named_parameters()}
+    names = dict(other.named_parameters())
     kernels = {name: torch.nn.Parameter(p.detach().flatten(1)) for name, p in names.items() if is_inner(name)}
     decaying = [names["init_conv.weight"], names["out_conv.weight"]]
     rest = [p for name, p in names.items() if not is_inner(name) and all(p is not q for q in decaying)]
