@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig, GaussianDiffusion
+from model.ema import WIDEST
 from model.plan import LIMITS, SamplingDefaults, make_plan
 from model.samplers import SAMPLERS
 from model.spacing import SPACINGS
@@ -93,6 +94,9 @@ class TrainConfig:
     decay_share: float = _option(0.2, "of the steps, the last ones, over which the learning rate of wsd falls")
     grad_clip: float = _option(0.0, "largest norm of the gradient; 0 for no limit")
     ema_decay: tuple[float, ...] = _option((0.9999,), "of the weights' moving averages; the first is the one served")
+    ema_power: tuple[float, ...] = _option(
+        (), "widths of further averages, as shares of the run so far, such as 0.05,0.1 (EDM2's sigma_rel)"
+    )
     ema_update_rate: int = _option(1, "steps between updates of the averages; their horizon in steps stays")
     precision: str = _option("fp32", "bf16 is autocast", ("fp32", "bf16"))
     compile: bool = _option(False, "compile the network")
@@ -159,6 +163,11 @@ class TrainConfig:
         decays = self.ema_decay
         if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
             raise ValueError(f"--ema_decay must be at least 0 and below 1, or several such, not {written(decays)!r}")
+        powers = self.ema_power
+        if len(set(powers)) < len(powers) or not all(0 < width <= WIDEST for width in powers):
+            raise ValueError(
+                f"--ema_power must be above 0 and at most {WIDEST}, or several such, not {written(powers)!r}"
+            )
         if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"--image_size is height,width, such as 32,48, not {self.image_size}")
         if not self.channel_mults or min((*self.channel_mults, *self.attention_at)) < 1:
@@ -308,6 +317,7 @@ FIXED = (
     "optimizer",
     "weight_decay",
     "ema_decay",
+    "ema_power",
     "ema_update_rate",
     "model_checkpoint",
     "optim_checkpoint",

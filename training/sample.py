@@ -25,7 +25,7 @@ from model.sampling import sample
 from training import sources
 from training.command import add_known_options, check_choices
 from training.config import torch_device
-from training.options import Parser, one_of
+from training.options import Parser
 from training.pictures import save_gif, save_strip, sequence
 from training.sampling import add_sampling_options, settings_of
 
@@ -157,12 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="WHAT",
         help="a bundled one by name, such as mnist, a file, the folder of a run, or the original's -model.pth",
     )
-    add(
-        "--weights",
-        default="ema",
-        **one_of(("ema", "raw")),
-        help="raw is in the folder of a run or a .pth (default: ema)",
-    )
+    add("--weights", **sources.weights_option("is in the folder of a run; raw is in a .pth too"))
     add("--save_dir", required=True, metavar="DIR", help="is made if need be")
     add("--num_images", type=int, default=10_000, metavar="N", help="in all (default: 10000)")
     add("--class_label", metavar="CLASS", help="name or index of the only class (default: all of them in turn)")

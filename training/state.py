@@ -26,7 +26,8 @@ class TrainState:
     ) -> None:
         torch.manual_seed(config.seed)
         self.network = UNet(config.unet(image_shape, num_classes)).to(device)
-        self.ema = EMA(self.network, *(decay**config.ema_update_rate for decay in config.ema_decay))
+        decays = (decay**config.ema_update_rate for decay in config.ema_decay)
+        self.ema = EMA(self.network, *decays, powers=config.ema_power)
         self.optimizer = make_optimizer(self.network, config)
         is_loss_aware = config.timestep_sampler == LOSS_AWARE
         self.importance = LossSecondMoment(config.num_timesteps, device=device) if is_loss_aware else None

@@ -46,9 +46,7 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: Optimize
         _check(config, network.config, ours.config.unet, ours.config.diffusion)
         raw = averaged = ours.network.state_dict()
     network.load_state_dict(raw)
-    largest = max(ema.averages)
-    updates = math.ceil((10 * largest - 1) / (1 - largest))  # from there on (1 + k)/(10 + k) is more than it
-    ema.load_state_dict({"averages": {repr(decay): averaged for decay in ema.averages}, "updates": max(0, updates)})
+    ema.begin_with(averaged)
     if config.optim_checkpoint and not isinstance(optimizer, MuonAdamW):  # for which the options refuse it
         _load_optimizer(Path(config.optim_checkpoint).expanduser(), path, network, optimizer)
 
