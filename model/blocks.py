@@ -169,7 +169,8 @@ def hadamard(x: Tensor) -> Tensor:
     It is Haar's transform of 2 × 2 squares, an orthonormal matrix that is its own inverse: white noise stays white.
     In float32, whatever x is, since each number out is made of four.
     """
-    a, b, c, d = x.float().unflatten(1, (-1, 4)).unbind(2)
+    n, channels, h, w = x.shape
+    a, b, c, d = x.float().reshape(n, channels // 4, 4, h, w).unbind(2)
     above, below, across_above, across_below = a + b, c + d, a - b, c - d
     parts = (above + below, across_above + across_below, above - below, across_above - across_below)
     return torch.stack(parts, dim=2).flatten(1, 2) / 2

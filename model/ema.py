@@ -59,9 +59,9 @@ class EMA:
         self._averaged = [name for name, tensor in self._source.items() if isinstance(tensor, nn.Parameter)]
         self._copied = [name for name in self._source if name not in set(self._averaged)]
         self._exponents = {power_name(width): power_exponent(width) for width in powers}
-        self.averages: dict[float | str, dict[str, Tensor]] = {
-            key: {name: tensor.detach().float().clone() for name, tensor in self._source.items()}
-            for key in (*decays, *self._exponents)
+        keys: list[float | str] = [*decays, *self._exponents]
+        self.averages = {
+            key: {name: tensor.detach().float().clone() for name, tensor in self._source.items()} for key in keys
         }
 
     @property
