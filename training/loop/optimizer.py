@@ -1,4 +1,4 @@
-"""Adam and AdamW, fused; a step whose gradient is not finite changes nothing, and nobody waits to find out."""
+"""Adam, AdamW and Muon; a step whose gradient is not finite changes nothing, and nobody waits to find out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from training.muon import MuonAdamW
 from training.run.config import TrainConfig
 
+Optimizer = torch.optim.Optimizer | MuonAdamW
 
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer asked for. Weights of convolutions and linear layers decay; biases, norms, embeddings do not."""
+    if config.optimizer == "muon":
+        return MuonAdamW(network, config.learning_rate, config.weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     if not config.weight_decay:
         return kind(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
@@ -25,13 +30,16 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
     return kind(groups, lr=config.learning_rate, fused=True)
 
 
-def step(optimizer: torch.optim.Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor:
+def step(optimizer: Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor:
     """Updates the weights, with the gradient's norm limited if `largest_norm` is not 0, and forgets the gradient.
 
     Returns whether the gradient was finite, bool []. If not, weights and state are as before: the fused kernels look
     at the flag themselves, as they do for `torch.amp.GradScaler`, whose two attributes these are.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if isinstance(optimizer, MuonAdamW):
+        gradients = optimizer.gradients()
+    else:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     finite = norm.isfinite()
     for group in optimizer.param_groups:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.diffusion import GaussianDiffusion
 from model.nn.ema import EMA
 from model.nn.unet import UNet
+from training.lognormal import LOGNORMAL, LogNormal
 from training.loop.loss_meter import Tally
 from training.loop.optimizer import make_optimizer
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS, LossSecondMoment
@@ -24,10 +26,15 @@ class TrainState:
     ) -> None:
         torch.manual_seed(config.seed)
         self.network = UNet(config.unet(image_shape, num_classes)).to(device)
-        self.ema = EMA(self.network, *(decay**config.ema_update_rate for decay in config.ema_decay))
+        decays = (decay**config.ema_update_rate for decay in config.ema_decay)
+        self.ema = EMA(self.network, *decays, powers=config.ema_power)
         self.optimizer = make_optimizer(self.network, config)
         is_loss_aware = config.timestep_sampler == LOSS_AWARE
         self.importance = LossSecondMoment(config.num_timesteps, device=device) if is_loss_aware else None
+        self._lognormal = None
+        if config.timestep_sampler == LOGNORMAL:
+            alphas_cumprod = GaussianDiffusion(config.diffusion()).alphas_cumprod
+            self._lognormal = LogNormal(alphas_cumprod, config.noise_mean, config.noise_std, device)
         self.tally = Tally(device)
         self.iteration, self.best = 0, math.inf
         self._sampler, self._num_timesteps = config.timestep_sampler, config.num_timesteps
@@ -36,6 +43,8 @@ class TrainState:
         """The timesteps t, int64 [N], that --timestep_sampler makes of u [N], and the weights of their losses [N]."""
         if self.importance:
             return self.importance.draw(u)
+        if self._lognormal:
+            return self._lognormal.draw(u), torch.ones_like(u)
         return TIMESTEP_SAMPLERS[self._sampler](u, self._num_timesteps), torch.ones_like(u)
 
     def passing(self) -> list[Tensor]:
