@@ -227,7 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--bits_images", type=int, default=0, metavar="N", help="held-out images for bits per dimension (default: 0)")
     add_sampling_options(parser)
     command.add_load_options(parser)
-    add("--weights", default="ema", **one_of(("ema", "raw")), help="raw is in the folder of a run (default: ema)")
+    add("--weights", **load_weights.weights_option("is in the folder of a run"))
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add("--batch_size", type=int, default=32, metavar="N", help="images at once (default: 32; a GPU likes 500)")
     add("--precision", default="fp32", **one_of(("fp32", "bf16")), help="of the network's products (default: fp32)")

@@ -17,9 +17,11 @@ from training.run import load_weights
 
 def publish(args: argparse.Namespace) -> Path:
     """Writes the checkpoint. Raises ValueError or OSError with a sentence where that cannot be."""
-    source, _ = load_weights.load(args.source, "ema", {}, torch.device("cpu"))
+    source, which = load_weights.load(args.source, args.weights, {}, torch.device("cpu"))
     settings, _ = settings_of(source, args)
     provenance = source.config.provenance | ({} if args.notes is None else {"notes": args.notes})
+    if which != "ema":  # the losses it tells of are those of the first average
+        provenance["weights"] = which
     weights = source.network.state_dict()
     if args.half:
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
@@ -41,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("source", metavar="WHAT", help="a bundled one by name, a file, or the folder of a run, for its best")
     add("destination", metavar="FILE", help="the .safetensors file to write")
     add("--half", action="store_true", help="weights rounded to bfloat16: half the bytes")
+    add("--weights", **load_weights.weights_option("is in the folder of a run"))
     add("--notes", metavar="TEXT", help="what its card tells besides (default: what it told before)")
     add_sampling_options(parser)
     return parser.read(argv)

@@ -94,8 +94,8 @@ def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint, picture: 
 
     `picture` is the file name of its samples' neighbours.
 
-    Raises ValueError where one is of another checkpoint, or not by the first one's classifier. Raw weights are in the
-    state that the run saved at the checkpoint's iteration, a file of its own.
+    Raises ValueError where one is of another checkpoint, or not by the first one's classifier. All weights but the
+    first average are in the state that the run saved at the checkpoint's iteration, a file of its own.
     """
     for result in results:
         if not _is_of(result, loaded):
@@ -112,7 +112,7 @@ def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint, picture: 
 
 def _is_of(result: dict[str, Any], loaded: Checkpoint) -> bool:
     found = result["checkpoint"]
-    if result["sampling"]["weights"] == "raw":
+    if result["sampling"]["weights"] != "ema":
         return bool(found["name"] == f"state-{loaded.config.provenance['iterations']:07}")
     return bool(found["sha256"] == loaded.sha256)
 

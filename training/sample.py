@@ -23,7 +23,7 @@ from model.images import to_uint8
 from model.sampling.schedule import Plan, SamplingDefaults
 from model.sampling.step import sample
 from training.cli.command import add_known_options, check_choices
-from training.cli.options import Parser, expanded, one_of
+from training.cli.options import Parser, expanded
 from training.cli.sampling_options import add_sampling_options, settings_of
 from training.memory import memory_for
 from training.run import load_weights
@@ -143,12 +143,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="WHAT",
         help="a bundled one by name, such as mnist, a file, the folder of a run, or the original's -model.pth",
     )
-    add(
-        "--weights",
-        default="ema",
-        **one_of(("ema", "raw")),
-        help="raw is in the folder of a run or a .pth (default: ema)",
-    )
+    add("--weights", **load_weights.weights_option("is in the folder of a run; raw is in a .pth too"))
     add("--save_dir", required=True, metavar="DIR", help="is made if need be")
     add("--num_images", type=int, default=10_000, metavar="N", help="in all (default: 10000)")
     add("--class_label", metavar="CLASS", help="name or index of the only class (default: all of them in turn)")

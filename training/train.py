@@ -312,9 +312,13 @@ def single_channel_groups(config: UNetConfig) -> str | None:
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to 0."""
+    """Linear warm-up; then constant, half a cosine down to 0, or constant and a line down to 0 at the end (wsd)."""
     warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
-    decay = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations)) if config.lr_schedule == "cosine" else 1.0
+    decay = 1.0
+    if config.lr_schedule == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
+    elif config.lr_schedule == "wsd":
+        decay = min(1.0, (config.iterations - iteration) / (config.decay_share * config.iterations))
     return config.learning_rate * warm * decay
 
 

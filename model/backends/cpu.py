@@ -269,7 +269,7 @@ class PackedUNet:
         if (y is None) != (config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
-        x = folded(padded(x, config), config.patch_size)
+        x = folded(padded(x, config), config.patch_size, config.haar)
         x = x.contiguous(memory_format=torch.channels_last)
         biases = self._biases(t, y)
         x = self.init_conv(x.to(self.dtype)).float()
@@ -291,5 +291,6 @@ class PackedUNet:
                 x = layer(torch.cat([x, skips.pop()], dim=1), biases)
             else:
                 x = layer(x, biases)
-        out = unfolded(self.out_conv(self.out_norm(x).to(self.dtype)).float(), config.patch_size)
+        out = self.out_conv(self.out_norm(x).to(self.dtype)).float()
+        out = unfolded(out, config.patch_size, config.haar)
         return unpadded(out, config, h, w).contiguous()

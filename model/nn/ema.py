@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+import math
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+WIDEST = 0.28  # of a power profile; that of a plain mean is 0.2887
+
 
 class EMAState(TypedDict):
-    """What a resumed run needs: one average for each decay, by its `repr`."""
+    """What a resumed run needs: every average by its name, and how many updates counted."""
 
     averages: dict[str, dict[str, Tensor]]
     updates: int
+    power_updates: NotRequired[int]
+
+
+def power_name(width: float) -> str:
+    """What the average of a power profile is called."""
+    return f"power-{width!r}"
+
+
+def power_exponent(width: float) -> float:
+    """γ of the profile t^γ whose standard deviation is `width` times its length (Karras et al. 2024, EDM2, eq. 126)."""
+    inverse = width**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 def move(averages: list[Tensor], sources: list[Tensor], share: Tensor) -> None:
@@ -35,23 +52,31 @@ class EMA:
 
     The warm-up is TensorFlow's `ExponentialMovingAverage(num_updates)`, as in Ho et al.'s code: early
     averages follow the network instead of remembering its random start. It is float32, and updated in place.
-    Buffers (a batch norm's statistics, averages themselves) are copied. `averages` maps each decay to a state dict;
-    `weights` is that of the first. Raises ValueError for no decay, one twice, or one outside [0, 1).
+    For each of `powers` there is another average, with d = (1 - 1/k)^(γ + 1): a power profile of EDM2 (§3.1), which
+    reaches back over the same share of the run at every moment, since its width is that share (σ_rel, 0.05 to 0.15).
+    Buffers (a batch norm's statistics, averages themselves) are copied. `averages` maps each name, the decay's
+    number or "power-0.1", to a state dict; `weights` is that of the first decay. Raises ValueError for no decay, one
+    twice, one outside [0, 1), or a width that no power profile has.
     """
 
-    def __init__(self, network: nn.Module, *decays: float) -> None:
+    def __init__(self, network: nn.Module, *decays: float, powers: Sequence[float] = ()) -> None:
         if not decays or len(set(decays)) < len(decays):
             raise ValueError(f"ema_decay must be one number or several different ones, not {decays}")
         for decay in decays:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema_decay must be at least 0 and below 1, not {decay}")
+        if len(set(powers)) < len(powers) or not all(0 < width <= WIDEST for width in powers):
+            raise ValueError(f"ema_power must be above 0 and at most {WIDEST}, or several such, not {powers}")
         self._source = dict(network.state_dict(keep_vars=True))
         device = next(iter(self._source.values())).device
         self._updates = torch.zeros((), dtype=torch.float64, device=device)
+        self._power_updates = torch.zeros((), dtype=torch.float64, device=device)
         self._averaged = [name for name, tensor in self._source.items() if isinstance(tensor, nn.Parameter)]
         self._copied = [name for name in self._source if name not in set(self._averaged)]
+        self._exponents = {power_name(width): power_exponent(width) for width in powers}
+        keys: list[float | str] = [*decays, *self._exponents]
         self.averages = {
-            decay: {name: tensor.detach().float().clone() for name, tensor in self._source.items()} for decay in decays
+            key: {name: tensor.detach().float().clone() for name, tensor in self._source.items()} for key in keys
         }
 
     @property
@@ -72,24 +97,45 @@ class EMA:
         """
         moved = torch.ones_like(self._updates) if counts is None else counts.to(self._updates)
         self._updates += moved
+        self._power_updates += moved
         warm = (1 + self._updates) / (10 + self._updates)
+        k = self._power_updates.clamp(min=1)
         sources = [self._source[name].detach().float() for name in self._averaged]
-        for decay, average in self.averages.items():
-            share = ((1 - warm.clamp(max=decay)) * moved).float()
+        for key, average in self.averages.items():
+            kept = ((k - 1) / k) ** (self._exponents[key] + 1) if isinstance(key, str) else warm.clamp(max=key)
+            share = ((1 - kept) * moved).float()
             move([average[name] for name in self._averaged], sources, share)
             for name in self._copied:
                 source = self._source[name]
                 average[name].copy_(source if counts is None else torch.where(counts, source, average[name]))
 
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        """Lets every average be `weights`, those of a trained network.
+
+        The decays' warm-up counts as done, so that they keep what they have; a power profile reaches back to here.
+        """
+        largest = max(key for key in self.averages if isinstance(key, float))
+        for average in self.averages.values():
+            for name, tensor in average.items():
+                tensor.copy_(weights[name])
+        self._updates.fill_(max(0, math.ceil((10 * largest - 1) / (1 - largest))))  # (1 + k)/(10 + k) exceeds it then
+
     def state_dict(self) -> EMAState:
-        averages = {repr(decay): average for decay, average in self.averages.items()}
-        return {"averages": averages, "updates": self.updates}
+        averages = {_named(key): average for key, average in self.averages.items()}
+        state: EMAState = {"averages": averages, "updates": self.updates}
+        return state | {"power_updates": int(self._power_updates)} if self._exponents else state
 
     def load_state_dict(self, state: EMAState) -> None:
-        """Raises ValueError where the state is of other decays."""
-        if state["averages"].keys() != {repr(decay) for decay in self.averages}:
+        """Raises ValueError where the state is of other averages."""
+        if state["averages"].keys() != {_named(key) for key in self.averages}:
             raise ValueError(f"averages of {', '.join(state['averages'])}, where this run has {list(self.averages)}")
-        for decay, average in self.averages.items():
+        for key, average in self.averages.items():
             for name, tensor in average.items():
-                tensor.copy_(state["averages"][repr(decay)][name])
+                tensor.copy_(state["averages"][_named(key)][name])
         self._updates.fill_(state["updates"])
+        self._power_updates.fill_(state.get("power_updates", 0))
+
+
+def _named(key: float | str) -> str:
+    """An average's name in a state."""
+    return key if isinstance(key, str) else repr(key)

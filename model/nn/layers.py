@@ -154,14 +154,32 @@ class Upsample(nn.Module):
         return out
 
 
-def folded(x: Tensor, size: int) -> Tensor:
-    """[N, C, H, W] → [N, C·size², H/size, W/size]: the pixels of a square become channels."""
-    return x if size == 1 else F.pixel_unshuffle(x, size)
+def folded(x: Tensor, size: int, haar: bool = False) -> Tensor:
+    """[N, C, H, W] → [N, C·size², H/size, W/size]: the pixels of a square become channels, or their Haar wavelets."""
+    if size == 1:
+        return x
+    x = F.pixel_unshuffle(x, size)
+    return hadamard(x) if haar else x
 
 
-def unfolded(x: Tensor, size: int) -> Tensor:
+def unfolded(x: Tensor, size: int, haar: bool = False) -> Tensor:
     """The inverse of `folded`."""
-    return x if size == 1 else F.pixel_shuffle(x, size)
+    if size == 1:
+        return x
+    return F.pixel_shuffle(hadamard(x) if haar else x, size)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Each four channels a, b, c, d of [N, 4C, H, W] as mean·2, and differences across, down and diagonal.
+
+    It is Haar's transform of 2 × 2 squares, an orthonormal matrix that is its own inverse: white noise stays white.
+    In float32, whatever x is, since each number out is made of four.
+    """
+    n, channels, h, w = x.shape
+    a, b, c, d = x.float().reshape(n, channels // 4, 4, h, w).unbind(2)
+    above, below, across_above, across_below = a + b, c + d, a - b, c - d
+    parts = (above + below, across_above + across_below, above - below, across_above - across_below)
+    return torch.stack(parts, dim=2).flatten(1, 2) / 2
 
 
 def class_table(config: UNetConfig, width: int) -> nn.Embedding:

@@ -33,7 +33,8 @@ class UNetConfig:
     """The architecture. It travels inside the checkpoint, so loading one needs no flag.
 
     `patch_size` p > 1 folds every p × p square of pixels into channels before the first convolution, and out again
-    after the last (Hoogeboom et al. 2023, "simple diffusion", §3.3): a network for few operations.
+    after the last (Hoogeboom et al. 2023, "simple diffusion", §3.3): a network for few operations. With `haar` the
+    channels are a square's Haar wavelets instead of its pixels, for p = 2.
     `attention_levels` counts resolutions from the top: 0 is the image's own size over `patch_size`, 1 is half of it.
     `num_classes` None is an unconditional network; with `null_class` one more class, numbered `num_classes`,
     stands for "no class" (classifier-free guidance, Ho & Salimans 2022). The class acts as a bias in every residual
@@ -70,6 +71,7 @@ class UNetConfig:
     num_heads_upsample: int = 0  # not 0: the number of heads on the way up
 
     patch_size: int = 1
+    haar: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channel_mults", "attention_levels"):
@@ -122,6 +124,8 @@ class UNetConfig:
                 f"attention_levels {self.attention_levels} are level indices: "
                 f"they must be between 0 and {len(self.channel_mults) - 1}"
             )
+        if self.haar not in (False, True) or (self.haar and self.patch_size != 2):
+            raise ValueError(f"haar is true or false, and needs patch_size 2, not {self.patch_size}")
         if self.null_class and self.num_classes is None:
             raise ValueError("null_class needs num_classes")
 
@@ -219,7 +223,7 @@ class UNet(nn.Module):
         h, w = x.shape[2:]
         x = padded(x, config)
 
-        x = self.init_conv(folded(x, config.patch_size))
+        x = self.init_conv(folded(x, config.patch_size, config.haar))
         emb = self.embedded(t, y).to(x.dtype)
         skips = [x]
         for layer in self.downs:
@@ -234,7 +238,7 @@ class UNet(nn.Module):
                 x = layer(torch.cat([x, skips.pop()], dim=1), emb, y)
             else:
                 x = layer(x, emb, y)
-        out = unfolded(self.out_conv(self.activation(self.out_norm(x))), config.patch_size)
+        out = unfolded(self.out_conv(self.activation(self.out_norm(x))), config.patch_size, config.haar)
         return unpadded(out, config, h, w)
 
     def embedded(self, t: Tensor, y: Tensor | None) -> Tensor:

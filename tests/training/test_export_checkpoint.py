@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from model.nn.unet import UNetConfig
 from model.sampling.schedule import SamplingDefaults
 from tests.networks import randomised
 from training import export_checkpoint
+from training.run.config import TrainConfig
+from training.train import train
 
 UNET = UNetConfig(
     image_channels=1,
@@ -80,3 +83,13 @@ def test_what_cannot_be_is_refused_with_a_sentence(
     assert export_checkpoint.main([*paths, *words.split()]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_an_average_is_chosen_by_its_name(tiny_options: dict[str, Any], tmp_path: Path) -> None:
+    run, out = train(TrainConfig(**tiny_options | {"ema_power": (0.1,)})), tmp_path / "out.safetensors"
+    assert export_checkpoint.main([str(run), str(out), "--weights", "power-0.1"]) == 0
+    published = checkpoint.load(out)
+    average = torch.load(run / "state-0000008.pt", weights_only=True)["ema"]["averages"]["power-0.1"]
+    for name, tensor in published.network.state_dict().items():
+        assert torch.equal(tensor, average[name])
+    assert published.config.provenance["weights"] == "ema power-0.1"

@@ -1,4 +1,4 @@
-"""Adam and AdamW, fused; a step whose gradient is not finite changes nothing, and nobody waits to find out."""
+"""Adam, AdamW and Muon; a step whose gradient is not finite changes nothing, and nobody waits to find out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.loop.muon import MuonAdamW
 from training.run.config import TrainConfig
 
+Optimizer = torch.optim.Optimizer | MuonAdamW
 
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer asked for. Weights of convolutions and linear layers decay; biases, norms, embeddings do not."""
+    if config.optimizer == "muon":
+        return MuonAdamW(network, config.learning_rate, config.weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     if not config.weight_decay:
         return kind(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
@@ -26,25 +31,29 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
     return kind(groups, lr=config.learning_rate, fused=True)
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Each moment lies in memory as its parameter does, though the state was saved where they lay otherwise.
 
     The fused kernels go through both in the order of their addresses: a GPU's refuse what differs, a CPU's do not look.
     """
     optimizer.load_state_dict(state)
-    for parameter, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].stride() != parameter.stride():
-                moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(moments[name])
+    for part in optimizer.parts if isinstance(optimizer, MuonAdamW) else [optimizer]:
+        for parameter, moments in part.state.items():
+            for name, moment in moments.items():
+                if moment.dim() and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                    moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
-def step(optimizer: torch.optim.Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor:
+def step(optimizer: Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor:
     """Updates the weights, with the gradient's norm limited if `largest_norm` is not 0, and forgets the gradient.
 
     Returns whether the gradient was finite, bool []. If not, weights and state are as before: the fused kernels look
     at the flag themselves, as they do for `torch.amp.GradScaler`, whose two attributes these are.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if isinstance(optimizer, MuonAdamW):
+        gradients = optimizer.gradients()
+    else:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     finite = norm.isfinite()
     for group in optimizer.param_groups:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.diffusion import GaussianDiffusion
 from model.nn.ema import EMA
 from model.nn.unet import UNet
 from training.loop.gpu import layout
+from training.loop.lognormal import LOGNORMAL, LogNormal
 from training.loop.loss_meter import Tally
 from training.loop.optimizer import load_state, make_optimizer
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS, LossSecondMoment
@@ -26,10 +28,15 @@ class TrainState:
         torch.manual_seed(config.seed)
         network = UNet(config.unet(image_shape, num_classes))
         self.network = network.to(device, memory_format=layout(config, device))
-        self.ema = EMA(self.network, *(decay**config.ema_update_rate for decay in config.ema_decay))
+        decays = (decay**config.ema_update_rate for decay in config.ema_decay)
+        self.ema = EMA(self.network, *decays, powers=config.ema_power)
         self.optimizer = make_optimizer(self.network, config)
         is_loss_aware = config.timestep_sampler == LOSS_AWARE
         self.importance = LossSecondMoment(config.num_timesteps, device=device) if is_loss_aware else None
+        self._lognormal = None
+        if config.timestep_sampler == LOGNORMAL:
+            alphas_cumprod = GaussianDiffusion(config.diffusion()).alphas_cumprod
+            self._lognormal = LogNormal(alphas_cumprod, config.noise_mean, config.noise_std, device)
         self.tally = Tally(device)
         self.iteration, self.images_seen, self.best = 0, 0, math.inf
         self._sampler, self._num_timesteps = config.timestep_sampler, config.num_timesteps
@@ -38,6 +45,8 @@ class TrainState:
         """The timesteps t, int64 [N], that --timestep_sampler makes of u [N], and the weights of their losses [N]."""
         if self.importance:
             return self.importance.draw(u)
+        if self._lognormal:
+            return self._lognormal.draw(u), torch.ones_like(u)
         return TIMESTEP_SAMPLERS[self._sampler](u, self._num_timesteps), torch.ones_like(u)
 
     def passing(self) -> list[Tensor]:

@@ -13,12 +13,14 @@ import torch
 
 from model.backends.cuda import use_tf32
 from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig, GaussianDiffusion
+from model.nn.ema import WIDEST
 from model.nn.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
 from model.sampling.schedule import LIMITS, SamplingDefaults, make_plan
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import SPACINGS
 from training.cli.options import check_choice, expanded, printable, written
 from training.data.options import LABEL_SOURCES, LoadOptions
+from training.loop.lognormal import LOGNORMAL
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS
 
 LOSS_AWARE = "loss_second_moment"  # of --timestep_sampler; the others are functions of uniform numbers
@@ -49,6 +51,7 @@ class TrainConfig:
     channel_mults: tuple[int, ...] = _option((1, 2, 2, 2), "channels of each level, as multiples of the first's")
     num_res_blocks: int = _option(2, "residual blocks per level")
     patch_size: int = _option(1, "2: squares of 2 × 2 pixels enter as channels, for a quarter of the work")
+    haar: bool = _option(False, "the channels of squares of 2 × 2 are their Haar wavelets, not their pixels")
     attention_resolutions: tuple[int, ...] = _option((1,), "levels with attention, counted from 0, the full size")
     attention_at: tuple[int, ...] = _option(
         (), "the same by the shorter side in pixels, such as 16,8; instead of these"
@@ -77,18 +80,30 @@ class TrainConfig:
     variance: str = _option("fixed_small", "of a step of ddpm; learned_range adds the variational bound", VARIANCES)
     loss_type: str = _option("l2", "distance", LOSSES)
     weighting: str = _option("none", "of each timestep's loss", WEIGHTINGS)
-    timestep_sampler: str = _option("uniform", "how a step draws its timesteps", (*TIMESTEP_SAMPLERS, LOSS_AWARE))
+    timestep_sampler: str = _option(
+        "uniform", "how a step draws its timesteps", (*TIMESTEP_SAMPLERS, LOSS_AWARE, LOGNORMAL)
+    )
+    noise_mean: float = _option(-1.2, "of the logarithm of lognormal's noise levels, as Karras et al. 2022")
+    noise_std: float = _option(1.2, "its standard deviation")
 
     batch_size: int = _option(128, "images per step")
     accumulate: int = _option(1, "parts of a batch that the device sees one by one; divides --batch_size")
     iterations: int = _option(800_000, "steps in all")
-    optimizer: str = _option("adam", "fused where the device can", ("adam", "adamw"))
+    optimizer: str = _option(
+        "adam", "muon is for inner kernels, with adamw for the rest, at one learning rate", ("adam", "adamw", "muon")
+    )
     learning_rate: float = _option(2e-4, "of the optimizer")
-    weight_decay: float = _option(0.0, "of adamw")
+    weight_decay: float = _option(0.0, "of adamw and muon")
     warmup: int = _option(0, "steps over which the learning rate rises from 0")
-    lr_schedule: str = _option("constant", "after the warm-up; cosine ends at 0", ("constant", "cosine"))
+    lr_schedule: str = _option(
+        "constant", "after the warm-up; cosine and wsd end at 0, wsd along a line", ("constant", "cosine", "wsd")
+    )
+    decay_share: float = _option(0.2, "of the steps, the last ones, over which the learning rate of wsd falls")
     grad_clip: float = _option(0.0, "largest norm of the gradient; 0 for no limit")
     ema_decay: tuple[float, ...] = _option((0.9999,), "of the weights' moving averages; the first is the one served")
+    ema_power: tuple[float, ...] = _option(
+        (), "widths of further averages, as shares of the run so far, such as 0.05,0.1 (EDM2's sigma_rel)"
+    )
     ema_update_rate: int = _option(1, "steps between updates of the averages; their horizon in steps stays")
     precision: str = _option(
         "fp32", "bf16 is autocast; tf32 is fp32 whose products have 10 bits, on a GPU", ("fp32", "tf32", "bf16")
@@ -147,11 +162,23 @@ class TrainConfig:
             raise ValueError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"--learning_rate must be between 0 and 1, not {self.learning_rate}")
+        if not (abs(self.noise_mean) <= 10 and 0 < self.noise_std <= 10):
+            raise ValueError(
+                f"--noise_mean is from -10 to 10 and --noise_std above 0, at most 10, not {self.noise_mean} and "
+                f"{self.noise_std}"
+            )
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"--decay_share must be above 0 and at most 1, not {self.decay_share}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"--label_dropout must be at least 0 and below 1, not {self.label_dropout}")
         decays = self.ema_decay
         if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
             raise ValueError(f"--ema_decay must be at least 0 and below 1, or several such, not {written(decays)!r}")
+        powers = self.ema_power
+        if len(set(powers)) < len(powers) or not all(0 < width <= WIDEST for width in powers):
+            raise ValueError(
+                f"--ema_power must be above 0 and at most {WIDEST}, or several such, not {written(powers)!r}"
+            )
         if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"--image_size is height,width, such as 32,48, not {self.image_size}")
         if not self.channel_mults or min((*self.channel_mults, *self.attention_at)) < 1:
@@ -175,12 +202,17 @@ class TrainConfig:
             ("guidance_interval", "a --guidance_scale besides 1", self.guidance_scale != 1),
             ("schedule_low", "--schedule linear", self.schedule == "linear"),
             ("schedule_high", "--schedule linear", self.schedule == "linear"),
+            ("haar", "--patch_size 2", self.patch_size == 2),
             ("norm_groups", "--norm gn", self.norm == "gn"),
             ("norm_eps", "a --norm", self.norm != "none"),
             ("num_heads", "--head_channels 0", not self.head_channels),
             ("downsample_padding", "--resblock_updown false", not self.resblock_updown),
-            ("weight_decay", "--optimizer adamw", self.optimizer == "adamw"),
+            ("noise_mean", f"--timestep_sampler {LOGNORMAL}", self.timestep_sampler == LOGNORMAL),
+            ("noise_std", f"--timestep_sampler {LOGNORMAL}", self.timestep_sampler == LOGNORMAL),
+            ("decay_share", "--lr_schedule wsd", self.lr_schedule == "wsd"),
+            ("weight_decay", "--optimizer adamw or muon", self.optimizer != "adam"),
             ("optim_checkpoint", "--model_checkpoint", self.model_checkpoint),
+            ("optim_checkpoint", "--optimizer adam or adamw", self.optimizer != "muon"),
         ):
             if getattr(self, name) != defaults[name] and not has:
                 raise ValueError(f"--{name} needs {needed}")
@@ -219,6 +251,7 @@ class TrainConfig:
             channel_mults=self.channel_mults,
             num_res_blocks=self.num_res_blocks,
             patch_size=self.patch_size,
+            haar=self.haar,
             attention_levels=self._attention_levels(min(image_shape[1:])),
             time_emb_dim=self.time_emb_dim,
             num_classes=num_classes if self.use_labels else None,
@@ -299,9 +332,12 @@ FIXED = (
     "attention_at",
     *(f.name for f in fields(DiffusionConfig)),
     "timestep_sampler",
+    "noise_mean",
+    "noise_std",
     "optimizer",
     "weight_decay",
     "ema_decay",
+    "ema_power",
     "ema_update_rate",
     "model_checkpoint",
     "optim_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -20,11 +21,22 @@ from model.diffusion import DiffusionConfig
 from model.importers import import_path, load_weights, recognise
 from model.nn.unet import UNet, UNetConfig
 from model.sampling.schedule import SamplingDefaults
-from training.cli.options import expanded, numbers, written
+from training.cli.options import expanded, numbers, one_of, written
 from training.run.config import TrainConfig
 
 Told = Mapping[str, Any]
 """Options of TrainConfig that were given, which a file may not know."""
+
+
+def weights_option(what: str) -> dict[str, Any]:
+    """Keywords of an option that names the weights to load: ema, raw, or one average of several by its name."""
+    plain = one_of(("ema", "raw"))
+
+    def chosen(text: str) -> str:
+        return text if re.fullmatch(r"(power-)?[0-9][0-9.e-]*", text) else str(plain["type"](text))
+
+    names = "raw, or an average by its name, such as 0.999 or power-0.1,"
+    return {"default": "ema", "type": chosen, "metavar": "{ema,raw,NAME}", "help": f"{names} {what} (default: ema)"}
 
 
 @dataclass(frozen=True)
@@ -64,11 +76,12 @@ def load_original(path: Path, told: Told) -> Original:
 
 
 def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
-    """A network to sample from, and which weights it has, in words. `weights` is "ema" or "raw".
+    """A network to sample from, and which weights it has, in words.
 
-    A run's folder gives its best checkpoint. Raw weights, or the average of another --ema_decay than the first, are in
-    the state that belongs to a checkpoint, or, for a folder, in the newest. Raises ValueError with a sentence where
-    there are none, or the checkpoint contradicts what was `told`.
+    `weights` is "ema" (the first average), "raw", or the name of an average, such as "0.999" or "power-0.1". A run's
+    folder gives its best checkpoint. All but the first average are in the state that belongs to a checkpoint, or, for
+    a folder, in the newest. Raises ValueError with a sentence where there are none, or the checkpoint contradicts what
+    was `told`.
     """
     path = expanded(name)
     if path.is_file() and is_original(path):
@@ -89,10 +102,14 @@ def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Che
         raise CheckpointError(f"{name}: only the first average is in it; the rest is in a run's folder (state-*.pt)")
     if weights == "raw":
         return _of_state(state, served.config, None, device), "raw"
+    if weights != "ema":
+        return _of_state(state, served.config, weights, device), f"ema {weights}"
     return _of_state(state, served.config, index, device), f"ema of decay {decays[index]}"
 
 
 def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
+    if weights not in ("ema", "raw"):
+        raise CheckpointError(f"{path} has no weights {weights!r}: it has ema and raw")
     found = load_original(path, told)
     names = tuple(str(i) for i in range(found.unet.num_classes or 0))
     noted = {key: value for key, value in told.items() if key in ("ema_decay", "ema_update_rate")}
@@ -104,11 +121,17 @@ def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> 
     return _checkpoint(path, config, tensors, device), weights
 
 
-def _of_state(path: Path, config: CheckpointConfig, index: int | None, device: torch.device) -> Checkpoint:
-    """The raw weights in a state (`index` None), or its average number `index`."""
+def _of_state(path: Path, config: CheckpointConfig, which: int | str | None, device: torch.device) -> Checkpoint:
+    """The raw weights in a state (`which` None), or its average of that number or name."""
     state = load_weights(path)
     try:
-        tensors = state["network"] if index is None else list(state["ema"]["averages"].values())[index]
+        averages = state["ema"]["averages"] if which is not None else {}
+        if isinstance(which, str) and which not in averages:
+            raise CheckpointError(f"{path} has no weights {which!r}; it has: raw, {', '.join(averages)}")
+        if which is None:
+            tensors = state["network"]
+        else:
+            tensors = averages[which] if isinstance(which, str) else list(averages.values())[which]
         return _checkpoint(path, config, tensors, device)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a state of this run: {error!r}") from error

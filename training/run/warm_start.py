@@ -18,7 +18,8 @@ from model.importers import load_weights
 from model.nn.ema import EMA
 from model.nn.unet import UNet, UNetConfig
 from training.cli.options import expanded, written
-from training.loop.optimizer import load_state
+from training.loop.muon import MuonAdamW
+from training.loop.optimizer import Optimizer, load_state
 from training.run.config import TrainConfig
 from training.run.load_weights import is_original, load_original
 
@@ -27,7 +28,7 @@ PROCESS = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "predic
 OPTIONS = {"attention_levels": "attention_resolutions", "null_class": "label_dropout", "learned_variance": "variance"}
 
 
-def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: Optimizer) -> None:
     """Puts `config.model_checkpoint` into network and averages, and `config.optim_checkpoint` into the optimizer.
 
     Iterations and learning rate begin anew. The averages' warm-up counts as done, so that they keep what they have.
@@ -45,10 +46,8 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.op
         _check(config, network.config, ours.config.unet, ours.config.diffusion)
         raw = averaged = ours.network.state_dict()
     network.load_state_dict(raw)
-    largest = max(ema.averages)
-    updates = math.ceil((10 * largest - 1) / (1 - largest))  # from there on (1 + k)/(10 + k) is more than it
-    ema.load_state_dict({"averages": {repr(decay): averaged for decay in ema.averages}, "updates": max(0, updates)})
-    if config.optim_checkpoint:
+    ema.begin_with(averaged)
+    if config.optim_checkpoint and not isinstance(optimizer, MuonAdamW):  # for which the options refuse it
         _load_optimizer(expanded(config.optim_checkpoint), path, network, optimizer)
 
 

@@ -40,6 +40,8 @@ GRID: dict[str, dict[str, Any]] = {
     "time scaled, shifted": {"time_scale": 0.5, "time_freq_shift": 1},
     "patches": {"patch_size": 2, "image_channels": 3},
     "patches of a size that must be padded": {"patch_size": 3, "image_size": (7, 10), "learned_variance": True},
+    "wavelets": {"patch_size": 2, "haar": True, "image_channels": 3},
+    "wavelets that must be padded": {"patch_size": 2, "haar": True, "image_size": (7, 10), "learned_variance": True},
     "deep": {"num_res_blocks": 2, "channel_mults": (1, 1, 2)},
 }
 

@@ -26,6 +26,7 @@ GRID: dict[str, dict[str, Any]] = {
     "class as both, scale and shift": {"class_conditioning": "both", "scale_shift_norm": True},
     "residual blocks resample": {"resblock_updown": True},
     "learned variance, time by a table": {"learned_variance": True, "time_table": 1000},
+    "wavelets": {"patch_size": 2, "haar": True, "image_size": (7, 10)},
     "a size that must be padded": {"image_size": (7, 10), "channel_mults": (1, 2, 2)},
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.nn.ema import EMA, move_together
+from model.nn.ema import EMA, move_together, power_exponent
 from model.nn.unet import UNet, UNetConfig
 
 
@@ -154,3 +154,62 @@ def test_an_update_that_does_not_count_changes_nothing(tiny_config: UNetConfig) 
 def test_decays_that_are_none_are_refused(tiny: UNet, decays: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="ema_decay"):
         EMA(tiny, *decays)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.15])
+def test_a_power_profile_has_the_width_it_is_named_after(width: float) -> None:
+    """What weighs how much is seen by averaging the moment, and its square: their deviation is the profile's."""
+    moment, steps = nn.Module(), 4000
+    moment.register_parameter("x", nn.Parameter(torch.zeros(2)))
+    ema = EMA(moment, 0.5, powers=(width,))
+    for k in range(1, steps + 1):
+        moment.x.data.copy_(torch.tensor([k / steps, (k / steps) ** 2]))
+        ema.update()
+    mean, square = ema.averages[f"power-{width}"]["x"].tolist()
+    assert (square - mean**2) ** 0.5 == pytest.approx(width, rel=0.01)
+    gamma = power_exponent(width)
+    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)
+
+
+def test_power_profiles_resume_exactly_beside_the_decays(tiny: UNet, tmp_path: Path) -> None:
+    ema, plain = EMA(tiny, 0.9, powers=(0.05, 0.1)), EMA(tiny, 0.9)
+    for k in range(5):
+        perturb(tiny, k)
+        counts = torch.tensor(k != 3)
+        ema.update(counts)
+        plain.update(counts)
+        if k == 0:  # the first forgets the random start
+            assert torch.equal(ema.averages["power-0.1"]["out_conv.bias"], tiny.out_conv.bias)
+    assert all(torch.equal(plain.weights[name], weight) for name, weight in ema.weights.items())
+    torch.save(ema.state_dict(), tmp_path / "ema.pt")
+    other = copy.deepcopy(tiny)
+    resumed = EMA(other, 0.9, powers=(0.05, 0.1))
+    state = torch.load(tmp_path / "ema.pt", weights_only=True)
+    assert list(state["averages"]) == ["0.9", "power-0.05", "power-0.1"]
+    assert state["power_updates"] == 4
+    resumed.load_state_dict(state)
+    for network, average in ((tiny, ema), (other, resumed)):
+        perturb(network, 9)
+        average.update()
+    for key, average in ema.averages.items():
+        assert all(torch.equal(resumed.averages[key][name], weight) for name, weight in average.items())
+    with pytest.raises(ValueError, match=r"power-0\.05"):
+        plain.load_state_dict(ema.state_dict())
+
+
+def test_averages_that_begin_trained_stay_until_they_learn(tiny: UNet) -> None:
+    ema, start = EMA(tiny, 0.999, 0.9, powers=(0.1,)), copy.deepcopy(tiny.state_dict())
+    perturb(tiny, 0)
+    ema.begin_with(start)
+    for average in ema.averages.values():
+        assert all(torch.equal(average[name], weight) for name, weight in start.items())
+    ema.update()
+    for decay in (0.999, 0.9):
+        for name, weight in ema.averages[decay].items():
+            torch.testing.assert_close(weight, start[name].lerp(tiny.state_dict()[name], 1 - decay))
+
+
+@pytest.mark.parametrize("powers", [(0.0,), (0.3,), (0.1, 0.1), (float("nan"),)])
+def test_widths_that_no_power_profile_has_are_refused(tiny: UNet, powers: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="ema_power"):
+        EMA(tiny, 0.9, powers=powers)

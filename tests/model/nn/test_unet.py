@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.nn.layers import NORMS, Attention, attend, time_embedding
+from model.nn.layers import NORMS, Attention, attend, folded, time_embedding, unfolded
 from model.nn.unet import UNet, UNetConfig
 from tests.networks import randomised
 
@@ -250,6 +250,8 @@ def test_attention_is_at_the_levels_asked_for_and_in_the_middle(tiny_config: UNe
         {"patch_size": 0},
         {"patch_size": 17},
         {"patch_size": 2.0},
+        {"haar": True},
+        {"haar": 0.5, "patch_size": 2},
     ],
     ids=str,
 )
@@ -272,6 +274,33 @@ def test_patches_are_channels_of_a_network_for_smaller_images(tiny_config: UNetC
         torch.testing.assert_close(out[:, :, i::2, j::2], expected[:, [k, 4 + k]])
     assert network.config.multiple == 4
     assert network(x[:, :, :11, :5], t, y).shape == (2, 2, 11, 5)
+
+
+@torch.no_grad()
+def test_wavelets_are_channels_of_a_network_for_smaller_images(tiny_config: UNetConfig) -> None:
+    network = randomised(replace(tiny_config, image_size=(12, 8), patch_size=2, haar=True))
+    inner = UNet(replace(tiny_config, image_channels=4, image_size=(6, 4))).eval()
+    inner.load_state_dict(network.state_dict())
+    x, t = inputs(2, 1, 12, 8)
+    y = torch.tensor([0, 2])
+    haar = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    squares = torch.stack([x[:, 0, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=1)
+    out = network(x, t, y)
+    expected = torch.einsum("ij,nihw->njhw", haar, inner(torch.einsum("ij,njhw->nihw", haar, squares), t, y))
+    for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        torch.testing.assert_close(out[:, 0, i::2, j::2], expected[:, k])
+    assert network(x[:, :, :11, :5], t, y).shape == (2, 1, 11, 5)
+
+
+def test_wavelets_of_white_noise_are_white_and_go_back() -> None:
+    x = torch.randn(64, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    wavelets = folded(x, 2, haar=True)
+    assert wavelets.shape == (64, 24, 4, 4)
+    assert float(wavelets.square().sum()) == pytest.approx(float(x.square().sum()), rel=1e-5)
+    torch.testing.assert_close(unfolded(wavelets, 2, haar=True), x)
+    torch.testing.assert_close(unfolded(folded(x, 2), 2), x)
+    flat = folded(torch.ones(1, 1, 2, 2), 2, haar=True)
+    assert flat.flatten().tolist() == [2, 0, 0, 0]
 
 
 def test_lists_as_json_has_them_give_an_equal_configuration() -> None:

@@ -76,11 +76,20 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "close"),
+    [("adam", 2e-5), ("muon", 1e-3)],  # directions of hardly any gradient are as large as others in Muon's steps
+)
 def test_two_processes_train_as_one_does(
-    torchrun: Callable[..., subprocess.Popen[str]], tiny_options: Options, command_line: list[str]
+    optimizer: str,
+    close: float,
+    torchrun: Callable[..., subprocess.Popen[str]],
+    tiny_options: Options,
+    command_line: list[str],
 ) -> None:
     more = {"dropout": 0.0, "flip": True, "label_dropout": 0.3, "grad_clip": 0.1, "accumulate": 2, "schedule": "cosine"}
     more |= {"num_timesteps": 4, "timestep_sampler": "loss_second_moment", "iterations": 12, "checkpoint_rate": 6}
+    more |= {"optimizer": optimizer, "ema_power": (0.1,)}
     words = [w for k, v in more.items() for w in (f"--{k}", str(v))]
     process = torchrun(*command_line, *words, "--run_name", "two", poisoned=True)
     sys_argv = [sys.executable, str(Path(tiny_options["log_dir"]).parent / "same.py"), "poisoned"]
@@ -94,10 +103,15 @@ def test_two_processes_train_as_one_does(
     assert (a["importance"]["counts"][:-1] >= 10).all()  # or importance would not have counted yet
     assert torch.equal(a["importance"]["counts"], b["importance"]["counts"])
     torch.testing.assert_close(a["importance"]["losses"], b["importance"]["losses"], rtol=1e-4, atol=1e-6)
-    for i, moments in a["optimizer"]["state"].items():
-        torch.testing.assert_close(moments, b["optimizer"]["state"][i], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(a["network"], b["network"], rtol=1e-3, atol=2e-5)
-    torch.testing.assert_close(a["ema"], b["ema"], rtol=1e-3, atol=2e-5)
+    kinds = [(a["optimizer"], b["optimizer"])]
+    if optimizer == "muon":
+        kinds = [(a["optimizer"][kind], b["optimizer"][kind]) for kind in ("adamw", "muon")]
+    for x, y in kinds:
+        assert x["state"]
+        for i, moments in x["state"].items():
+            torch.testing.assert_close(moments, y["state"][i], rtol=50 * close, atol=close / 20)
+    torch.testing.assert_close(a["network"], b["network"], rtol=1e-3, atol=close)
+    torch.testing.assert_close(a["ema"], b["ema"], rtol=1e-3, atol=close)
     assert a["tally"][2] == b["tally"][2] == 1  # the poisoned step, skipped by both
     logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in runs]
     for x, y in zip(*logs, strict=True):

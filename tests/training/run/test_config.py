@@ -88,13 +88,21 @@ def test_a_tuple_of_one_and_of_none() -> None:
         ("--activation sillu", "one of silu, relu, mish, not 'sillu'; did you mean silu?"),
         ("--timestep_sampler importance", "one of uniform, antithetic, stratified, loss_second_moment"),
         ("--variance learned", "did you mean learned_range?"),
-        ("--optimizer sgd", "one of adam, adamw, not 'sgd'"),
+        ("--optimizer sgd", "one of adam, adamw, muon, not 'sgd'"),
         ("--ema_decay 0.9,0.9", "--ema_decay must be"),
         ("--ema_decay ()", "--ema_decay must be"),
         ("--ema_decay 0.9,x", "numbers such as 0.999,0.9999"),
         ("--ema_update_rate 0", "--ema_update_rate must be at least 1"),
         ("--accumulate 3", "--accumulate 3 must divide --batch_size 128"),
-        ("--weight_decay 0.1", "--weight_decay needs --optimizer adamw"),
+        ("--weight_decay 0.1", "--weight_decay needs --optimizer adamw or muon"),
+        ("--optimizer muon --model_checkpoint x --optim_checkpoint y", "needs --optimizer adam or adamw"),
+        ("--decay_share 0.5", "--decay_share needs --lr_schedule wsd"),
+        ("--lr_schedule wsd --decay_share 0", "--decay_share must be above 0"),
+        ("--noise_mean 0", "--noise_mean needs --timestep_sampler lognormal"),
+        ("--timestep_sampler lognormal --noise_std 0", "--noise_std above 0"),
+        ("--haar", "--haar needs --patch_size 2"),
+        ("--ema_power 0.3", "--ema_power must be above 0 and at most 0.28"),
+        ("--ema_power 0.1,0.1", "--ema_power must be"),
         ("--schedule cosine --schedule_low 1e-3", "--schedule_low needs --schedule linear"),
         ("--norm bn --norm_groups 8", "--norm_groups needs --norm gn"),
         ("--norm none --norm_eps 1e-6", "--norm_eps needs a --norm"),
@@ -219,7 +227,8 @@ def test_an_option_of_the_original_has_its_name_and_default(
 
 @pytest.mark.parametrize("option", [f.name for f in fields(TrainConfig) if f.type == "bool"])
 def test_every_switch_is_bare_or_valued(option: str) -> None:
-    besides = ["--prediction", "v"] if option == "zero_terminal_snr" else []
+    needed = {"zero_terminal_snr": ["--prediction", "v"], "haar": ["--patch_size", "2"]}
+    besides = needed.get(option, [])
     assert getattr(parsed(f"--{option}", *besides), option) is True
     assert getattr(parsed(f"--{option}", "True", *besides), option) is True
     assert getattr(parsed(f"--{option}", "False", *besides), option) is False
@@ -228,7 +237,12 @@ def test_every_switch_is_bare_or_valued(option: str) -> None:
 @pytest.mark.parametrize("option", [f.name for f in fields(TrainConfig) if "tuple" in str(f.type)])
 @pytest.mark.parametrize("form", ["{},{}", "({}, {})", "[{},{}]"])
 def test_every_tuple_is_written_in_several_ways(option: str, form: str) -> None:
-    pair = {"ema_decay": (0.5, 0.75), "attention_at": (16, 8), "guidance_interval": (0.25, 0.5)}.get(option, (1, 2))
+    pair = {
+        "ema_decay": (0.5, 0.75),
+        "ema_power": (0.05, 0.1),
+        "attention_at": (16, 8),
+        "guidance_interval": (0.25, 0.5),
+    }.get(option, (1, 2))
     guided = ["--use_labels", "--label_dropout", "0.1", "--guidance_scale", "2"]  # without it there is no interval
     assert getattr(parsed(f"--{option}", form.format(*pair), *guided), option) == pair
 

@@ -114,7 +114,7 @@ def test_only_its_user_can_tell_instance_from_group_norm_in_the_originals_file()
 
 
 def test_a_run_gives_its_best_checkpoint_its_raw_weights_and_every_average(tiny_options: dict[str, Any]) -> None:
-    folder = train(TrainConfig(**tiny_options | {"ema_decay": (0.3, 0.2, 0.4)}))
+    folder = train(TrainConfig(**tiny_options | {"ema_decay": (0.3, 0.2, 0.4), "ema_power": (0.1, 0.2)}))
     state = torch.load(folder / "state-0000008.pt", weights_only=True)
 
     def loaded(name: str, weights: str = "ema", **told: Any) -> dict[str, Tensor]:
@@ -129,6 +129,13 @@ def test_a_run_gives_its_best_checkpoint_its_raw_weights_and_every_average(tiny_
     assert_same(loaded("", ema_decay=(0.3,)), best)
     assert_same(loaded("", ema_decay=(0.2,)), averages[1])
     assert_same(loaded("", ema_decay=(0.4,)), averages[2])
+    for name in ("0.3", "0.2", "power-0.1", "power-0.2"):
+        assert_same(loaded("", name), state["ema"]["averages"][name])
+    assert not torch.equal(averages[3]["out_conv.weight"], averages[4]["out_conv.weight"])
+    with pytest.raises(
+        ValueError, match=r"no weights 'power-0\.3'; it has: raw, 0\.3, 0\.2, 0\.4, power-0\.1, power-0\.2"
+    ):
+        loaded("", "power-0.3")
     assert_same(loaded("", "raw"), state["network"])
     early = torch.load(folder / "state-0000004.pt", weights_only=True)
     assert_same(loaded("checkpoint-0000004.safetensors", "raw"), early["network"])

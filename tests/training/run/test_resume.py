@@ -34,6 +34,7 @@ EVERY_STATE = EVERY_DRAW | {
     "sample_steps": 2,
     "timestep_sampler": "loss_second_moment",
     "ema_decay": (0.9, 0.5),
+    "ema_power": (0.1, 0.2),
     "ema_update_rate": 2,
     "accumulate": 2,
     "optimizer": "adamw",
@@ -41,6 +42,14 @@ EVERY_STATE = EVERY_DRAW | {
     "variance": "learned_range",
     "norm": "bn",
     "log_rate": 3,
+}
+MUON = EVERY_DRAW | {
+    "optimizer": "muon",
+    "weight_decay": 0.1,
+    "timestep_sampler": "lognormal",
+    "lr_schedule": "wsd",
+    "patch_size": 2,
+    "haar": True,
 }
 
 
@@ -76,7 +85,7 @@ def assert_same_run(read_log: ReadLog) -> SameRun:
     return compare
 
 
-@pytest.mark.parametrize(("more", "total"), [(EVERY_DRAW, 8), (EVERY_STATE, 24)])
+@pytest.mark.parametrize(("more", "total"), [(EVERY_DRAW, 8), (EVERY_STATE, 24), (MUON, 8)])
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
     more: Options, total: int, assert_same_run: SameRun, tiny_options: Options
 ) -> None:
@@ -92,10 +101,10 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
     command = checkpoint.load(resumed / "best.safetensors").config.provenance["command"]
     assert command == TrainConfig(**options).command()
     assert_same_run(unbroken, resumed, total)
-    if "timestep_sampler" in more:  # or this would not test the state of the importance sampling
+    if more is EVERY_STATE:  # or this would not test the state of the importance sampling
         state = torch.load(unbroken / f"state-{total // 2:07d}.pt", weights_only=True)
         assert (state["importance"]["counts"][:-1] >= 10).all()
-        assert len(state["ema"]["averages"]) == 2
+        assert len(state["ema"]["averages"]) == 4
 
 
 def test_n_steps_and_then_n_more_are_2n(assert_same_run: SameRun, tiny_options: Options) -> None:

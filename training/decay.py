@@ -1,0 +1,94 @@
+"""python -m training.decay RUN NAME: a copy of a run at a saved state, where the learning rate begins to fall.
+
+The copy ends with a good checkpoint; the run itself stays as it is, and can go on from before the decay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from training.cli.options import Parser
+from training.run.config import TrainConfig
+
+
+def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.2) -> TrainConfig:
+    """Makes the folder `name` beside `run`, with its state at `iteration` (None: the newest) and log until there.
+
+    The learning rate falls from there on along a line, which is the last `share` of the copy's steps. Returns its
+    configuration. Raises ValueError or OSError with a sentence where that cannot be.
+    """
+    try:
+        saved = TrainConfig(**json.loads((run / "config.json").read_text()))
+    except OSError as error:
+        raise ValueError(f"{run}: no run there ({error.strerror}: config.json)") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{run}: its config.json cannot be used: {error}") from error
+    states = {int(path.stem.split("-")[1]): path for path in run.glob("state-*.pt")}
+    chosen = max(states, default=None) if iteration is None else iteration
+    if chosen is None or chosen not in states:
+        found = ", ".join(map(str, sorted(states))) or "none"
+        raise ValueError(f"{run} has no state of iteration {chosen}; it has: {found}")
+    if saved.lr_schedule == "cosine":
+        raise ValueError(f"{run} has --lr_schedule cosine: its learning rate has been falling from the start")
+    began = (1 - saved.decay_share) * saved.iterations
+    if saved.lr_schedule == "wsd" and chosen > began:
+        raise ValueError(
+            f"{run}: the learning rate has been falling since iteration {began:.0f}: choose a state before"
+        )
+    if not 0 < share < 1:
+        raise ValueError(f"the share of the decay is above 0 and below 1, not {share}")
+    folder = run.parent / name
+    if Path(name).name != name or name == "..":
+        raise ValueError(f"NAME is that of a folder beside {run}, not a path, as {name!r} is")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: choose another name")
+    config = replace(
+        saved, lr_schedule="wsd", decay_share=share, iterations=math.ceil(chosen / (1 - share)), run_name=name
+    )
+    part = run.parent / f"{name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    state = torch.load(states[chosen], weights_only=True, map_location="cpu")
+    torch.save(state | {"best": math.inf}, part / states[chosen].name)  # the best is to be one of the copy
+    if (run / "log.jsonl").exists():
+        shutil.copyfile(run / "log.jsonl", part / "log.jsonl")
+    (part / "config.json").write_text(config.to_json())
+    part.rename(folder)
+    return config
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m training.decay",
+        description="Copy a run with a constant learning rate, to end the copy with one that falls to 0.",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the folder of a run of training.train; it stays as it is")
+    add("name", metavar="NAME", help="of the new folder, beside it")
+    add("--iteration", type=int, metavar="N", help="of the state to begin with (default: the newest)")
+    add("--share", type=float, default=0.2, metavar="X", help="of all steps, over which it falls (default: 0.2)")
+    return parser.read(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    run = Path(args.run).expanduser().resolve()
+    try:
+        config = branch(run, args.name, args.iteration, args.share)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"training.decay: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.iterations} steps in all; go on with: python -m training.train --resume {run.parent / args.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
