@@ -185,4 +185,7 @@ def hadamard(x: Tensor) -> Tensor:
 def class_table(config: UNetConfig, width: int) -> nn.Embedding:
     """One row of `width` numbers for each class and, where there is one, the null class."""
     assert config.num_classes is not None
-    return nn.Embedding(config.num_classes + config.null_class, width)
+    weight = torch.empty(config.num_classes + config.null_class, width)
+    if not weight.is_meta:  # where there is nothing to draw, torch would import its compiler: 2 s of a server's start
+        nn.init.normal_(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)

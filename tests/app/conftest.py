@@ -112,8 +112,8 @@ def held(grey_checkpoint: Path) -> Iterator[HeldRunner]:
 
 @pytest.fixture(scope="session")
 def server(grey_checkpoint: Path) -> Iterator[ServerProcess]:
-    """`python -m app` on a port of its own."""
-    with ServerProcess("app", "--checkpoint", str(grey_checkpoint)) as server:
+    """`python -m app` on a port of its own, started by Python from nothing."""
+    with ServerProcess("app", "--checkpoint", str(grey_checkpoint), fresh=True) as server:
         yield server
 
 

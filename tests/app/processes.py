@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.forked import Forked
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0  # seconds; only a broken server needs them, or a very busy machine
 
@@ -37,16 +39,17 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"} | extra
 
 
-def run_to_its_end(*argv: str, module: str = "app", **extra: str) -> subprocess.CompletedProcess[str]:
-    """`python -m module` that is expected to stop by itself."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *argv],
-        cwd=ROOT,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+def run_to_its_end(
+    *argv: str, module: str = "app", fresh: bool = False, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module` that is expected to stop by itself; forked, unless it is to be `fresh`."""
+    command = [sys.executable, "-m", module, *argv]
+    if fresh:
+        told = {"env": environment(**extra), "capture_output": True, "text": True, "timeout": PATIENCE}
+        return subprocess.run(command, cwd=ROOT, **told)
+    with Forked(module, argv, environment(**extra)) as process:
+        out, err = process.communicate(PATIENCE)
+        return subprocess.CompletedProcess(command, process.wait(), out, err)
 
 
 def metric(text: str, name: str, **labels: str) -> float:
@@ -60,17 +63,24 @@ def metric(text: str, name: str, **labels: str) -> float:
 
 
 class ServerProcess:
-    """A server by `python -m module --port …`: ready when entered, gone when left."""
+    """A server by `python -m module --port …`: ready when entered, gone when left.
 
-    def __init__(self, module: str, *argv: str, port: int = 0, **extra: str) -> None:
-        self._command = [sys.executable, "-m", module, "--port", str(port), "--threads", "1", *argv]
+    It is forked (see tests/forked.py), unless it is to be `fresh`: then Python is started for it.
+    """
+
+    def __init__(self, module: str, *argv: str, port: int = 0, fresh: bool = False, **extra: str) -> None:
+        self._module, self._argv = module, ["--port", str(port), "--threads", "1", *argv]
+        self._is_fresh = fresh
         self._environment = environment(**extra)
         self.lines: list[str] = []
 
     def __enter__(self) -> ServerProcess:
-        self.process = subprocess.Popen(
-            self._command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, text=True
-        )
+        self.process: subprocess.Popen[str] | Forked
+        if self._is_fresh:
+            command = [sys.executable, "-m", self._module, *self._argv]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, text=True)
+        else:
+            self.process = Forked(self._module, self._argv, self._environment)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
@@ -86,8 +96,9 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
         self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe:
+                pipe.close()
         if hasattr(self, "client"):
             self.client.close()
 

@@ -112,9 +112,9 @@ def test_a_process_ends_with_a_sentence_and_runs_nothing(grey_checkpoint: Path, 
     """The rest of its start is tested beside others, in test_server.py."""
     trace, path = tmp_path / "trace", tmp_path / "broken.safetensors"
     good = grey_checkpoint.read_bytes()
-    for content in (hostile(trace)["a .pt"], flipped(good, len(good) - 2, 0)):
+    for content, fresh in ((hostile(trace)["a .pt"], True), (flipped(good, len(good) - 2, 0), False)):
         path.write_bytes(content)
-        ended = run_to_its_end("--checkpoint", str(path), "--port", "0")
+        ended = run_to_its_end("--checkpoint", str(path), "--port", "0", fresh=fresh)
         assert ended.returncode == 1
         assert ended.stderr.startswith(f"python -m app: {path}")
         assert ended.stderr.count("\n") == 1

@@ -186,7 +186,7 @@ def main() -> None:
         return ROWS * count / (time.perf_counter() - started)
 
     argv = ["--checkpoint", "mnist", "--max-batch-size", str(ROWS), "--threads", str(args.threads)]
-    with ServerProcess("app", *argv) as server:
+    with ServerProcess("app", *argv, fresh=True) as server:
         (compare_steps if args.pngs else compare_rates)(server, naive, args)
 
 

@@ -87,29 +87,29 @@ def main(argv: list[str]) -> int:
 
 def _vanishing(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
     argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-size", "16", "--read-timeout-s", "3"]
-    with ServerProcess(FAULTY, *argv) as server:
+    with ServerProcess(FAULTY, *argv, fresh=True) as server:
         return let_vanish(server, args.clients, args.seed)
 
 
 def _hostile(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
-    with ServerProcess("app", "--checkpoint", str(checkpoints[0]), "--read-timeout-s", "3") as server:
+    with ServerProcess("app", "--checkpoint", str(checkpoints[0]), "--read-timeout-s", "3", fresh=True) as server:
         return flood(server, args.requests, args.seed)
 
 
 def _schema(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
-    with ServerProcess("app", "--checkpoint", str(checkpoints[0]), *settings(folder)) as server:
+    with ServerProcess("app", "--checkpoint", str(checkpoints[0]), *settings(folder), fresh=True) as server:
         return fuzz(server.url, folder, args.examples)
 
 
 def _spoiled(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
     argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-size", "8", *settings(folder)]
-    with ServerProcess("app", *argv) as server:
+    with ServerProcess("app", *argv, fresh=True) as server:
         return offer_spoiled(server, folder, checkpoints[0], args.files, args.seed)
 
 
 def _slow(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
     argv = ["--checkpoint", str(checkpoints[0]), "--write-timeout-s", "3600"]
-    with ServerProcess(FAULTY, *argv, SEND_BUFFER=SEND_BUFFER) as server:
+    with ServerProcess(FAULTY, *argv, SEND_BUFFER=SEND_BUFFER, fresh=True) as server:
         return read_slowly(server, args.readers, args.slow_s)
 
 

@@ -29,7 +29,7 @@ def bring_down(checkpoint: Path) -> Findings:
     for name in (*FATAL, KILL, *DRAINS, "the last one"):
         argv = [*arguments(checkpoint), "--drain-s", str(DRAINS.get(name, 30.0))]
         started = time.monotonic()
-        with ServerProcess(FAULTY, *argv, port=port) as server:
+        with ServerProcess(FAULTY, *argv, port=port, fresh=True) as server:
             ready = time.monotonic() - started
             port = port_of(server)
             image = server.client.post("/generate", json=CANARY).content

@@ -40,7 +40,7 @@ def lay_siege(
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
         weights = Weights(Path(folder), checkpoints)
-        with ServerProcess(FAULTY, *arguments(weights.path)) as server:
+        with ServerProcess(FAULTY, *arguments(weights.path), fresh=True) as server:
             siege = Siege(port_of(server), random.Random(seed), findings.outcomes, findings.wrong)
             server.client.post("/generate", json=CANARY)
             balance = Balance(server)
@@ -51,7 +51,7 @@ def lay_siege(
             asyncio.run(siege.look_at_canary("in the end"))
             _account_for_requests(server, siege, findings)
         for version in weights.versions:
-            with ServerProcess(FAULTY, *arguments(version)) as quiet:
+            with ServerProcess(FAULTY, *arguments(version), fresh=True) as quiet:
                 asyncio.run(_compare(siege, weights.hashes[version], port_of(quiet), findings))
     return findings
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +19,7 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet, UNetConfig
 from model.sampling.schedule import SamplingDefaults
+from tests.forked import Forked
 from training import evaluate
 from training.classifier.network import Classifier, ClassifierConfig
 from training.evaluation import feature_extractor
@@ -120,24 +119,10 @@ def read_log() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start() -> Iterator[Callable[..., Forked]]:
     """Starts `python -m module words…` in the repository's root; it does not outlive the test."""
     with ExitStack() as stack:
-
-        def run(module: str, *words: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *words],
-                cwd=Path(__file__).parents[2],
-                env=dict(os.environ),
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            return process
-
-        yield run
+        yield lambda module, *words: stack.enter_context(Forked(module, words, os.environ))
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_more_images_begin_with_those_that_are_there(
         ["--seed", "1"],
         ["--steps", "3"],
         ["--eta", "0"],
-        ["--sampler", "ddpm"],
+        ["--sampler", "ddpm", "--steps", "2"],
         ["--guidance_scale", "2"],
         ["--batch_size", "4"],
         ["--precision", "bf16"],

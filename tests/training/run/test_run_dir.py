@@ -3,9 +3,7 @@ import json
 import os
 import resource
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet
+from tests.forked import Forked
 from training.run.config import TrainConfig
 from training.run.run_dir import RunDir
 
@@ -60,15 +59,15 @@ def test_a_run_that_did_not_start_leaves_its_name_free(config: TrainConfig) -> N
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_two_processes_cannot_train_in_one_folder(resume: bool, run: RunDir, config: TrainConfig) -> None:
-    code = "import sys; from pathlib import Path; from training.run.config import TrainConfig; "
-    code += "from training.run.run_dir import RunDir; RunDir(TrainConfig(log_dir=sys.argv[1], run_name='run'), "
-    words = [sys.executable, "-c", f"{code}resume={resume})", config.log_dir]
-    refused = subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
-    assert "is in use: another process is training in it" in refused.stderr
+def test_two_processes_cannot_train_in_one_folder(
+    resume: bool, run: RunDir, config: TrainConfig, start: Callable[..., Forked]
+) -> None:
+    words = ("tests.training.take_run", config.log_dir, str(resume))
+    assert "is in use: another process is training in it" in start(*words).communicate(300)[1]
     run.__exit__()
-    free = subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
-    assert (free.returncode == 0) == resume, free.stderr
+    free = start(*words)
+    _, err = free.communicate(300)
+    assert (free.returncode == 0) == resume, err
     run._lock = os.open(os.devnull, os.O_RDONLY)  # for the fixture to close
 
 
