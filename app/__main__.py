@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from app import logs
-from app.access import Keys
+from app.auth import Keys
 from app.connection import Connection, Limits
 from app.engine.memory import is_out_of_memory
 from app.engine.runner import Runner

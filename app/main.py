@@ -13,7 +13,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app.access import Keys
+from app.auth import Keys
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import keep_freed_memory
@@ -36,7 +36,7 @@ from app.routes import docs, generate, health, models, sequence, ui
 from app.routes.state import Service
 from app.settings import Settings
 from app.tracing import Tracer, Traces
-from model.backends.cpu import best_precision
+from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint
 
 VERSION = "0.1.0"

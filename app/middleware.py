@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.access import Keys
+from app.auth import Keys
 from app.errors import ServiceError
 from app.metrics import Metrics
 

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
         description="most U-Net rows in a network call (it decides an image's last bits); 0 is 32 on a "
         "CPU, 8 there from 10 million parameters on, up to 256 on a GPU",
     )
-    api_keys_file: str = Field("", description="file of API keys (see app/access.py); with one, requests need a key")
+    api_keys_file: str = Field("", description="file of API keys (see app/auth.py); with one, requests need a key")
     api_keys: SecretStr = Field(
         SecretStr(""),
         description="API keys as NAME:KEY, by commas; as a variable only, since `ps` shows everybody the flags",

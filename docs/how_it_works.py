@@ -23,7 +23,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.noise import normals
 from model.sampling.schedule import COLUMNS, make_plan
 from model.sampling.solvers import SAMPLERS

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.safetensors_io import not_data, write_tensors
 from model.sampling.schedule import SamplingDefaults, make_plan
 

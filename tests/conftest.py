@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from tests.networks import randomised
 
 torch.set_num_threads(1)  # tiny networks are fastest so, and it leaves the machine to others

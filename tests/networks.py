@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 
 
 def randomised(config: UNetConfig, std: float = 0.2, seed: int = 0) -> UNet:

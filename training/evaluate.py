@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.backends.cpu import compile_for_inference
+from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import from_uint8, to_uint8

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.sampling.schedule import SamplingDefaults
 from training.cli import command
 from training.cli.options import printable

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from app.engine.batch import Batch, Ints
 from app.engine.slots import Slots, x0_row, x_row
-from model.backends.cpu import Forward
 from model.backends.cuda import Record
-from model.nn.unet import UNetConfig
+from model.diffusion import Network
+from model.nn.config import UNetConfig
 from model.sampling.noise import normals, normals_of
 from model.sampling.schedule import COLUMNS
 from model.sampling.step import apply_step, guided
@@ -39,7 +39,7 @@ class Graphs:
     """
 
     def __init__(
-        self, network: Forward, config: UNetConfig, sizes: list[int], slots: Slots, record: Record, device: torch.device
+        self, network: Network, config: UNetConfig, sizes: list[int], slots: Slots, record: Record, device: torch.device
     ) -> None:
         """`sizes`: the numbers of rows, ascending."""
         self._network, self._config, self._sizes, self.slots, self._record = network, config, sizes, slots, record

@@ -16,7 +16,7 @@ from app.engine.memory import is_out_of_memory, return_freed_memory
 from app.engine.request import Sample, View
 from app.engine.sizes import agreeing, candidates, gpu_chunk
 from app.engine.slots import Slots, slots_for
-from model.backends.cpu import compile_for_inference
+from model.backends.compile import compile_for_inference
 from model.backends.cuda import CudaRecorder, Record
 from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint

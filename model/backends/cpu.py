@@ -1,6 +1,6 @@
-"""The U-Net as it runs fastest where nothing is learnt: one function, `compile_for_inference`.
+"""The U-Net as it runs fastest on a CPU, where nothing is learnt.
 
-On a CPU most of a network's time is spent around its convolutions. What is done about it, without a compiler:
+Most of a network's time is spent around its convolutions. What is done about it, without a compiler:
 
 - Convolutions take weights that oneDNN has packed beforehand, in bfloat16 where asked for.
 - On large maps a normalisation becomes one scale and one shift per sample and channel. Whatever is linear around it is
@@ -21,12 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.cuda import autocast_network
 from model.nn.layers import Attention, ResBlock, Upsample, folded, unfolded
 from model.nn.unet import UNet, padded, unpadded
 
-PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 CACHE_BYTES = 64 * 2**20  # of embedded timesteps
 SMALL = 1024  # positions; on larger maps PyTorch's group norm splits a row's sums among threads by the number of rows
 
@@ -35,27 +32,6 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "mish": lambda x: F.mish(x, inplace=True),
 }
-
-
-def best_precision(device: torch.device) -> str:
-    """bf16 where the device multiplies matrices in it, else fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
-
-
-def compile_for_inference(network: UNet, device: torch.device, precision: str) -> Forward:
-    """`network` as a function of x [N, C, H, W], t [N], y [N] or None, on `device`; float32 in, float32 out.
-
-    The network itself is left as it is, on a CPU; elsewhere it is moved to the device, and rounded. Raises ValueError
-    for a precision that is not one of `PRECISIONS`.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    network.eval()
-    if device.type == "cpu":
-        return PackedUNet(network, PRECISIONS[precision])
-    return autocast_network(network, device, PRECISIONS[precision])
 
 
 class Conv:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from model.diffusion import Network
 from model.nn.unet import UNet
-
-if TYPE_CHECKING:
-    from model.backends.cpu import Forward
 
 WARM_UPS = 3  # calls before a recording: they choose kernels, load them, and reserve what libraries need
 
@@ -34,7 +31,7 @@ def use_tf32(on: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = on
 
 
-def autocast_network(network: UNet, device: torch.device, dtype: torch.dtype) -> Forward:
+def autocast_network(network: UNet, device: torch.device, dtype: torch.dtype) -> Network:
     """See `compile_for_inference`. Nothing in a call waits for the device, or a graph could not be made of it.
 
     The network is moved to the device. What autocast would round at every call is rounded once.

@@ -25,8 +25,9 @@ from model.convert.layout import (
     separate_qkv,
     written,
 )
+from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock, time_embedding
-from model.nn.unet import UNet, UNetConfig
+from model.nn.unet import UNet
 
 # abarankab/DDPM, "the original"
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model import import_scheduler
+from model.convert import scheduler
+from model.convert.files import TENSORFLOW, TENSORFLOW_SAYS, folder_weights, read_json
 from model.convert.layout import (
     Flags,
     Imported,
@@ -21,9 +22,9 @@ from model.convert.layout import (
     norm_groups,
     separate_qkv,
 )
-from model.import_files import TENSORFLOW, TENSORFLOW_SAYS, folder_weights, read_json
+from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock
-from model.nn.unet import UNet, UNetConfig
+from model.nn.unet import UNet
 
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
@@ -93,9 +94,9 @@ def import_folder(source: Path, flags: Flags) -> Imported:
     assumed = [] if theirs.get("sample_size") or flags.image_size else ["image_size 32,32"]
     if folder.name == "unet" and flags.weights is None and (folder.parent / "unet_ema").is_dir():
         assumed.append("the raw weights are meant, though there is unet_ema")
-    scheduler = import_scheduler.find_scheduler(source, folder)
+    configuration = scheduler.find_scheduler(source, folder)
     limit = "clamp"
-    if scheduler is None:
+    if configuration is None:
         flags.need(num_timesteps=1000, schedule="linear", prediction="eps")
         if not config.learned_variance:
             flags.need(variance="fixed_small")
@@ -105,9 +106,9 @@ def import_folder(source: Path, flags: Flags) -> Imported:
         variance = "learned_range" if config.learned_variance else "fixed_small"
         diffusion, origin = diffusion_by_flags(flags, variance=variance), "by flags, since there is no scheduler"
     else:
-        told = read_json(scheduler)
-        diffusion, limit, more = import_scheduler.read(told, config.learned_variance)
-        origin, assumed = f"from {told['_class_name']} in {scheduler}", [*assumed, *more]
+        told = read_json(configuration)
+        diffusion, limit, more = scheduler.read(told, config.learned_variance)
+        origin, assumed = f"from {told['_class_name']} in {configuration}", [*assumed, *more]
     used = {"weights"} if folder.name == "unet_ema" or (folder.parent / "unet_ema").is_dir() else set()
     return Imported(
         _converted(state, theirs, config),

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, Table, cosine_betas, linear_betas
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 
 Weights = dict[str, Tensor]
 

@@ -23,8 +23,9 @@ from model.convert.layout import (
     diffusion_by_flags,
     layers,
 )
+from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock
-from model.nn.unet import UNet, UNetConfig
+from model.nn.unet import UNet
 
 # openai/improved-diffusion and openai/guided-diffusion
 

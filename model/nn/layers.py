@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "mish": F.mish}
 NORMS: dict[str, Callable[[int, UNetConfig], nn.Module]] = {
@@ -188,4 +187,4 @@ def class_table(config: UNetConfig, width: int) -> nn.Embedding:
     weight = torch.empty(config.num_classes + config.null_class, width)
     if not weight.is_meta:  # where there is nothing to draw, torch would import its compiler: 2 s of a server's start
         nn.init.normal_(weight)
-    return nn.Embedding(*weight.shape, _weight=weight)
+    return nn.Embedding(len(weight), width, _weight=weight)

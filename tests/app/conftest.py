@@ -19,7 +19,7 @@ from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.schedule import SamplingDefaults
 from tests.app.processes import ServerProcess, wait_for
 from tests.networks import randomised

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from app import access
-from app.access import Keys
+from app import auth
+from app.auth import Keys
 from app.errors import Overloaded, ServiceError, Unauthorized
 from app.settings import Settings
 from tests.app.conftest import HeldRunner, serving
@@ -118,7 +118,7 @@ def test_every_key_is_compared_whichever_matches(monkeypatch: pytest.MonkeyPatch
         return hmac.compare_digest(one, other)
 
     keys = Keys(Settings(api_keys=BOTH))
-    monkeypatch.setattr(access, "hmac", type("", (), {"compare_digest": staticmethod(compare)}))
+    monkeypatch.setattr(auth, "hmac", type("", (), {"compare_digest": staticmethod(compare)}))
     keys.find(token)
     assert compared == [(32, 32), (32, 32)]
 

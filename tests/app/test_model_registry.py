@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from tests.app.conftest import CLASSES, COLOUR, GREY, write_checkpoint
 from tests.app.faulty_server import REFUSED, SLOW
 from tests.app.processes import PATIENCE, ServerProcess, metric, run_to_its_end, wait_for

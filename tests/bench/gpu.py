@@ -30,10 +30,11 @@ from app.engine.request import OutputStream, Request, Sample
 from app.engine.runner import Runner, best_chunk, last
 from app.engine.sizes import candidates
 from model import checkpoint
-from model.backends.cpu import best_precision
+from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import make_plan
 from tests.bench.timing import matrix_peak, processor, seconds

@@ -10,9 +10,10 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.exporters import renamed, unet_json
+from model.convert.exporter import renamed, unet_json
+from model.nn.config import UNetConfig
 from model.nn.layers import Attention
-from model.nn.unet import UNet, UNetConfig
+from model.nn.unet import UNet
 from tests.bench.timing import Contender
 
 CONFIGS = {

@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.engine.memory import keep_freed_memory
 from model import checkpoint
-from model.backends.cpu import best_precision, compile_for_inference
+from model.backends.compile import best_precision, compile_for_inference
 from model.sampling.schedule import make_plan
 from model.sampling.step import sample
 from tests.app.processes import ServerProcess, metric, wait_for

@@ -26,7 +26,7 @@ from app.engine.request import Request, Sample
 from app.engine.runner import Runner, best_chunk
 from app.engine.scheduler import Scheduler
 from model import checkpoint
-from model.backends.cpu import best_precision
+from model.backends.compile import best_precision
 from model.sampling.schedule import Plan, make_plan
 from tests.bench.serving.numbers import percentile
 from tests.bench.serving.workloads import KINDS, Arrival, poisson

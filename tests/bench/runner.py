@@ -22,10 +22,11 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
 from model import checkpoint
-from model.backends.cpu import compile_for_inference
+from model.backends.compile import compile_for_inference
 from model.backends.openvino import compile_openvino
-from model.exporters import unet_json
-from model.nn.unet import UNet, UNetConfig
+from model.convert.exporter import unet_json
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 
 CPU = torch.device("cpu")
 

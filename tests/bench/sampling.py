@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch import nn
 
-from model.backends.cpu import compile_for_inference
+from model.backends.compile import compile_for_inference
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
 from model.nn.unet import UNet

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.backends.cpu import Forward, compile_for_inference
+from model.backends.compile import compile_for_inference
 from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
+from model.diffusion import Network
 from model.images import to_uint8
 from model.sampling.schedule import make_plan
 from model.sampling.step import sample
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 AT_ONCE = 8  # rows of a call
 
 
-def images(loaded: Checkpoint, network: Forward, count: int) -> Tensor:
+def images(loaded: Checkpoint, network: Network, count: int) -> Tensor:
     """int16 [count, C, H, W]."""
     unet, made = loaded.config.unet, []
     plan = make_plan(loaded.diffusion, **asdict(loaded.config.sampling))

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from model import checkpoint
 from model.checkpoint import CheckpointConfig, CheckpointError, find, load, save
 from model.diffusion import DiffusionConfig
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.sampling.schedule import SamplingDefaults
 from tests.model.broken import BROKEN, HUGE, NOT_READABLE, flipped, hostile
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8, to_uint8
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.sampling.schedule import make_plan
 from model.sampling.step import sample
 from training import data, evaluate

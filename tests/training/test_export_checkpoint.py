@@ -10,7 +10,7 @@ import torch
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.schedule import SamplingDefaults
 from tests.networks import randomised
 from training import export_checkpoint

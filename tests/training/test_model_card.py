@@ -12,7 +12,8 @@ from PIL import Image
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.sampling.schedule import SamplingDefaults
 from training import model_card
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.diffusion import GaussianDiffusion
+from model.nn.config import UNetConfig
 from model.nn.ema import EMA
-from model.nn.unet import UNetConfig
 from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
 from tests.networks import randomised
 from training import gpu as training_gpu

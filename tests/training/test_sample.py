@@ -11,7 +11,7 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.images import to_uint8
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.schedule import make_plan
 from model.sampling.step import sample
 from training.sample import batch_size, main

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.backends.cpu import best_precision
+from model.backends.compile import best_precision
 from model.images import from_uint8
 from model.nn.ema import EMA
 from training import data

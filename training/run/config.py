@@ -13,8 +13,9 @@ import torch
 
 from model.backends.cuda import use_tf32
 from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig, GaussianDiffusion
+from model.nn.config import CONDITIONINGS, UNetConfig
 from model.nn.ema import WIDEST
-from model.nn.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
+from model.nn.layers import ACTIVATIONS, NORMS
 from model.sampling.schedule import LIMITS, SamplingDefaults, make_plan
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import SPACINGS

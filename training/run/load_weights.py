@@ -16,10 +16,11 @@ import torch
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
 from model.convert.abarankab import import_original
+from model.convert.importer import import_path, load_weights, recognise
 from model.convert.layout import Flags, ImportRefused, Weights
 from model.diffusion import DiffusionConfig
-from model.importers import import_path, load_weights, recognise
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.sampling.schedule import SamplingDefaults
 from training.cli.options import expanded, numbers, one_of, written
 from training.run.config import TrainConfig

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from model import checkpoint
 from model.convert.abarankab import import_original
+from model.convert.importer import load_weights
 from model.convert.layout import Flags, ImportRefused, Weights
 from model.diffusion import DiffusionConfig
-from model.importers import load_weights
+from model.nn.config import UNetConfig
 from model.nn.ema import EMA
-from model.nn.unet import UNet, UNetConfig
+from model.nn.unet import UNet
 from training.cli.options import expanded, written
 from training.loop.muon import MuonAdamW
 from training.loop.optimizer import Optimizer, load_state

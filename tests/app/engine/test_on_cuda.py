@@ -20,7 +20,7 @@ from app.main import log_device
 from app.settings import Settings
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.schedule import make_plan
 from tests.fake_cuda import CUDA, Event, FakeCuda, fake_cuda
 from tests.networks import randomised

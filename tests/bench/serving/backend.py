@@ -23,7 +23,7 @@ from torch import Tensor
 
 from app.engine.memory import keep_freed_memory
 from model import checkpoint
-from model.backends.cpu import best_precision, compile_for_inference
+from model.backends.compile import best_precision, compile_for_inference
 from model.images import grid, to_uint8
 from model.sampling.schedule import Plan, make_plan
 from model.sampling.step import sample

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from model.backends.cpu import Forward
+from model.diffusion import Network
 from tests.bench.serving.settings import Settings
 
 Times = Sequence[Sequence[float]]  # [rows, milliseconds] each, ascending
@@ -33,7 +33,7 @@ class Steady:
     number of calls, the number of those that took longer by themselves, and by how many seconds, and the seconds that
     they all should have taken."""
 
-    def __init__(self, network: Forward, times: Times, tally: str) -> None:
+    def __init__(self, network: Network, times: Times, tally: str) -> None:
         self.network, self.tally = network, Path(tally)
         self.rows, self.ms = zip(*times, strict=True)
         self.calls, self.late, self.lost_s, self.told_s = 0, 0, 0.0, 0.0
@@ -57,6 +57,6 @@ def tally_of(told: Settings) -> str:
     return told.counter + ".calls"
 
 
-def held(network: Forward, told: Settings) -> Forward:
+def held(network: Network, told: Settings) -> Network:
     """With the times of the settings, if they have any."""
     return Steady(network, told.step_ms, tally_of(told)) if told.step_ms else network

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from model.backends.cpu import PackedUNet, best_precision, compile_for_inference
-from model.nn.unet import UNet, UNetConfig
+from model.backends.compile import best_precision, compile_for_inference
+from model.backends.cpu import PackedUNet
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from tests.networks import randomised
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.backends.cpu import Forward
 from model.backends.cuda import CudaRecorder, Record, autocast_network
-from model.nn.unet import UNet, UNetConfig
+from model.diffusion import Network
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from tests.networks import randomised
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def inputs(config: UNetConfig, n: int, seed: int = 1, device: str = "cpu") -> In
     return x.to(device), t.to(device), None if y is None else y.to(device)
 
 
-def recorded(eager: Forward, record: Record, given: Inputs) -> Forward:
+def recorded(eager: Network, record: Record, given: Inputs) -> Network:
     """The network on memory that stays where it is, of the size of `given`."""
     places = [None if value is None else torch.zeros_like(value) for value in given]
     out = torch.empty(0, device=given[0].device)

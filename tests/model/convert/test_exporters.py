@@ -12,11 +12,11 @@ from diffusers import DDPMPipeline
 from diffusers.schedulers import scheduling_ddpm
 
 from model.checkpoint import CheckpointConfig, load, save
+from model.convert.exporter import ExportRefused, export, main
+from model.convert.importer import import_path
 from model.convert.layout import Flags
 from model.diffusion import DiffusionConfig
-from model.exporters import ExportRefused, export, main
-from model.importers import import_path
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.noise import normals
 from model.sampling.schedule import SamplingDefaults, make_plan
 from model.sampling.step import apply_step, sample

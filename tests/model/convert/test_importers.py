@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.backends.cpu import compile_for_inference
+from model.backends.compile import compile_for_inference
+from model.convert.importer import import_path, load_weights, main
 from model.convert.layout import Flags, Imported, ImportRefused
 from model.diffusion import GaussianDiffusion, cosine_betas, linear_betas
-from model.importers import import_path, load_weights, main
 from model.nn.unet import UNet
 from model.sampling.schedule import InvalidPlan, make_plan
 from model.sampling.step import sample

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from model.nn.config import UNetConfig
 from model.nn.ema import EMA, move_together, power_exponent
-from model.nn.unet import UNet, UNetConfig
+from model.nn.unet import UNet
 
 
 def perturb(network: nn.Module, seed: int) -> None:

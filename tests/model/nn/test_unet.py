@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.nn.layers import NORMS, Attention, attend, folded, time_embedding, unfolded
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import ACTIVATION_NAMES, NORM_NAMES, UNetConfig
+from model.nn.layers import ACTIVATIONS, NORMS, Attention, attend, folded, time_embedding, unfolded
+from model.nn.unet import UNet
 from tests.networks import randomised
 
 
@@ -323,3 +324,8 @@ def test_attend_is_attention(length: int, heads: int) -> None:
         (out * weights).sum().backward()
         results.append((out.detach(), qkv.grad))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
+
+
+def test_the_names_of_a_configuration_are_those_of_the_layers() -> None:
+    assert (*NORMS,) == NORM_NAMES
+    assert (*ACTIVATIONS,) == ACTIVATION_NAMES

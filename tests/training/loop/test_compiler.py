@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from training.loop.compiler import compiled
 from training.run.config import TrainConfig
 from training.train import main, train

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.diffusion import DiffusionConfig
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.schedule import SamplingDefaults
 from training.cli.command import parse
 from training.run.config import GROUPS, TrainConfig

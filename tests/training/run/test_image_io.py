@@ -8,7 +8,8 @@ from PIL import Image
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
-from model.nn.unet import UNet, UNetConfig
+from model.nn.config import UNetConfig
+from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import SamplingDefaults, make_plan
 from model.sampling.step import sample

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
+from model.convert.importer import import_path
 from model.convert.layout import Flags
 from model.diffusion import GaussianDiffusion
 from model.images import to_uint8
-from model.importers import import_path
 from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import make_plan

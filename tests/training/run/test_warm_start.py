@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model import checkpoint
 from model.convert.abarankab import import_original
+from model.convert.importer import import_path
 from model.convert.layout import Flags
-from model.importers import import_path
 from model.nn.ema import EMA
 from model.nn.unet import UNet
 from tests.fixtures import theirs

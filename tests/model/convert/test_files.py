@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError, load
+from model.convert.importer import import_path, load_weights, main
 from model.convert.layout import Flags, ImportRefused
-from model.importers import import_path, load_weights, main
 from tests.fixtures import theirs
 
 ORIGINAL, GUIDED = "original/plain-cosine-model.pth", "guided-diffusion/imagenet-like.pt"

@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from model import checkpoint
 from model.convert.diffusers import OLD_NAMES
+from model.convert.importer import import_path, main
 from model.convert.layout import Flags, Imported, ImportRefused
-from model.importers import import_path, main
 from model.nn.unet import UNet
 
 ALONE = {"num_timesteps": 1000, "schedule": "linear", "prediction": "eps", "variance": "fixed_small"}

@@ -1,0 +1,33 @@
+"""The network as it runs fastest on a device, in a precision: one function, `compile_for_inference`."""
+
+from __future__ import annotations
+
+import torch
+
+from model.backends.cpu import PackedUNet
+from model.backends.cuda import autocast_network
+from model.diffusion import Network
+from model.nn.unet import UNet
+
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 where the device multiplies matrices in it, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def compile_for_inference(network: UNet, device: torch.device, precision: str) -> Network:
+    """`network` as a function of x [N, C, H, W], t [N], y [N] or None, on `device`; float32 in, float32 out.
+
+    The network itself is left as it is, on a CPU; elsewhere it is moved to the device, and rounded. Raises ValueError
+    for a precision that is not one of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    network.eval()
+    if device.type == "cpu":
+        return PackedUNet(network, PRECISIONS[precision])
+    return autocast_network(network, device, PRECISIONS[precision])
