@@ -1,4 +1,4 @@
-"""`ddpm-serve`, from a wheel in an environment that has only what it needs, beside a user's own `model.py` and `app/`."""
+"""`ddpm-serve`, from a wheel in an environment of its own, beside a user's own `model.py` and `app/`."""
 
 from __future__ import annotations
 
