@@ -222,9 +222,9 @@ def default_variables(defaults: dict[str, str]) -> dict[str, str]:
 
 
 RENAMED = {  # settings that had another name
-    "max_batch_size": "max_batch_size",
-    "max_pending_nfe": "max_pending_nfe",
-    "micro_batch_size": "micro_batch_size",
+    "max_batch_rows": "max_batch_size",
+    "max_queue_rows": "max_pending_nfe",
+    "chunk_rows": "micro_batch_size",
 }
 
 

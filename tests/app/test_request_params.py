@@ -243,7 +243,7 @@ def test_a_stream_keeps_the_newest_frame_for_a_slow_client_and_a_file_keeps_all(
         query = SequenceQuery(frames=5, steps=10, format=format)
         output = make_job(query, served(grey), Settings(), lambda: drops.append(1)).request.output
         for step in range(5):
-            output.deliver(Frame(step, np.zeros((1, 1, 8, 12), np.uint8)))
+            output.put(Frame(step, np.zeros((1, 1, 8, 12), np.uint8)))
 
     asyncio.run(deliver())
     assert len(drops) == dropped

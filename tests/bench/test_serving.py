@@ -240,7 +240,7 @@ def test_every_policy_serves_everybody(policy: str) -> None:
     """No image twice in a step, none beyond the cap (`replay` asserts it), and nothing is faster than alone."""
     plans = {steps: make_plan(checkpoint.load("mnist").diffusion, "ddim", steps) for steps in workloads.STEPS}
     trace = workloads.poisson("mixed steps", 1000, 4, seed=1)
-    found = replay(POLICIES[policy](4), trace, plans, [0.0, 1e-3, 2e-3, 3e-3, 4e-3])
+    found = replay(POLICIES[policy](BatchLimits(4)), trace, plans, [0.0, 1e-3, 2e-3, 3e-3, 4e-3])
     assert (found.latency > 0).all()
     assert found.slowdown.min() >= 1 - 1e-9
     assert found.starved.max() >= 0
@@ -250,7 +250,7 @@ def test_in_order_means_in_order() -> None:
     plans = {20: make_plan(checkpoint.load("mnist").diffusion, "ddim", 20)}
     trace = [Arrival(0.0, 16, 20, 0, 0), Arrival(0.01, 1, 20, 0, 0)]
     step_s = [0.0, 0.01, 0.01, 0.01, 0.01]
-    crowd_first = replay(InOrder(4), trace, plans, step_s).latency
+    crowd_first = replay(InOrder(BatchLimits(4)), trace, plans, step_s).latency
     assert crowd_first.tolist() == pytest.approx([0.8, 0.99])
     passed = replay(Scheduler(BatchLimits(4)), trace, plans, step_s).latency
     assert passed[1] < 0.5

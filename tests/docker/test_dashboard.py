@@ -9,14 +9,17 @@ import runpy
 import pytest
 import yaml
 
-from app.metrics import Metrics
+from app.metrics import EngineStatus, Metrics, ModelStatus
 from tests.docker.files import DOCKER, FOREIGN, ROOT, dashboard, metrics_in, panel_queries, panels, rules
 
 
 def series() -> set[str]:
     """Every series name that the server can have."""
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-    families = Metrics().registry.collect()
+    metrics = Metrics()
+    model = ModelStatus("mnist", 0, 0, 1)
+    metrics.bind_engine(lambda: EngineStatus(True, False, 0.0, 0.0, 0, 0.0, [model]))
+    families = metrics.registry.collect()
     return {family.name + suffix for family in families for suffix in suffixes.get(family.type, ("",))}
 
 
