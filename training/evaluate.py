@@ -33,7 +33,7 @@ from model.sampling.step import sample
 from training import data
 from training.cli.options import Parser, one_of
 from training.cli.sampling_options import add_sampling_options, settings_of
-from training.data import DataError, Images
+from training.data.datasets import DataError, Images
 from training.evaluation import feature_extractor, memorization, metrics
 from training.evaluation.feature_extractor import Judge
 from training.evaluation.feature_files import FeatureFile

@@ -19,8 +19,8 @@ from model.diffusion import GaussianDiffusion, Network
 from model.nn.unet import UNet, UNetConfig
 from training import data, gpu
 from training.cli import command
-from training.data import DataError
 from training.data.batches import Batch, Batches
+from training.data.datasets import DataError
 from training.loop.compiler import compiled
 from training.loop.distributed import Ranks, joined, unreduced
 from training.loop.optimizer import restore, step

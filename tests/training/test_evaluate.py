@@ -18,7 +18,7 @@ from model.sampling.step import sample
 from training import data, evaluate
 from training.classifier import train
 from training.classifier.network import Classifier, ClassifierConfig
-from training.data import Images
+from training.data.datasets import Images
 from training.evaluation import feature_extractor, metrics
 from training.evaluation.likelihood import bits_per_dim
 from training.evaluation.statistics import Moments, kernel_distance

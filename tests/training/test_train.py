@@ -17,8 +17,8 @@ from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from training import data
 from training import train as module
-from training.data import Images
 from training.data.batches import Batches
+from training.data.datasets import Images
 from training.loop.distributed import Ranks
 from training.loop.optimizer import step
 from training.loop.validation import chosen, validation_loss

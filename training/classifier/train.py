@@ -27,7 +27,7 @@ from model.nn.ema import EMA
 from training import data
 from training.classifier.network import Classifier, ClassifierConfig
 from training.cli.options import Parser, integers, one_of, written
-from training.data import DataError, Images
+from training.data.datasets import DataError, Images
 from training.evaluation import feature_extractor
 from training.run.config import torch_device
 

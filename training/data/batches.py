@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.images import from_uint8
-from training.data import DataError, Images
+from training.data.datasets import DataError, Images
 from training.gpu import layout
 from training.loop.distributed import Ranks
 from training.run.config import TrainConfig

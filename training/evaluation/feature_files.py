@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data import Images
+from training.data.datasets import Images
 from training.evaluation.feature_extractor import Judge
 
 AT_ONCE = 500  # real images that the judge sees together

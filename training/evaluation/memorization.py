@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.images import grid
-from training.data import Images
+from training.data.datasets import Images
 from training.evaluation.feature_extractor import Judge
 from training.evaluation.feature_files import real_features
 from training.evaluation.metrics import balanced

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data import Images
+from training.data.datasets import Images
 from training.evaluation import statistics
 from training.evaluation.feature_extractor import Judge
 from training.evaluation.feature_files import real_features

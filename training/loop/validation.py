@@ -8,7 +8,7 @@ from torch import Tensor
 from model.diffusion import GaussianDiffusion
 from model.images import from_uint8
 from model.nn.unet import UNet
-from training.data import Images
+from training.data.datasets import Images
 
 VALIDATION_IMAGES = 1024  # a multiple of four
 AT_ONCE = 64

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.data import DataError, Images
 from training.data.batches import Batch, Batches, fits
+from training.data.datasets import DataError, Images
 from training.loop.distributed import Ranks
 from training.run.config import TrainConfig
 

@@ -11,7 +11,7 @@ from model import checkpoint
 from model.sampling.step import sample
 from training import evaluate
 from training.classifier.network import Classifier
-from training.data import Images
+from training.data.datasets import Images
 from training.evaluation import feature_extractor
 from training.evaluation.feature_files import FeatureFile, real_features
 

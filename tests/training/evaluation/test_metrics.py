@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from training.classifier.network import Classifier
-from training.data import Images
+from training.data.datasets import Images
 from training.evaluation import feature_extractor, metrics, statistics
 from training.evaluation.metrics import balanced, compare
 from training.evaluation.statistics import Moments
