@@ -65,7 +65,6 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
         keep_freed_memory()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
-    log_device(settings.device, device, runtime, precision)
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
         chunk = settings.micro_batch_size or best_chunk(checkpoint.network, device)
@@ -75,6 +74,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     metrics = Metrics()
     engine = Engine(metrics.engine, max_pending_nfe=settings.max_pending_nfe, step_timeout_s=settings.step_timeout_s)
     served = Models(settings, metrics, engine, make)
+    log_device(settings.device, device, runtime, precision)
     metrics.bind_engine(engine.status)
     loop_monitor = EventLoopMonitor(metrics)
     metrics.pending_nfe_limit.set(settings.max_pending_nfe)

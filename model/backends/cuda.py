@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from model.diffusion import Network
 from model.nn.unet import UNet
 
+# Group norm by `ChannelsLastGroupNorm`. `tests.bench.gpu` times both, and says with which numbers of rows they give the
+# same bits: PyTorch's norm sums each group in one block of threads, whatever the rows, so it stays until that is known.
+CHANNELS_LAST_NORM = False
 WARM_UPS = 3  # calls before a recording: they choose kernels, load them, and reserve what libraries need
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
@@ -31,12 +34,51 @@ def use_tf32(on: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = on
 
 
-def autocast_network(network: UNet, device: torch.device, dtype: torch.dtype) -> Network:
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """Group norm of x [N, C, H, W] whose channels are last, and stay there; float32 out, as PyTorch's under autocast.
+
+    PyTorch's own, on a GPU, copies x to where its channels are first, and the next convolution copies it back. Here two
+    sums, of x and of its square, make a scale and a shift for each channel, and x is read once more.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        lines, size = (n, h, self.num_groups, -1), h * w * c // self.num_groups
+        with torch.autocast(x.device.type, enabled=False):
+            v = x.permute(0, 2, 3, 1)  # no copy
+            # Line by line, then the lines: a GPU shares a long sum out by how many there are, which changes its bits.
+            total = v.sum(2, dtype=torch.float32).view(lines).sum((1, 3))
+            length = torch.linalg.vector_norm(v, dim=2, dtype=torch.float32)
+            square = torch.linalg.vector_norm(length.view(lines), dim=(1, 3)).square()
+            mean = total / size
+            deviation = torch.addcmul(square / size, mean, mean, value=-1).clamp(min=0).add(self.eps).rsqrt()
+            scale = deviation[:, :, None] * self.weight.view(self.num_groups, -1)
+            shift = torch.addcmul(self.bias.view(self.num_groups, -1), mean[:, :, None], scale, value=-1)
+            out = torch.addcmul(shift.view(n, 1, 1, c), v, scale.view(n, 1, 1, c))
+        return out.permute(0, 3, 1, 2)
+
+
+def keep_channels_last(network: nn.Module) -> None:
+    """Puts a ChannelsLastGroupNorm in the place of every group norm, with its weights."""
+    for module in list(network.modules()):
+        for name, norm in module.named_children():
+            if type(norm) is nn.GroupNorm:
+                replaced = ChannelsLastGroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
+                replaced.weight, replaced.bias = norm.weight, norm.bias
+                setattr(module, name, replaced.train(norm.training))
+
+
+def autocast_network(
+    network: UNet, device: torch.device, dtype: torch.dtype, channels_last_norm: bool | None = None
+) -> Network:
     """See `compile_for_inference`. Nothing in a call waits for the device, or a graph could not be made of it.
 
-    The network is moved to the device. What autocast would round at every call is rounded once.
+    The network is moved to the device. What autocast would round at every call is rounded once. `channels_last_norm`:
+    see `ChannelsLastGroupNorm` (None: as CHANNELS_LAST_NORM says).
     """
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if CHANNELS_LAST_NORM if channels_last_norm is None else channels_last_norm:
+        keep_channels_last(network)
     half = dtype == torch.bfloat16
     if half:  # all but the first convolution: the embedding of time is computed in its precision
         for part in (network.downs, network.mid, network.ups, network.out_conv):

@@ -229,7 +229,7 @@ def test_a_swap_under_load_harms_nobody(server: KeyedServer, shop: Shop) -> None
     assert again["replaced"] == again["checkpoint"] == shop.hashes[0]
     assert loads(server, "one") == {"loaded": 2, "unchanged": 1}
     assert list(cards(server)) == ["one", "two"], "the default is the same"
-    gone = [line for line in server.logs() if line["message"] == "gone"]
+    gone = [line for line in server.logs() if line["message"] == "model unloaded"]
     assert [line["sha256"] for line in gone] == [shop.hashes[0], shop.hashes[1]]
 
 

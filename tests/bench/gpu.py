@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import logging
 import math
 import statistics
@@ -27,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from app.engine.instance import ModelInstance
 from app.engine.memory import device_memory
 from app.engine.request import OutputStream, Request, Sample
-from app.engine.runner import Runner, best_chunk, last
-from app.engine.sizes import candidates
+from app.engine.runner import Runner, best_chunk
 from model import checkpoint
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint, CheckpointConfig
@@ -37,6 +37,7 @@ from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import make_plan
+from tests.bench.gpu_questions import memory_of_a_spoiled_recording, norms, padding, same_bits, warm_up_memory
 from tests.bench.timing import matrix_peak, processor, seconds
 
 CONFIGS = {
@@ -76,22 +77,6 @@ def flops(network: UNet) -> float:
     return float(counter.get_total_flops())
 
 
-@torch.inference_mode()
-def groups(eager: Callable[..., Tensor], config: UNetConfig, chunk: int, device: torch.device) -> str:
-    """Numbers of rows that give the same bits, group by group."""
-    whole = inputs(config, chunk, device)
-    found: list[tuple[Tensor, list[int]]] = []
-    for size in candidates(chunk, device.type):
-        out = eager(*last(size, *whole))
-        for first, sizes in found:
-            if torch.equal(out, first[-size:]):
-                sizes.append(size)
-                break
-        else:
-            found.append((out, [size]))
-    return "; ".join(" ".join(map(str, sizes)) for _, sizes in found)
-
-
 def medians(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
     """Seconds of a call. Before each turn there is one that does not count: it brings back what others pushed out."""
     repeat = {}
@@ -114,10 +99,13 @@ class Bench:
         self.loop = asyncio.new_event_loop()
         loaded = load(name)
         self.config, self.diffusion, self.flops = loaded.config.unet, loaded.diffusion, flops(loaded.network)
+        self.network, self.args = copy.deepcopy(loaded.network), args
         precision = best_precision(self.device) if args.precision == "auto" else args.precision
         self.chunk = args.chunk or best_chunk(loaded.network, self.device)
         self.runner = Runner(loaded, self.device, self.chunk, 0, "torch", precision)
         self.served = ModelInstance(loaded, self.runner, 0)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         for _ in self.served.warmup_steps:
             pass
@@ -208,11 +196,15 @@ class Bench:
         runner = self.runner
         print(f"{self.flops / 1e9:.4g} GFLOP a row, {runner.precision}; ready after {self.ready:.1f} s; ", end="")
         print(f"{used:.1f} of {total:.0f} GiB in use")
-        print(f"same bits: {groups(runner._network, self.config, self.chunk, self.device)}; ", end="")
+        print(f"same bits: {same_bits(runner._network, self.config, self.chunk, self.device, inputs)}; ", end="")
         print(f"run: {' '.join(map(str, runner.sizes))}; ", end="")
         graphs = runner._graphs
         print(f"graphs: {f'all of them, {graphs.slots.count} slots' if graphs else 'none'}; ", end="")
-        print(f"rows in a step at most: {self.served.batch_limits.max}\n")
+        print(f"rows in a step at most: {self.served.batch_limits.max}")
+        print(padding(runner.sizes, self.chunk))
+        if self.device.type == "cuda":
+            print(warm_up_memory(self.device, graphs is not None))
+        print()
         print(
             "Milliseconds (of the peak): the network alone; steps of ddim and of ddpm, without graphs and as served.\n"
         )
@@ -226,7 +218,11 @@ class Bench:
             middle, longest = self.one_image(graphs_too)
             how = "as served" if graphs_too else "no graphs"
             print(f"\none image, {STEPS} steps of ddim, {how}: {1e3 * middle:.2f} ms (longest {1e3 * longest:.2f})")
-        print(flush=True)
+        print()
+        for line in norms(self.network, self.args, runner.precision, self.chunk, inputs, medians):
+            print(line, flush=True)
+        print()
+        self.loop.close()
 
 
 def main() -> None:
@@ -249,6 +245,8 @@ def main() -> None:
     for name in args.nets.split(","):
         print(f"**{name}**\n")
         Bench(name, args).report([int(n) for n in args.rows.split(",")], peak)
+    if gpu:
+        print(memory_of_a_spoiled_recording(device))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], s
                 scheduler.remove(request)
                 ended[i], done = now, done + 1
     latency = ended - np.array([a.at for a in trace])
-    cap = scheduler.usual_rows
+    cap = scheduler.limits.target
     alone = np.array([a.steps * (a.n // cap * step_s[cap] + step_s[a.n % cap]) for a in trace])
     return Outcome(latency, latency / alone, gap)
 

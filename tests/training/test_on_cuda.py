@@ -34,7 +34,7 @@ def gpu() -> Iterator[FakeCuda]:
 
 
 def pictures(count: int = 64) -> Images:
-    return Images(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), torch.arange(count) % 3, ("a", "b", "c"), "pictures")
+    return Images(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.arange(count) % 3, ("a", "b", "c"), "pictures")
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -133,7 +133,7 @@ def test_no_step_of_training_waits_for_the_gpu(gpu: FakeCuda, name: str, monkeyp
     training_gpu.set_up(config, CUDA)
     assert torch.backends.cudnn.benchmark == config.channels_last
     images, diffusion = pictures(), GaussianDiffusion(config.diffusion()).to(CUDA)
-    batches, now = Batches(images, config, Ranks(), CUDA, True), TrainState(config, (1, 8, 8), 3, CUDA)
+    batches, now = Batches(images, config, Ranks(), CUDA, True), TrainState(config, (3, 8, 8), 3, CUDA)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     assert all(p.is_contiguous(memory_format=layout) for p in now.network.parameters() if p.dim() == 4)
     batches[0]  # copies the epoch's order
@@ -156,6 +156,6 @@ def test_no_step_of_training_waits_for_the_gpu(gpu: FakeCuda, name: str, monkeyp
     assert not gpu.waits
     for moments in now.optimizer.state.values():
         assert moments["exp_avg"].device == CUDA
-    TrainState(config, (1, 8, 8), 3, CUDA).load_state_dict(now.state_dict())
+    TrainState(config, (3, 8, 8), 3, CUDA).load_state_dict(now.state_dict())
     assert len(validation_loss(now.network.eval(), diffusion, chosen(images, CUDA), config.precision)) == 4
     now.tally.read(Ranks(), 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.backends.cuda import CudaRecorder, Record, autocast_network
+from model.backends.cuda import ChannelsLastGroupNorm, CudaRecorder, Record, autocast_network
 from model.diffusion import Network
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
@@ -80,6 +80,38 @@ def test_weights_that_are_rounded_once_give_what_autocast_gives(
     rounded = {name for name, weight in network.named_parameters() if weight.dtype == torch.bfloat16}
     assert {name for name in rounded if "norm" in name or "time_mlp" in name or "class" in name} == set()
     assert {"mid.0.conv_1.weight", "mid.0.time_bias.weight", "mid.0.attention.qkv.weight", "out_conv.weight"} <= rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "channels", "size"), [(4, 12, (7, 10)), (32, 32, (8, 8)), (1, 6, (1, 1))])
+def test_a_norm_that_keeps_channels_last_is_group_norm(
+    groups: int, channels: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm, ours = torch.nn.GroupNorm(groups, channels), ChannelsLastGroupNorm(groups, channels)
+    for parameter in norm.parameters():
+        parameter.data.normal_(generator=generator)
+    ours.load_state_dict(norm.state_dict())
+    x = (3 * torch.randn(5, channels, *size, generator=generator) + 7).to(dtype)
+    out = ours(x.contiguous(memory_format=torch.channels_last))
+    assert out.dtype == torch.float32
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, norm(x.float()), rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours(x[:1].contiguous(memory_format=torch.channels_last)), out[:1])
+
+
+@pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())
+def test_networks_whose_norms_keep_channels_last_compute_the_same(
+    tiny_config: UNetConfig, changes: dict[str, Any]
+) -> None:
+    network = randomised(replace(tiny_config, **changes))
+    given = inputs(network.config, 3)
+    expected = autocast_network(copy.deepcopy(network), CPU, torch.float32)(*given)
+    got = autocast_network(network, CPU, torch.float32, channels_last_norm=True)(*given)
+    assert sum(isinstance(module, ChannelsLastGroupNorm) for module in network.modules()) > 10
+    assert not any(type(module) is torch.nn.GroupNorm for module in network.modules())
+    assert not torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @cuda

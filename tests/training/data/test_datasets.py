@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from training import data
-from training.data import DataError
+from training.data.datasets import DataError
 
 ImageFolder = Callable[..., Path]
 MNIST = Path(__file__).parents[4] / "shared" / "data" / "mnist"
