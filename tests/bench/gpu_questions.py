@@ -62,7 +62,7 @@ def norms(
     ]
     lines.append(
         f"norms: with the most rows, channels last takes {ratio:.2f} of the time of PyTorch's. If that is less than 1, "
-        f"and no fewer numbers give the same bits, set CHANNELS_LAST_NORM in model.backends.cuda (is {CHANNELS_LAST_NORM})"
+        f"and no fewer numbers give the same bits, set CHANNELS_LAST_NORM, now {CHANNELS_LAST_NORM}"
     )
     return lines
 

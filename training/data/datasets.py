@@ -102,7 +102,9 @@ def _check_labels(parts: tuple[Split, Split], dataset: str) -> None:
     if train.unclear:
         raise DataError(f"{told}: {train.unclear} ({have}, such as {without[0]})")
     if held_out.unclear:
-        raise DataError(f"{told}: {have}, those that are held out, such as {without[0]}: move them away, or class them")
+        raise DataError(
+            f"{told}: {have}, those that are held out, such as {without[0]}: move them away, or tell their class"
+        )
     raise DataError(f"{told}: {have}, such as {without[0]}: move what has none away, or tell its class")
 
 

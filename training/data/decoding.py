@@ -18,7 +18,8 @@ def in_parallel(work: Callable[[range], None], count: int, title: str, quiet: bo
     size = max(1, min(CHUNK, count // (4 * cores)))
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     pool = ThreadPoolExecutor(cores)
-    bar = tqdm(total=count, desc=title, unit="image", dynamic_ncols=True, delay=SILENT_S, disable=quiet, leave=False)
+    looks = {"unit": "image", "dynamic_ncols": True, "delay": SILENT_S, "mininterval": 1.0, "leave": False}
+    bar = tqdm(total=count, desc=title, disable=quiet, **looks)
     try:
         with bar:
             for part, _ in zip(parts, pool.map(work, parts), strict=True):

@@ -6,7 +6,7 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -84,7 +84,8 @@ def look(encoded: Encoded) -> Look:
     with _open(encoded) as picture:
         _check(picture)
         width, height = picture.size
-        if picture.format != "TIFF" and _orientation(picture) >= 5:  # of a TIFF Pillow tells the size of the turned one
+        # Of a TIFF Pillow tells the size of the turned picture; of a PNG its own getexif would decode the whole file.
+        if picture.format != "TIFF" and _orientation(picture, Image.Image.getexif) >= 5:
             width, height = height, width
         is_deep = picture.mode.startswith("I")
         is_animated = picture.format not in ("MPO", "PSD") and getattr(picture, "is_animated", False)
@@ -155,10 +156,10 @@ def _check(picture: Image.Image) -> None:
         raise ValueError("it has floating-point pixels, of unknown range")
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(picture: Image.Image, read: Callable[[Any], Image.Exif] = lambda picture: picture.getexif()) -> int:
     """EXIF's, 1 to 8. Damaged EXIF is none."""
     try:
-        return int(picture.getexif().get(ORIENTATION, 1))
+        return int(read(picture).get(ORIENTATION, 1))
     except Exception:
         return 1
 

@@ -63,10 +63,12 @@ class Reader:
             raise DataError(f"{self._needs(layout)}, more than `ulimit -v` leaves: choose a smaller --image_size")
         is_large = size > SHARE * memory.free_bytes()
         if is_large and not cache:
-            raise DataError(f"{self._needs(layout)}, and {_gigabytes(memory.free_bytes())} are free")
+            raise DataError(
+                f"{self._needs(layout)}, and {_gigabytes(memory.free_bytes())} are free: choose a smaller --image_size"
+            )
         seconds = sum(SECONDS_PER_PICTURE + SECONDS_PER_PIXEL * look.height * look.width for look in looks.values())
         if not cache or (seconds < KEEP_ABOVE_S and not is_large):
-            return self._decoded(layout, np.empty((self._count, *layout.shape), np.uint8))
+            return self._decoded(layout, self._room(layout))
         with cache.only_one():
             if found := cache.find():
                 return self._loaded(found)
@@ -85,7 +87,7 @@ class Reader:
             why = error.strerror or str(error)
             raise DataError(f"{self._needs(layout)}, more than is free, and {cache.path}: {why.lower()}") from error
         if array is None:
-            array = np.empty((self._count, *layout.shape), np.uint8)
+            array = self._room(layout)
         else:
             self._say(f"{self._needs(layout)}, more than is free: they stay on the disk, in {cache.path}")
         try:
@@ -102,6 +104,14 @@ class Reader:
             return pixels
         self._say(f"decoded images ({_gigabytes(kept.array.nbytes)}) are kept in {cache.path}; it may be deleted")
         return kept if is_large else pixels
+
+    def _room(self, layout: Layout) -> np.ndarray[Any, Any]:
+        try:
+            return np.empty((self._count, *layout.shape), np.uint8)
+        except MemoryError as error:
+            raise DataError(
+                f"{self._needs(layout)}, more than the system gives: choose a smaller --image_size"
+            ) from error
 
     def _loaded(self, found: Pixels) -> Pixels:
         """In memory, if they fit."""
