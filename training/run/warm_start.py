@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from model.diffusion import DiffusionConfig
 from model.importers import load_weights
 from model.nn.ema import EMA
 from model.nn.unet import UNet, UNetConfig
-from training.cli.options import expanded, written
+from training.cli.options import expanded, printable, written
 from training.run.config import TrainConfig
 from training.run.load_weights import is_original, load_original
 
@@ -26,11 +27,18 @@ PROCESS = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "predic
 OPTIONS = {"attention_levels": "attention_resolutions", "null_class": "label_dropout", "learned_variance": "variance"}
 
 
-def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+def warm_start(
+    config: TrainConfig,
+    network: UNet,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    class_names: tuple[str, ...] = (),
+) -> None:
     """Puts `config.model_checkpoint` into network and averages, and `config.optim_checkpoint` into the optimizer.
 
     Iterations and learning rate begin anew. The averages' warm-up counts as done, so that they keep what they have.
-    Raises ValueError with a sentence where the network, or the forward process, is another.
+    Says so where classes of one number have another name here: `class_names`. Raises ValueError with a sentence where
+    the network, or the forward process, is another.
     """
     if not config.model_checkpoint:
         return
@@ -43,6 +51,9 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: torch.op
         ours = checkpoint.load(config.model_checkpoint)
         _check(config, network.config, ours.config.unet, ours.config.diffusion)
         raw = averaged = ours.network.state_dict()
+        if class_names and ours.config.class_names != class_names:
+            told = f"the classes {', '.join(ours.config.class_names)} become {', '.join(class_names)}"
+            print(printable(f"--model_checkpoint {config.model_checkpoint}: {told}, in this order"), file=sys.stderr)
     network.load_state_dict(raw)
     largest = max(ema.averages)
     updates = math.ceil((10 * largest - 1) / (1 - largest))  # from there on (1 + k)/(10 + k) is more than it
