@@ -12,7 +12,6 @@ from model.checkpoint import Checkpoint, CheckpointError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # a file's name and never a path, hidden, or an option
 BEST = "best.safetensors"  # what a training run calls its best checkpoint
-LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,7 @@ def locate(item: str) -> Source:
 
 def load(source: Source) -> Checkpoint:
     """The checkpoint under its name. Raises CheckpointError with a sentence for anything but a good one."""
-    check_readable(source.path)
     return replace(checkpoint.load(source.path), name=source.name)
-
-
-def check_readable(path: Path) -> None:
-    """Raises CheckpointError for a folder, a file that cannot be opened, or what Git LFS leaves in a file's place."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS))
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path} is a folder, not a checkpoint") from error
-    except FileNotFoundError:
-        return  # which loading it says
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if start == LFS:
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the checkpoint itself: `git lfs pull` fetches that")
 
 
 def _split(item: str) -> tuple[str, str]:

@@ -35,7 +35,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_a_folder_of_photos_trains_and_serves(photos: Path, tmp_path: Path) -> None:
     options = "--preset smoke --image_size 9,14 --use_labels --label_dropout 0.1 --iterations 2 --device cpu"
-    config, _ = parse([*options.split(), "--dataset", str(photos), "--log_dir", str(tmp_path), "--run_name", "run"])
+    config, *_ = parse([*options.split(), "--dataset", str(photos), "--log_dir", str(tmp_path), "--run_name", "run"])
     best = train.train(config) / "best.safetensors"
 
     with ServerProcess("app", "--checkpoint", str(best), "--device", "cpu") as server:

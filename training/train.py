@@ -93,7 +93,7 @@ class Trainer:
             if saved:
                 self._go_on_from(saved)
             else:
-                warm_start(config, self.state.network, self.state.ema, self.state.optimizer)
+                warm_start(config, self.state.network, self.state.ema, self.state.optimizer, self.data.class_names)
         if run and (warning := single_channel_groups(self.state.network.config)):
             print(f"training.train: {warning}", file=sys.stderr)
         network = self.state.network

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from app import checkpoints
 from app.checkpoints import Source, load, parse
 from app.main import create_app
 from app.model_registry import Models
@@ -100,25 +99,6 @@ def test_a_folder_that_is_no_run_is_named_as_what_it_is(runs: Path) -> None:
     assert "not that of a training run: it has no best.safetensors" in refused(f"{runs}/pipeline")
     (runs / "pipeline" / "model_index.json").write_text("{}")
     assert "`python -m model.importers` makes a checkpoint of it" in refused(f"{runs}/pipeline")
-
-
-def test_a_git_lfs_pointer_is_named_as_that(tmp_path: Path) -> None:
-    pointer = tmp_path / "birds.safetensors"
-    pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 1400000\n")
-    with pytest.raises(CheckpointError, match="is a Git LFS pointer, not the checkpoint itself: `git lfs pull`"):
-        load(Source("birds", pointer))
-
-
-def test_a_file_that_may_not_be_read_is_named_as_that(tmp_path: Path) -> None:
-    """By a link that leads to itself: root may read every file."""
-    os.symlink(tmp_path / "round", tmp_path / "round")
-    with pytest.raises(CheckpointError, match="round cannot be read: Too many levels of symbolic links"):
-        load(Source("round", tmp_path / "round"))
-
-
-def test_a_folder_in_a_files_place_is_named_as_that(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a folder, not a checkpoint"):
-        checkpoints.check_readable(tmp_path)
 
 
 def test_runs_in_the_folder_of_models_can_be_loaded(runs: Path) -> None:

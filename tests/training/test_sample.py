@@ -167,7 +167,7 @@ def test_an_unconditional_checkpoint_takes_neither_a_class_nor_guidance(
         ("--weights emma", "did you mean ema?"),
         ("--schedule cosin", "did you mean cosine?"),
         ("--ema_decay 0.9,0.99", "give one number"),
-        ("--num_samples 3", "there is no option --num_samples; did you mean --num_images?"),
+        ("--num_image 3", "there is no option --num_image; did you mean --num_images?"),
         ("--image-size 3", "did you mean --image_size?"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from model.diffusion import DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.ema import EMA
 from model.nn.unet import UNet
-from training.cli.options import expanded, written
+from training.cli.options import expanded, printable, written
 from training.loop.muon import MuonAdamW
 from training.loop.optimizer import Optimizer, load_state
 from training.run.config import TrainConfig
@@ -29,11 +30,14 @@ PROCESS = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "predic
 OPTIONS = {"attention_levels": "attention_resolutions", "null_class": "label_dropout", "learned_variance": "variance"}
 
 
-def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: Optimizer) -> None:
+def warm_start(
+    config: TrainConfig, network: UNet, ema: EMA, optimizer: Optimizer, class_names: tuple[str, ...] = ()
+) -> None:
     """Puts `config.model_checkpoint` into network and averages, and `config.optim_checkpoint` into the optimizer.
 
     Iterations and learning rate begin anew. The averages' warm-up counts as done, so that they keep what they have.
-    Raises ValueError with a sentence where the network, or the forward process, is another.
+    Says so where classes of one number have another name here: `class_names`. Raises ValueError with a sentence where
+    the network, or the forward process, is another.
     """
     if not config.model_checkpoint:
         return
@@ -46,6 +50,9 @@ def warm_start(config: TrainConfig, network: UNet, ema: EMA, optimizer: Optimize
         ours = checkpoint.load(config.model_checkpoint)
         _check(config, network.config, ours.config.unet, ours.config.diffusion)
         raw = averaged = ours.network.state_dict()
+        if class_names and ours.config.class_names != class_names:
+            told = f"the classes {', '.join(ours.config.class_names)} become {', '.join(class_names)}"
+            print(printable(f"--model_checkpoint {config.model_checkpoint}: {told}, in this order"), file=sys.stderr)
     network.load_state_dict(raw)
     ema.begin_with(averaged)
     if config.optim_checkpoint and not isinstance(optimizer, MuonAdamW):  # for which the options refuse it

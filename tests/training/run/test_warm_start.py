@@ -136,6 +136,17 @@ def test_ours_go_on_with_their_optimizer(tiny_options: dict[str, Any]) -> None:
     assert found["param_groups"][0]["lr"] == 7.0
 
 
+def test_classes_that_get_another_name_are_told(
+    tiny_options: dict[str, Any], image_folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(TrainConfig(**tiny_options | {"iterations": 2}))
+    more = {"iterations": 1, "model_checkpoint": str(first / "best.safetensors")}
+    train(TrainConfig(**tiny_options | more | {"run_name": "same"}))
+    assert "classes" not in capsys.readouterr().err
+    train(TrainConfig(**tiny_options | more | {"run_name": "new", "dataset": str(image_folder("x", ("ant", "cat")))}))
+    assert "the classes cat, dog become ant, cat, in this order" in capsys.readouterr().err
+
+
 def test_a_run_that_begins_so_has_their_loss_at_once(
     tiny_options: dict[str, Any], read_log: Callable[[Path], list[dict[str, Any]]], command_line: list[str]
 ) -> None:
