@@ -27,7 +27,7 @@ def power_name(width: float) -> str:
 
 
 def power_exponent(width: float) -> float:
-    """γ of the profile t^γ whose standard deviation is `width` times its length (Karras et al. 2024, EDM2, eq. 126)."""
+    """γ of the profile t^γ with a standard deviation of `width` times its length (Karras et al. 2024, appendix C)."""
     inverse = width**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

@@ -14,7 +14,7 @@ class MuonAdamW:
     """Muon (Jordan 2024) for the kernels between the first and the last layer, each as a matrix [out, in·k·k].
 
     Embeddings, norms, biases, and the first and last layer stay with AdamW. An update of Muon's has the root mean
-    square of 0.2 times the learning rate (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), about that of
+    square of 0.2 times the learning rate (Liu et al. 2025, "Muon is scalable for LLM training", §2.2), about that of
     AdamW's, so that one learning rate and one decay of the weights serve both. It looks like one of torch's
     optimizers to whoever calls it; `found_inf` and `grad_scale` mean what they mean to torch's fused ones.
     """

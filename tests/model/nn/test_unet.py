@@ -300,6 +300,7 @@ def test_wavelets_of_white_noise_are_white_and_go_back() -> None:
     assert float(wavelets.square().sum()) == pytest.approx(float(x.square().sum()), rel=1e-5)
     torch.testing.assert_close(unfolded(wavelets, 2, haar=True), x)
     torch.testing.assert_close(unfolded(folded(x, 2), 2), x)
+    assert unfolded(wavelets.bfloat16(), 2, haar=True).dtype == torch.float32  # sums of four are not rounded
     flat = folded(torch.ones(1, 1, 2, 2), 2, haar=True)
     assert flat.flatten().tolist() == [2, 0, 0, 0]
 

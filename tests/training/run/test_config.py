@@ -303,6 +303,7 @@ def test_attention_by_resolution_is_that_of_the_padded_images_shorter_side() -> 
     patches = parsed("--attention_at", "8", "--channel_mults", "1,2", "--patch_size", "2")
     assert patches.unet((3, 32, 48), 2).attention_levels == (1,)
     assert patches.unet((3, 32, 48), 2).patch_size == 2
+    assert parsed("--haar", "--patch_size", "2").unet((3, 32, 32), 2).haar
     assert patches.unet((3, 30, 30), 2).attention_levels == (1,)  # 32 after padding
     with pytest.raises(ValueError, match="shorter sides are 24,12,6,3"):
         config.unet((3, 24, 24), 2)
