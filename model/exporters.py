@@ -2,9 +2,9 @@
 
 import sys
 
-from model.convert.exporter import ExportRefused, export, main
+from model.convert.exporter import UnsupportedExportError, export, main
 
-__all__ = ["ExportRefused", "export", "main"]
+__all__ = ["UnsupportedExportError", "export", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from training.cli import command
 from training.cli.options import printable
 from training.console import lasting_output
@@ -251,7 +251,7 @@ class Trainer:
             },
         )
 
-    def _draw(self, network: UNet, sampling: SamplingDefaults) -> None:
+    def _draw(self, network: UNet, sampling: SamplingParams) -> None:
         """A grid of samples, and how the first of them come to be."""
         now, classes = self.state, None
         if self.config.use_labels:
