@@ -1,4 +1,4 @@
-"""From what a client said to what the engine does: defaults, class names, seeds, the plan."""
+"""From what a client said to what the engine does: defaults, class names, seeds, the schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from app.schemas import Sampling, SequenceQuery
 from app.settings import Settings
 from model.checkpoint import CheckpointConfig
 from model.sampling.noise import draw_class
-from model.sampling.schedule import InvalidPlan, SamplingDefaults, usable_variance
+from model.sampling.schedule import InvalidSamplingParams, SamplingParams, usable_variance
 
 LARGEST_JSON_INTEGER = 2**53
 NUMBER = re.compile(r"\d{1,9}(\.0+)?", re.ASCII)  # of a class: an index, or a name that is a whole number
@@ -34,7 +34,7 @@ class Job:
     request: Request
     checkpoint: ModelInstance  # whose weights make the images
     class_label: int | None
-    sampling: SamplingDefaults
+    sampling: SamplingParams
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
@@ -90,8 +90,8 @@ def make_job(
     sampling = sampling_of(asked, checkpoint.config, settings)
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
-        plan = checkpoint.schedule(sampling, variance)
-    except InvalidPlan as error:
+        schedule = checkpoint.schedule(sampling, variance)
+    except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
     label = class_index(asked.class_label, checkpoint.config.class_names)
@@ -115,7 +115,7 @@ def make_job(
         if asked.format in ("gif", "webp"):
             keep = len(steps_shown)  # a file holds every frame, a stream the newest
     request = Request(
-        plan=plan,
+        schedule=schedule,
         seed=seed,
         index=asked.index,
         n=asked.n,
@@ -130,11 +130,11 @@ def make_job(
     return Job(request, checkpoint, label, sampling, variance)
 
 
-def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingDefaults:
+def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
     """The checkpoint's settings with what a client asked for in their place. Raises InvalidRequest."""
     interval = asked.guidance_interval
     try:
-        sampling = config.sampling.instead(
+        sampling = config.sampling.with_overrides(
             config.diffusion.num_timesteps,
             sampler=asked.sampler,
             steps=asked.steps,
@@ -144,7 +144,7 @@ def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -
             spacing=asked.spacing,
             limit=asked.limit,
         )
-    except InvalidPlan as error:
+    except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
     if sampling.guidance_scale != 1 and not config.unet.null_class:
         raise InvalidRequest(

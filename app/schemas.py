@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.errors import InvalidRequest
 from app.settings import Settings
-from model.sampling.schedule import LIMITS
+from model.sampling.schedule import THRESHOLDING
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import SPACINGS
 
@@ -72,7 +72,7 @@ class Sampling(BaseModel):
         None,
         description="what keeps the predicted image within black and white at every step: "
         "nothing, clamping, or scaling by its own 99.5 % quantile",
-        json_schema_extra={"enum": list(LIMITS)},
+        json_schema_extra={"enum": list(THRESHOLDING)},
     )
     timeout_s: float | None = Field(None, gt=0, description="seconds in which an answer is wanted")
 
@@ -83,7 +83,7 @@ class Sampling(BaseModel):
             value = getattr(self, name)
             if value is not None and value > limit:
                 raise InvalidRequest(f"{name} must not be more than {limit:g}", param=name)
-        for name, valid in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("limit", LIMITS)):
+        for name, valid in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("limit", THRESHOLDING)):
             value = getattr(self, name)
             if value is not None and value not in valid:
                 raise InvalidRequest(f"{name} must be one of {', '.join(valid)}, not {value!r:.80}", param=name)

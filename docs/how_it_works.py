@@ -25,7 +25,7 @@ from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
 from model.nn.unet import UNetConfig
 from model.sampling.noise import normals
-from model.sampling.schedule import COLUMNS, make_plan
+from model.sampling.schedule import COEFFICIENTS, make_schedule
 from model.sampling.solvers import SAMPLERS
 from model.sampling.step import sample
 
@@ -47,13 +47,13 @@ STEPS = (5, 10, 20, 50)
 # --- what the text says in numbers
 
 
-def plan_table(steps: int = 5) -> str:
-    """The rows of three plans over the cosine schedule for a network that predicts v, as a Markdown table."""
+def schedule_table(steps: int = 5) -> str:
+    """The rows of three sampling schedules over cosine betas for a network that predicts v, as a Markdown table."""
     diffusion = GaussianDiffusion(DiffusionConfig(schedule="cosine", prediction="v"))
-    lines = ["| sampler | t | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = ["| sampler | t | " + " | ".join(COEFFICIENTS) + " |", "|---" * (len(COEFFICIENTS) + 2) + "|"]
     for name, guidance_scale in PLANS.items():
-        plan = make_plan(diffusion, name, steps, guidance_scale=guidance_scale)
-        for timestep, row in zip(plan.timesteps, plan.table, strict=True):
+        schedule = make_schedule(diffusion, name, steps, guidance_scale=guidance_scale)
+        for timestep, row in zip(schedule.timesteps, schedule.table, strict=True):
             numbers = " | ".join(f"{number + 0.0:.4g}" for number in row)
             lines.append(f"| `{name}` | {timestep} | {numbers} |")
     return "\n".join(lines)
@@ -122,12 +122,12 @@ def panels(
 
 def make(source: Checkpoint, sampler: str, steps: int, classes: Sequence[int], g: float, on_step=None) -> Tensor:
     """One image of each class of `classes`, [N, C, H, W]; image i always has the noise of (SEED, i)."""
-    plan = make_plan(source.diffusion, sampler, steps, guidance_scale=g)
+    schedule = make_schedule(source.diffusion, sampler, steps, guidance_scale=g)
     unet = source.config.unet
     indices = list(range(len(classes)))
     return sample(
         source.network,
-        plan,
+        schedule,
         unet.image_shape,
         seeds=[SEED] * len(classes),
         indices=indices,
@@ -265,7 +265,7 @@ def main() -> None:
     denoising(source, some[3:4], g)
     guidance(source, some * 4)
     samplers(source, some, g)
-    CHAPTER.write_text(marked(CHAPTER.read_text(), {"plans": plan_table(), "origin": origin(source)}))
+    CHAPTER.write_text(marked(CHAPTER.read_text(), {"plans": schedule_table(), "origin": origin(source)}))
 
     sizes = {path.name: path.stat().st_size for path in sorted(FOLDER.glob("how-*.png"))}
     print("\n".join(f"{size:7} {name}" for name, size in sizes.items()), f"\n{sum(sizes.values()):7} in all")

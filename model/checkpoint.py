@@ -23,11 +23,11 @@ from torch import Tensor
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.nn.unet import UNet, UNetConfig
 from model.safetensors_io import not_data, write_tensors
-from model.sampling.schedule import SamplingDefaults, make_plan
+from model.sampling.schedule import SamplingParams, make_schedule
 
 FORMAT = "ddpm-serve/1"
 PRETRAINED = Path(__file__).parent / "pretrained"
-SUMS = "SHA256SUMS"  # beside the bundled checkpoints: what `sha256sum` says of them
+CHECKSUMS_FILE = "SHA256SUMS"  # beside the bundled checkpoints: what `sha256sum` says of them
 
 
 class CheckpointError(ValueError):
@@ -45,7 +45,7 @@ class CheckpointConfig:
     unet: UNetConfig
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] = ()
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class CheckpointConfig:
         if self.unet.learned_variance != (self.diffusion.variance == "learned_range"):
             raise ValueError("variance learned_range and a network with learned_variance belong together")
         # What a request gets that says nothing must be possible: ValueError where it is not.
-        make_plan(GaussianDiffusion(self.diffusion), **asdict(self.sampling))
+        make_schedule(GaussianDiffusion(self.diffusion), **asdict(self.sampling))
         if self.sampling.guidance_scale != 1 and not self.unet.null_class:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
 
@@ -76,7 +76,7 @@ class CheckpointConfig:
             unet=UNetConfig(**data["unet"]),
             diffusion=DiffusionConfig(**data["diffusion"]),
             class_names=tuple(str(name) for name in data["class_names"]),
-            sampling=SamplingDefaults(**data["sampling"]),
+            sampling=SamplingParams(**data["sampling"]),
             provenance=dict(data["provenance"]),
         )
 
@@ -146,7 +146,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
         if _stamp(path) != before:  # or the weights could be of one file and the hash of another
             raise CheckpointError("the file changed while it was read")
         if _shipped(path) not in (None, sha256):
-            raise CheckpointError(f"the file is damaged: its SHA-256 is not the one in {SUMS} beside it")
+            raise CheckpointError(f"the file is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE} beside it")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except SafetensorError as error:  # in whose words nothing helps
@@ -176,7 +176,7 @@ def _digest(data: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 def _shipped(path: Path) -> str | None:
     """The SHA-256 that a bundled file must have; None for other files."""
-    sums = PRETRAINED / SUMS
+    sums = PRETRAINED / CHECKSUMS_FILE
     if path.parent != PRETRAINED or not sums.is_file():
         return None
     return {name: sha256 for sha256, name in map(str.split, sums.read_text().splitlines())}.get(path.name)

@@ -206,7 +206,7 @@ class GaussianDiffusion:
         distance = LOSSES[self.config.loss_type](out, self.target(x0, t, noise).float()).mean(dim=(1, 2, 3))
         loss = distance * self._tables["weight"][t].to(distance.dtype)
         if v is not None:
-            bound = self.bound_term(x0, xt, t, torch.cat([out.detach(), v], dim=1))
+            bound = self.vb_term_bpd(x0, xt, t, torch.cat([out.detach(), v], dim=1))
             loss = loss + self.num_timesteps / 1000 * bound
         return loss
 
@@ -239,7 +239,7 @@ class GaussianDiffusion:
         """The mean of q(x_{t-1} | x_t, x_0) (Ho et al., eq. 7)."""
         return self._at("posterior_x0", t, xt) * x0 + self._at("posterior_xt", t, xt) * xt
 
-    def bound_term(self, x0: Tensor, xt: Tensor, t: Tensor, out: Tensor, clip: bool = False) -> Tensor:
+    def vb_term_bpd(self, x0: Tensor, xt: Tensor, t: Tensor, out: Tensor, clip: bool = False) -> Tensor:
         """The variational bound's term at t, in bits per dimension, [N] (Ho et al., eq. 5, L_{t-1} and L_0).
 
         t > 0: KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)); t = 0: -log p(x_0 | x_1) of the discretised Gaussian.

@@ -27,26 +27,30 @@ from model.safetensors_io import write_tensors
 from model.sampling.step import DYNAMIC_QUANTILE
 
 
-class ExportRefused(ValueError):
+class UnsupportedExportError(ValueError):
     """diffusers' UNet2DModel cannot express this network; the message says why."""
 
 
 def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> None:
-    """Writes the folder. Raises ExportRefused.
+    """Writes the folder. Raises UnsupportedExportError.
 
     With a class bias in every block `class_label` says which class the exported network, unconditional then, makes.
     """
     config, weights = source.config.unet, dict(source.network.state_dict())
     if config.num_classes is not None and config.class_conditioning == "bias":
         if class_label is None:
-            raise ExportRefused(
+            raise UnsupportedExportError(
                 "its classes act in every block, so one class at a time is exported: give --class_label"
             )
         if not 0 <= class_label < config.num_classes + config.null_class:
-            raise ExportRefused(f"--class_label must be from 0 to {config.num_classes + config.null_class - 1}")
+            raise UnsupportedExportError(
+                f"--class_label must be from 0 to {config.num_classes + config.null_class - 1}"
+            )
         config, weights = _with_one_class(config, weights, class_label)
     elif class_label is not None:
-        raise ExportRefused("--class_label is for networks whose classes act in every block; this one needs none")
+        raise UnsupportedExportError(
+            "--class_label is for networks whose classes act in every block; this one needs none"
+        )
     for problem, present in {
         "its classes act both in every block and on the time embedding": config.class_conditioning == "both"
         and config.num_classes is not None,
@@ -62,7 +66,7 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         f"it folds squares of {config.patch_size} × {config.patch_size} pixels": config.patch_size != 1,
     }.items():
         if present:
-            raise ExportRefused(f"diffusers' UNet2DModel cannot express this network: {problem}")
+            raise UnsupportedExportError(f"diffusers' UNet2DModel cannot express this network: {problem}")
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     files = {

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.convert.layout import ImportRefused
+from model.convert.layout import UnsupportedCheckpointError
 from model.safetensors_io import not_data
 
 ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF"
@@ -41,18 +41,21 @@ OBJECTS = {  # in a pickle that holds more than tensors: what it is then
 
 
 def load_weights(path: Path) -> Any:
-    """The content of a .pt, .pth, .bin or .safetensors file, tensors only. Raises ImportRefused for anything else."""
+    """The content of a .pt, .pth, .bin or .safetensors file, tensors only.
+
+    Raises UnsupportedCheckpointError for anything else.
+    """
     if TENSORFLOW.search(path.name) or (not path.exists() and path.with_name(f"{path.name}.index").is_file()):
-        raise ImportRefused(TENSORFLOW_SAYS)
+        raise UnsupportedCheckpointError(TENSORFLOW_SAYS)
     if problem := not_data(path):
-        raise ImportRefused(f"{path.name} is {problem}")
+        raise UnsupportedCheckpointError(f"{path.name} is {problem}")
     try:
         with path.open("rb") as file:
             start = file.read(len(TENSORFLOW_INDEX))
         if start == TENSORFLOW_INDEX:
-            raise ImportRefused(TENSORFLOW_SAYS)
+            raise UnsupportedCheckpointError(TENSORFLOW_SAYS)
         if start.startswith(HDF5):
-            raise ImportRefused("it is an HDF5 file, as Keras writes, which is not read")
+            raise UnsupportedCheckpointError("it is an HDF5 file, as Keras writes, which is not read")
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
@@ -63,27 +66,27 @@ def load_weights(path: Path) -> Any:
         _check_tensors(content, path.stat().st_size)
         return content
     except pickle.UnpicklingError as error:
-        raise ImportRefused(_what_it_holds(path)) from error
-    except ImportRefused:
+        raise UnsupportedCheckpointError(_what_it_holds(path)) from error
+    except UnsupportedCheckpointError:
         raise
     except Exception as error:  # whatever a damaged file makes torch, zipfile and pickle say
         kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
-        raise ImportRefused(f"{path.name} is damaged, or no {kind} file") from error
+        raise UnsupportedCheckpointError(f"{path.name} is damaged, or no {kind} file") from error
 
 
 def _check_pickle(path: Path, is_zip: bool) -> None:
-    """Raises ImportRefused where loading would take more memory than the file, or where its bytes have changed."""
+    """Raises UnsupportedCheckpointError where loading takes more memory than the file, or its bytes have changed."""
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ImportRefused("it is a compressed archive; PyTorch's files are not: unpack it first")
+                raise UnsupportedCheckpointError("it is a compressed archive; PyTorch's files are not: unpack it first")
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise ImportRefused("it is an archive that says it has more in it than it can")
+                raise UnsupportedCheckpointError("it is an archive that says it has more in it than it can")
             if damaged := archive.testzip():
-                raise ImportRefused(f"it is damaged: the checksum of {damaged} in it is wrong")
+                raise UnsupportedCheckpointError(f"it is damaged: the checksum of {damaged} in it is wrong")
     if any(word in GREEDY for word in _words(path)):
-        raise ImportRefused("it holds objects besides tensors, and is not loaded")
+        raise UnsupportedCheckpointError("it holds objects besides tensors, and is not loaded")
 
 
 def _words(path: Path) -> Iterator[str]:
@@ -130,7 +133,7 @@ def tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_tensors(content: Any, size: int) -> None:
-    """Raises ImportRefused for tensors that are no plain numbers, or take more memory than the file of `size` bytes."""
+    """Raises UnsupportedCheckpointError for tensors that are no plain numbers, or exceed the file of `size` bytes."""
     total = 0
     for name, tensor in tensors(content):
         kinds = {
@@ -141,16 +144,16 @@ def _check_tensors(content: Any, size: int) -> None:
         }
         for kind, present in kinds.items():
             if present:
-                raise ImportRefused(f"tensor {name!r} is {kind}, which cannot be imported")
+                raise UnsupportedCheckpointError(f"tensor {name!r} is {kind}, which cannot be imported")
         total += tensor.numel() * tensor.element_size()
     if total > 2 * size:
-        raise ImportRefused("its tensors are larger than the file: their numbers are said to be repeated")
+        raise UnsupportedCheckpointError("its tensors are larger than the file: their numbers are said to be repeated")
 
 
 def folder_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
     """A diffusers network's tensors, from whatever file or shards it has, and the name of what was read.
 
-    Full precision is preferred to a variant (fp16). Raises ImportRefused.
+    Full precision is preferred to a variant (fp16). Raises UnsupportedCheckpointError.
     """
     for ending in ("safetensors", "bin"):
         names = [f"{STEM}.{ending}", f"{STEM}.{ending}.index.json"]
@@ -159,9 +162,11 @@ def folder_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
         for name in [*names, *variants]:
             if (folder / name).exists():
                 if name in variants and len(variants) > 1:
-                    raise ImportRefused(f"{folder} has {' and '.join(variants)}: leave one of them there")
+                    raise UnsupportedCheckpointError(f"{folder} has {' and '.join(variants)}: leave one of them there")
                 return _loaded(folder, name), name
-    raise ImportRefused(f"there is neither {STEM}.safetensors nor {STEM}.bin, nor a variant of them, in {folder}")
+    raise UnsupportedCheckpointError(
+        f"there is neither {STEM}.safetensors nor {STEM}.bin, nor a variant of them, in {folder}"
+    )
 
 
 def _loaded(folder: Path, name: str) -> dict[str, Tensor]:
@@ -169,27 +174,27 @@ def _loaded(folder: Path, name: str) -> dict[str, Tensor]:
         return dict(_dict(load_weights(folder / name)))
     places = read_json(folder / name).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise ImportRefused(f"{name} does not tell which tensor is in which file")
+        raise UnsupportedCheckpointError(f"{name} does not tell which tensor is in which file")
     shards = sorted(set(places.values()))
     if outside := [shard for shard in shards if Path(shard).name != shard]:
-        raise ImportRefused(f"{name} names a file outside of its folder, {outside[0]!r}")
+        raise UnsupportedCheckpointError(f"{name} names a file outside of its folder, {outside[0]!r}")
     return {key: tensor for shard in shards for key, tensor in _dict(load_weights(folder / shard)).items()}
 
 
 def _dict(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ImportRefused("its weights are not a table of tensors by name")
+        raise UnsupportedCheckpointError("its weights are not a table of tensors by name")
     return {str(key): value for key, value in content.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ImportRefused for anything else."""
+    """A JSON object. Raises UnsupportedCheckpointError for anything else."""
     if problem := not_data(path):
-        raise ImportRefused(f"{path} is {problem}")
+        raise UnsupportedCheckpointError(f"{path} is {problem}")
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ImportRefused(f"{path} is not readable JSON") from error
+        raise UnsupportedCheckpointError(f"{path} is not readable JSON") from error
     if not isinstance(data, dict):
-        raise ImportRefused(f"{path} is not a JSON object")
+        raise UnsupportedCheckpointError(f"{path} is not a JSON object")
     return data

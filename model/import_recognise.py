@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from model.convert.abarankab import import_original, import_w86763777
-from model.convert.layout import Flags, Imported, ImportRefused
+from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.convert.openai import import_openai
 
 Importer = Callable[[Any, Flags], Imported]
@@ -42,7 +42,7 @@ def unwrapped(state: Any, depth: int = 2) -> Any:
 
 
 def recognise(state: Any) -> Importer:
-    """The importer for a loaded file. Raises ImportRefused, naming what it is where that is known."""
+    """The importer for a loaded file. Raises UnsupportedCheckpointError, naming what it is where that is known."""
     return recognised(state, Flags())[1]
 
 
@@ -52,25 +52,31 @@ def recognised(state: Any, flags: Flags) -> tuple[Any, Importer]:
     if not isinstance(state, dict):
         first = state[0] if isinstance(state, list) and state else None
         if isinstance(first, dict):
-            raise ImportRefused(_name(_keys(unwrapped(first))) or "it is a list, and not of a project known here")
-        raise ImportRefused("it is not a table of tensors: no checkpoint of a project known here")
+            raise UnsupportedCheckpointError(
+                _name(_keys(unwrapped(first))) or "it is a list, and not of a project known here"
+            )
+        raise UnsupportedCheckpointError("it is not a table of tensors: no checkpoint of a project known here")
     keys = _keys(state)
     if importer := _importer(state, keys):
         return state, importer
     if {"network", "ema", "optimizer"} <= keys:
-        raise ImportRefused("it is the state of a training here: its checkpoint-*.safetensors needs no import")
+        raise UnsupportedCheckpointError(
+            "it is the state of a training here: its checkpoint-*.safetensors needs no import"
+        )
     inside = {name: _keys(value) for name, value in state.items() if isinstance(value, dict)}
     inside |= {f"{name}.shadow": _keys(state[name].get("shadow")) for name in inside}
     for part in (keys, *inside.values()):
         if name := _name(part):
-            raise ImportRefused(name)
+            raise UnsupportedCheckpointError(name)
     wanted = NETWORKS if flags.weights == "raw" else (*AVERAGES, *NETWORKS)
     for name in wanted:
         if name in inside and (importer := _importer(state[name], inside[name])):
             return state[name], importer
     if {"state", "param_groups"} <= keys:
-        raise ImportRefused("it is an optimiser's state, not a network's: import the file with the weights")
-    raise ImportRefused("it is not a checkpoint of a project known here (see --help)")
+        raise UnsupportedCheckpointError(
+            "it is an optimiser's state, not a network's: import the file with the weights"
+        )
+    raise UnsupportedCheckpointError("it is not a checkpoint of a project known here (see --help)")
 
 
 def _keys(state: Any) -> set[str]:
@@ -88,7 +94,9 @@ def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
         return import_original
     if keys >= OPENAI:
         if not any(key.startswith("output_blocks.") for key in keys):
-            raise ImportRefused("it is a classifier, of guided-diffusion: it sees noise and makes no images")
+            raise UnsupportedCheckpointError(
+                "it is a classifier, of guided-diffusion: it sees noise and makes no images"
+            )
         return import_openai
     return None
 

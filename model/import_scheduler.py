@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from model.convert.layout import ImportRefused, diffusion_of
+from model.convert.layout import UnsupportedCheckpointError, diffusion_of
 from model.diffusion import DiffusionConfig, Table, cosine_betas
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -65,31 +65,37 @@ def _around(source: Path, unet: Path) -> Iterator[Path]:
 def read(theirs: dict[str, Any], learned_variance: bool) -> tuple[DiffusionConfig, str, tuple[str, ...]]:
     """Their configuration in our words, the limit of x0, and what it does not tell and was assumed.
 
-    Raises ImportRefused, by the name of the field, for what ours cannot express.
+    Raises UnsupportedCheckpointError, by the name of the field, for what ours cannot express.
     """
     name = theirs.get("_class_name")
     if name not in SCHEDULERS:
         kind = f"a {name}" if name else "of a class that it does not name"
-        raise ImportRefused(f"its scheduler is {kind}; those that can be imported are {', '.join(SCHEDULERS)}")
+        raise UnsupportedCheckpointError(
+            f"its scheduler is {kind}; those that can be imported are {', '.join(SCHEDULERS)}"
+        )
     for field in ("use_flow_sigmas", "use_dynamic_shifting"):
         if theirs.get(field):
-            raise ImportRefused(f"its scheduler's {field} is true, which cannot be expressed here")
+            raise UnsupportedCheckpointError(f"its scheduler's {field} is true, which cannot be expressed here")
     if theirs.get("timestep_type", "discrete") != "discrete":
-        raise ImportRefused(f"its scheduler's timestep_type is {theirs['timestep_type']!r}, not 'discrete'")
+        raise UnsupportedCheckpointError(
+            f"its scheduler's timestep_type is {theirs['timestep_type']!r}, not 'discrete'"
+        )
     prediction = theirs.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        raise ImportRefused(f"its scheduler's prediction_type {prediction!r} cannot be expressed here")
+        raise UnsupportedCheckpointError(f"its scheduler's prediction_type {prediction!r} cannot be expressed here")
     variance = theirs.get("variance_type")
     assumed: tuple[str, ...] = ()
     if variance is None:
         variance = "learned_range" if learned_variance else "fixed_small"
         assumed = (f"variance {variance}: its scheduler names none",)
     if variance not in VARIANCES or (variance == "learned_range") != learned_variance:
-        raise ImportRefused(f"its scheduler's variance_type {variance!r} cannot be expressed here")
+        raise UnsupportedCheckpointError(f"its scheduler's variance_type {variance!r} cannot be expressed here")
     plain = diffusion_of(_betas(theirs), prediction=PREDICTIONS[prediction], variance=VARIANCES[variance])
     rescaled = _value(theirs, "rescale_betas_zero_snr", False, lambda v: isinstance(v, bool))
     if rescaled and plain.prediction == "eps":
-        raise ImportRefused("its scheduler's rescale_betas_zero_snr needs a prediction_type other than epsilon")
+        raise UnsupportedCheckpointError(
+            "its scheduler's rescale_betas_zero_snr needs a prediction_type other than epsilon"
+        )
     return replace(plain, zero_terminal_snr=rescaled), _limit(theirs), assumed
 
 
@@ -98,13 +104,15 @@ def _betas(theirs: dict[str, Any]) -> Table:
     low, high = (8.5e-4, 0.012) if theirs["_class_name"] in STABLE_DIFFUSIONS else (1e-4, 0.02)
     if (trained := theirs.get("trained_betas")) is not None:
         if not isinstance(trained, list) or not all(type(beta) in REAL for beta in trained):
-            raise ImportRefused("its scheduler's trained_betas are not a list of numbers")
+            raise UnsupportedCheckpointError("its scheduler's trained_betas are not a list of numbers")
         return np.array(trained, np.float64)
     schedule = theirs.get("beta_schedule", "linear")
     if schedule == "squaredcos_cap_v2":
         return cosine_betas(steps)
     if schedule != "linear":
-        raise ImportRefused(f"its beta_schedule is {schedule!r}; only linear and squaredcos_cap_v2 can be imported")
+        raise UnsupportedCheckpointError(
+            f"its beta_schedule is {schedule!r}; only linear and squaredcos_cap_v2 can be imported"
+        )
     low, high = (
         _value(theirs, name, usual, lambda v: type(v) in REAL and 0 < v < 1)
         for name, usual in (("beta_start", low), ("beta_end", high))
@@ -127,8 +135,8 @@ def _limit(theirs: dict[str, Any]) -> str:
 
 
 def _value(theirs: dict[str, Any], name: str, usual: Any, valid: Callable[[Any], bool]) -> Any:
-    """A field; `usual` where it is not there or null. Raises ImportRefused, by its name, where it is not valid."""
+    """A field; `usual` where it is not there or null. Raises UnsupportedCheckpointError where it is not valid."""
     value = usual if theirs.get(name) is None else theirs[name]
     if not valid(value):
-        raise ImportRefused(f"its scheduler's {name} is {value!r}, which cannot be expressed here")
+        raise UnsupportedCheckpointError(f"its scheduler's {name} is {value!r}, which cannot be expressed here")
     return value

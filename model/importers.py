@@ -18,12 +18,12 @@ from torch import Tensor
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.convert.diffusers import import_folder
-from model.convert.layout import Flags, Imported, ImportRefused
+from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.diffusion import PREDICTIONS, SCHEDULES, VARIANCES, DiffusionConfig
 from model.import_files import load_weights
 from model.import_recognise import recognise, recognised
 from model.nn.layers import ACTIVATIONS
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 
 __all__ = ["import_path", "load_weights", "main", "recognise"]
 
@@ -49,19 +49,21 @@ CHOICES = {
 
 
 def import_path(source: Path, flags: Flags) -> Imported:
-    """Weights and configuration of a file, or of a diffusers folder. Raises ImportRefused with a sentence."""
+    """Weights and configuration of a file, or of a diffusers folder. Raises UnsupportedCheckpointError."""
     try:
         if source.is_dir():
             imported = import_folder(source, flags)
         else:
             state, importer = recognised(load_weights(source), flags)
             imported = importer(state, flags)
-    except ImportRefused:
+    except UnsupportedCheckpointError:
         raise
     except ValueError as error:  # a configuration that the network here cannot have, in our words
-        raise ImportRefused(f"its network or its diffusion cannot be expressed here: {error}") from error
+        raise UnsupportedCheckpointError(f"its network or its diffusion cannot be expressed here: {error}") from error
     except (LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
-        raise ImportRefused("it is damaged: its contents are not of the kind or shape that such files have") from error
+        raise UnsupportedCheckpointError(
+            "it is damaged: its contents are not of the kind or shape that such files have"
+        ) from error
     imported.check(flags)
     return imported
 
@@ -94,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         imported = import_path(source, flags)
         names = flags.class_names or tuple(str(i) for i in range(imported.unet.num_classes or 0))
-        steps = min(SamplingDefaults.steps, imported.diffusion.num_timesteps)
-        sampling = SamplingDefaults(steps=steps, limit=imported.limit)
+        steps = min(SamplingParams.steps, imported.diffusion.num_timesteps)
+        sampling = SamplingParams(steps=steps, limit=imported.limit)
         provenance = {"imported_from": source.name, "diffusion": imported.origin, "flags": flags.given()}
         config = CheckpointConfig(imported.unet, imported.diffusion, names, sampling, provenance)
     except ValueError as error:

@@ -146,13 +146,13 @@ def test_the_chapter_names_functions_where_they_are() -> None:
 
 
 def test_the_chapters_tables_are_what_the_code_computes() -> None:
-    """Where this fails, run `python -m docs.how_it_works`: the plans or the bundled checkpoint have changed."""
+    """Where this fails, run `python -m docs.how_it_works`: the schedules or the bundled checkpoint have changed."""
     pytest.importorskip("matplotlib")
     from docs import how_it_works
     from model import checkpoint
 
     text = how_it_works.CHAPTER.read_text()
-    assert how_it_works.plan_table() in text
+    assert how_it_works.schedule_table() in text
     assert how_it_works.origin(checkpoint.load("mnist")) in text
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from model import checkpoint
-from model.checkpoint import PRETRAINED, SUMS
+from model.checkpoint import CHECKSUMS_FILE, PRETRAINED
 from tests.app.processes import ServerProcess
 
 NAMES = sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
@@ -26,7 +26,7 @@ def test_a_card_a_picture_and_a_checksum_lie_beside_it(name: str) -> None:
     card = (PRETRAINED / f"{name}.md").read_text()
     for fact in (loaded.sha256, loaded.config.provenance["command"], ", ".join(loaded.config.class_names)):
         assert fact in card
-    assert f"{loaded.sha256}  {name}.safetensors" in (PRETRAINED / SUMS).read_text().splitlines()
+    assert f"{loaded.sha256}  {name}.safetensors" in (PRETRAINED / CHECKSUMS_FILE).read_text().splitlines()
     assert (PRETRAINED / f"{name}.safetensors").stat().st_size <= LARGEST
     with Image.open(PRETRAINED / f"{name}.png") as picture:
         assert picture.size[1] == len(loaded.config.class_names) * loaded.config.unet.image_size[0]

@@ -1,6 +1,6 @@
 """python -m training.evaluate: how good a checkpoint's samples are, in numbers, beside what real images get.
 
-Images are sampled with the plans of the service, the classes in turn, and compared with the train split in the
+Images are sampled with the schedules of the service, the classes in turn, and compared with the train split in the
 features of a classifier that knows the data set (`training.classifier`). The held-out images are compared in the same
 way, as many of them: theirs are the numbers that a perfect network would have. None of them is an FID, which is a
 distance in Inception's features: that name is kept for those (`training.evaluation.inception`), where its weights are
@@ -28,7 +28,7 @@ from model.backends.cpu import compile_for_inference
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import from_uint8, to_uint8
-from model.sampling.schedule import Plan
+from model.sampling.schedule import SamplingSchedule
 from model.sampling.step import sample
 from training import data
 from training.cli import command
@@ -46,7 +46,13 @@ from training.run.git import git_revision
 
 
 def draw(
-    source: Checkpoint, network: Network, plan: Plan, first: int, device: torch.device, seed: int, n: int
+    source: Checkpoint,
+    network: Network,
+    schedule: SamplingSchedule,
+    first: int,
+    device: torch.device,
+    seed: int,
+    n: int,
 ) -> Tensor:
     """The samples of indices `first`, `first` + 1, …: uint8 [n, C, H, W], as a client of the service gets them.
 
@@ -55,7 +61,7 @@ def draw(
     unet, indices = source.config.unet, list(range(first, first + n))
     x = sample(
         network,
-        plan,
+        schedule,
         unet.image_shape,
         seeds=[seed] * n,
         indices=indices,
@@ -132,7 +138,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     device, out = torch_device(args.device), expanded(args.out)
     source, weights = load_weights.load(args.checkpoint, args.weights, {}, device)
     who = feature_extractor.load(args.features, device)
-    settings, plan = settings_of(source, args)
+    settings, schedule = settings_of(source, args)
     train_set, test_set = (
         images.ordered_as(who.class_names or source.config.class_names)
         for images in data.load(
@@ -152,13 +158,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "plan": hashlib.sha256(plan.timesteps.tobytes() + plan.table.tobytes()).hexdigest(),
+        "plan": hashlib.sha256(schedule.timesteps.tobytes() + schedule.table.tobytes()).hexdigest(),
     }
     key = {"checkpoint": source.sha256, "features": who.sha256, **how}
     network = compile_for_inference(source.network, device, args.precision)
 
     def draws(first: int) -> Tensor:
-        return draw(source, network, plan, first, device, args.seed, args.batch_size)
+        return draw(source, network, schedule, first, device, args.seed, args.batch_size)
 
     rows = FeatureFile(out, key, who.size + len(who.class_names), args.batch_size)
     before, started = min(rows.count, args.num_images), time.perf_counter()

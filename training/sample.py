@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.images import to_uint8
-from model.sampling.schedule import Plan, SamplingDefaults
+from model.sampling.schedule import SamplingParams, SamplingSchedule
 from model.sampling.step import sample
 from training.cli.command import add_known_options, check_choices
 from training.cli.options import Parser, expanded
@@ -89,7 +89,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     record.write_text(text)
 
 
-def write(source: Checkpoint, plan: Plan, todo: list[Item], folder: Path, seed: int, batch_size: int) -> None:
+def write(
+    source: Checkpoint, schedule: SamplingSchedule, todo: list[Item], folder: Path, seed: int, batch_size: int
+) -> None:
     """Makes the images of `todo` that `folder` does not have yet."""
     missing = [item for item in todo if not (folder / item[0]).exists()]
     unet = source.config.unet
@@ -98,7 +100,7 @@ def write(source: Checkpoint, plan: Plan, todo: list[Item], folder: Path, seed: 
             names, indices, classes = zip(*missing[start : start + batch_size], strict=True)
             x = sample(
                 source.network,
-                plan,
+                schedule,
                 unet.image_shape,
                 seeds=[seed] * len(indices),
                 indices=indices,
@@ -119,7 +121,7 @@ def batch_size(config: CheckpointConfig) -> int:
     return max(1, min(64, 64 * 64 * 64 // (height * width)))
 
 
-def write_sequence(source: Checkpoint, sampling: SamplingDefaults, some: list[Item], folder: Path, seed: int) -> None:
+def write_sequence(source: Checkpoint, sampling: SamplingParams, some: list[Item], folder: Path, seed: int) -> None:
     """How these images come to be: strip.png and animation.gif."""
     _, indices, classes = zip(*some, strict=True)
     labels = None if source.config.unet.num_classes is None else [k for k in classes if k is not None]
@@ -187,14 +189,14 @@ def told(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Writes the images that the command line asks for. Raises ValueError or OSError."""
     source, which = load_weights.load(args.checkpoint, args.weights, told(args), torch_device(args.device))
-    sampling, plan = settings_of(source, args)
+    sampling, schedule = settings_of(source, args)
     label = None if args.class_label is None else class_index(source.config, args.class_label)
     folder = expanded(args.save_dir)
     settings = {"checkpoint": source.sha256, "weights": which, "seed": args.seed, **asdict(sampling)}
     claim(folder, settings | {"as_told": source.config.provenance.get("as_told", {})})
     todo = items(source.config, args.num_images, label)
     print(f"{source.name}, weights: {which}; {sampling.sampler} with {sampling.steps} steps", file=sys.stderr)
-    write(source, plan, todo, folder, args.seed, args.batch_size or batch_size(source.config))
+    write(source, schedule, todo, folder, args.seed, args.batch_size or batch_size(source.config))
     print(f"{args.num_images} images in {folder}")
     if args.sequence:
         write_sequence(source, sampling, todo[: args.sequence], folder / "sequence", args.seed)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
 from model.nn.unet import UNet, UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from training.cli import command
 from training.cli.options import printable
 from training.console import lasting_output
@@ -250,7 +250,7 @@ class Trainer:
             },
         )
 
-    def _draw(self, network: UNet, sampling: SamplingDefaults) -> None:
+    def _draw(self, network: UNet, sampling: SamplingParams) -> None:
         """A grid of samples, and how the first of them come to be."""
         now, classes = self.state, None
         if self.config.use_labels:

@@ -110,7 +110,7 @@ class AdmissionController:
         backlog.demand.add(request)
         budget = model.batch_limits.budget(backlog.demand)
         backlog.demand.remove(request)
-        jobs = [*backlog.jobs_up_to(request.remaining_nfe), (request.nfe_per_step, len(request.plan))]
+        jobs = [*backlog.jobs_up_to(request.remaining_nfe), (request.nfe_per_step, len(request.schedule))]
         step_seconds = min(backlog.nfe_per_step + request.nfe_per_step, budget) / rate
         own = max(request.remaining_nfe / rate, estimate_makespan(jobs, budget) * step_seconds)
         others = (b.nfe / m.throughput.nfe_per_second for m, b in self._backlogs.items() if m is not model)

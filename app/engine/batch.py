@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine.request import Sample
-from model.sampling.schedule import COLUMNS, LIMITS
+from model.sampling.schedule import COEFFICIENTS, THRESHOLDING
 
 Ints = NDArray[np.int64]
-G, LIMIT, S = (COLUMNS.index(name) for name in ("g", "limit", "s"))
+G, LIMIT, S = (COEFFICIENTS.index(name) for name in ("g", "limit", "s"))
 WORD = 0xFFFFFFFF
 
 
@@ -20,21 +20,21 @@ WORD = 0xFFFFFFFF
 class Batch:
     """One row for each of N samples; thrown away after the step.
 
-    `t` and `y` [N] are what the network sees (y None where it has no classes), `plan` float64 [N, 10] the plans' rows,
-    `words` [N, 4] what the noise is drawn from (see `model.sampling.noise.normals_of`).
+    `t` and `y` [N] are what the network sees (y None where it has no classes), `coefficients` float64 [N, 10] a row of
+    each sample's schedule, `words` [N, 4] what the noise is drawn from (see `model.sampling.noise.normals_of`).
     """
 
     t: Ints
     y: Ints | None
-    plan: NDArray[np.float64]
+    coefficients: NDArray[np.float64]
     words: Ints
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Batch:
         """For the next step of each."""
-        plans = [sample.request.plan for sample in samples]
-        rows = [plan.table[sample.step] for plan, sample in zip(plans, samples, strict=True)]
-        t = [plan.timesteps[sample.step] for plan, sample in zip(plans, samples, strict=True)]
+        schedules = [sample.request.schedule for sample in samples]
+        rows = [schedule.table[sample.step] for schedule, sample in zip(schedules, samples, strict=True)]
+        t = [schedule.timesteps[sample.step] for schedule, sample in zip(schedules, samples, strict=True)]
         y = None
         if samples[0].request.classes is not None:
             y = np.array([s.request.classes[s.i] for s in samples], np.int64)  # type: ignore[index]
@@ -45,22 +45,22 @@ class Batch:
         if which.all():
             return self
         y = None if self.y is None else self.y[which]
-        return Batch(self.t[which], y, self.plan[which], self.words[which])
+        return Batch(self.t[which], y, self.coefficients[which], self.words[which])
 
     @property
     def noisy(self) -> NDArray[np.bool_]:
         """Whose step adds noise [N]."""
-        return np.not_equal(self.plan[:, S], 0)
+        return np.not_equal(self.coefficients[:, S], 0)
 
     @property
     def guided(self) -> NDArray[np.bool_]:
         """Whose step takes two rows of the network, one of them for the null class [N]."""
-        return np.not_equal(self.plan[:, G], 1)
+        return np.not_equal(self.coefficients[:, G], 1)
 
     @property
     def dynamic(self) -> NDArray[np.bool_]:
         """Whose x_0 has a dynamic limit [N]."""
-        return np.equal(self.plan[:, LIMIT], LIMITS.index("dynamic"))
+        return np.equal(self.coefficients[:, LIMIT], THRESHOLDING.index("dynamic"))
 
 
 def words_of(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:

@@ -16,10 +16,10 @@ from model.backends.cpu import Forward
 from model.backends.cuda import Record
 from model.nn.unet import UNetConfig
 from model.sampling.noise import normals, normals_of
-from model.sampling.schedule import COLUMNS
-from model.sampling.step import apply_step, guided
+from model.sampling.schedule import COEFFICIENTS
+from model.sampling.step import apply_cfg, apply_step
 
-# Columns of the table that say where things are, before those of the plan. Rows of the slots' tables: which x and x_0
+# Columns of the table that say where things are, before the coefficients. Rows of the slots' tables: which x and x_0
 # are read, and which are written; `null`: the row of the same call that has the null class.
 PLACES = ("x", "x0", "x0_prev", "x_next", "x0_next", "null", "t", "y", "seed_low", "seed_high", "index", "draw")
 WORDS = slice(PLACES.index("seed_low"), len(PLACES))
@@ -33,7 +33,7 @@ class Graphs:
 
     A graph gathers the states, draws the noise (in steps of the kind NOISY; it costs a small network's step much), runs
     the network, guides, updates, and writes the new states beside the old. Kind START writes x_T, as if by a step
-    number -1. Larger batches are cut in parts. What a table holds is exact in float64: 32-bit words, and plans.
+    number -1. Larger batches are cut in parts. What a table holds is exact in float64: 32-bit words, and coefficients.
 
     The host waits once for all parts of a step (an event), so it is never ahead of the device. One thread at a time.
     """
@@ -45,7 +45,7 @@ class Graphs:
         self._network, self._config, self._sizes, self.slots, self._record = network, config, sizes, slots, record
         self._null_class = config.num_classes if config.null_class else None
         self._graphs: dict[tuple[str, int], Callable[[], None]] = {}
-        columns = len(PLACES) + len(COLUMNS)
+        columns = len(PLACES) + len(COEFFICIENTS)
         # Two parts in a row have more than `chunk` rows together, before they are filled up.
         most, pinned = 4 * slots.count + sizes[-1], device.type == "cuda"
         self._table = torch.zeros(sizes[-1], columns, dtype=torch.float64, device=device)
@@ -84,7 +84,7 @@ class Graphs:
     def start(self, slots: Ints, words: Ints) -> None:
         """Puts x_T of these words there, and zeros for x_0."""
         batch = _nothing(len(slots))
-        self._run(START, slots, np.full(len(slots), -1), Batch(batch.t, batch.y, batch.plan, words))
+        self._run(START, slots, np.full(len(slots), -1), Batch(batch.t, batch.y, batch.coefficients, words))
 
     def step(self, slots: Ints, steps: Ints, batch: Batch) -> Bools:
         """Steps number `steps` of what is in `slots`, which stays there, beside what comes of it. Whose x is finite."""
@@ -135,7 +135,7 @@ class Graphs:
             "t": batch.t,
             "y": np.zeros(len(slots)) if batch.y is None else batch.y,
         }
-        return np.column_stack([*(places[name] for name in PLACES[: WORDS.start]), batch.words, batch.plan])
+        return np.column_stack([*(places[name] for name in PLACES[: WORDS.start]), batch.words, batch.coefficients])
 
     def _fill(self, table: NDArray[np.float64], rows: NDArray[np.float64], is_guided: Ints) -> int:
         """Writes them down, with those of the null class after them; how many there are."""
@@ -154,7 +154,7 @@ class Graphs:
     # On the device; nothing waits for it here, and all memory that outlives a call stays where it is
 
     def _told(self, rows: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Places int64 [rows] by name, words int64 [rows, 4], plan float32 [rows, 10]."""
+        """Places int64 [rows] by name, words int64 [rows, 4], coefficients float32 [rows, 10]."""
         ints = self._table[:rows, : len(PLACES)].long()
         columns = dict(zip(PLACES, ints.t().contiguous().unbind(), strict=True))
         return columns, ints[:, WORDS], self._table[:rows, len(PLACES) :].float()
@@ -167,16 +167,16 @@ class Graphs:
             self.slots.x0.index_copy_(0, at[place], torch.zeros_like(x))
 
     def _step(self, rows: int, noisy: bool) -> None:
-        at, words, plan = self._told(rows)
+        at, words, coefficients = self._told(rows)
         x = self.slots.x.index_select(0, at["x"])
         x0_prev, x0_prev2 = (self.slots.x0.index_select(0, at[name]) for name in ("x0", "x0_prev"))
         out = self._network(x, at["t"], None if self._config.num_classes is None else at["y"])
         if self._null_class is not None:
             u = out[:, : x.shape[1]].index_select(0, at["null"])
-            out = guided(out, u, plan[:, COLUMNS.index("g")])
+            out = apply_cfg(out, u, coefficients[:, COEFFICIENTS.index("g")])
         # Rows without noise are given some, too: their s is 0.
         z = normals_of(words, self._config.image_shape) if noisy else torch.zeros_like(x)
-        x_next, x0 = apply_step(x, out, x0_prev, x0_prev2, plan, z, False)
+        x_next, x0 = apply_step(x, out, x0_prev, x0_prev2, coefficients, z, False)
         self.slots.x.index_copy_(0, at["x_next"], x_next)
         self.slots.x0.index_copy_(0, at["x0_next"], x0)
         self._finite[:rows].copy_(torch.isfinite(x_next).flatten(1).all(1))
@@ -195,10 +195,10 @@ def parts(costs: Ints, chunk: int) -> Iterator[slice]:
 
 def _nothing(n: int) -> Batch:
     """n rows that change nothing: unguided, and multiplied by zero."""
-    plan = np.zeros((n, len(COLUMNS)))
-    plan[:, COLUMNS.index("g")] = 1
+    coefficients = np.zeros((n, len(COEFFICIENTS)))
+    coefficients[:, COEFFICIENTS.index("g")] = 1
     zeros = np.zeros(n, np.int64)
-    return Batch(zeros, zeros, plan, np.zeros((n, 4), np.int64))
+    return Batch(zeros, zeros, coefficients, np.zeros((n, 4), np.int64))
 
 
 Update = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -209,7 +209,7 @@ def agree(graphs: Graphs, config: UNetConfig, rows: int, last_timestep: int, upd
     """Whether made-up samples that fill `rows` rows of the network come out of `update` the same, to the bit.
 
     They take a step of each kind and one more, so that every slot is written to in every place, from x_T on, and have
-    all that a plan can have but a dynamic limit. Overwrites the first slots.
+    all that a schedule can have but a dynamic limit. Overwrites the first slots.
     """
     slots, places = graphs.slots, np.arange(rows)
     words = np.stack([7 * places + 1, places, places, 0 * places], axis=1)
@@ -233,10 +233,10 @@ def agree(graphs: Graphs, config: UNetConfig, rows: int, last_timestep: int, upd
 
 
 def _made_up(n: int, step: int, guided: int, config: UNetConfig) -> NDArray[np.float64]:
-    """Plan rows [n, 10]; the last `guided` (a negative number) are guided."""
-    row = np.outer(np.arange(1, n + 1) + step, np.arange(1.0, len(COLUMNS) + 1)).astype(np.float64) * 0.618
+    """Rows of a schedule [n, 10]; the last `guided` (a negative number) are guided."""
+    row = np.outer(np.arange(1, n + 1) + step, np.arange(1.0, len(COEFFICIENTS) + 1)).astype(np.float64) * 0.618
     row -= np.floor(row)
-    columns = dict(zip(COLUMNS, row.T, strict=True))  # views
+    columns = dict(zip(COEFFICIENTS, row.T, strict=True))  # views
     columns["g"][:] = 1
     if guided:
         columns["g"][guided:] = 2.5

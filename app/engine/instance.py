@@ -13,7 +13,7 @@ from app.engine.knee import knee
 from app.engine.request import Request
 from app.engine.runner import Runner
 from model.checkpoint import Checkpoint
-from model.sampling.schedule import Plan, SamplingDefaults, make_plan
+from model.sampling.schedule import SamplingParams, SamplingSchedule, make_schedule
 
 log = logging.getLogger("ddpm.engine")
 
@@ -43,8 +43,8 @@ class ModelInstance:
         self.warm = False
         self.warmup_steps = self._warm_up()  # what has to run before it serves, each about as long as a step
 
-    def _schedule(self, sampling: SamplingDefaults, variance: str | None) -> Plan:
-        return make_plan(self.diffusion, variance=variance, **vars(sampling))
+    def _schedule(self, sampling: SamplingParams, variance: str | None) -> SamplingSchedule:
+        return make_schedule(self.diffusion, variance=variance, **vars(sampling))
 
     def _warm_up(self) -> Iterator[None]:
         runner, limits = self.runner, self.batch_limits

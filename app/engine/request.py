@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.errors import Cancelled, DeadlineExceeded, ServiceError
 from model.images import Image
-from model.sampling.schedule import Plan
+from model.sampling.schedule import SamplingSchedule
 
 View = Literal["xt", "x0"]
 
@@ -118,14 +118,14 @@ _order = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """n images of one plan. `classes` has one class per image, or is None for an unconditional checkpoint.
+    """n images of one schedule. `classes` has one class per image, or is None for an unconditional checkpoint.
 
     Image i is drawn from (seed, index + i). `deadline` is in seconds of `time.monotonic`; with `has_default_timeout`
     the client did not ask for it. `frame_steps` are the steps (0 is the noise) after which the client wants to see all
     n images, as x_t or as the prediction of x_0. `model` is the checkpoint's name, for the metrics.
     """
 
-    plan: Plan
+    schedule: SamplingSchedule
     seed: int
     index: int
     n: int
@@ -147,8 +147,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.samples = [Sample(self, i) for i in range(self.n)]  # those that are not finished
-        self.remaining_nfe = self.n * int(self.plan.nfe.sum())
-        self.nfe_per_step = self.n * int(self.plan.nfe.max())  # of a step of all its images, at most
+        self.remaining_nfe = self.n * int(self.schedule.nfe.sum())
+        self.nfe_per_step = self.n * int(self.schedule.nfe.max())  # of a step of all its images, at most
         self._images: Image | None = None
         self._frames: dict[int, tuple[Image, set[int]]] = {}  # step → canvas and the images on it
 
@@ -212,9 +212,9 @@ class Sample:
     @property
     def nfe(self) -> int:
         """Network rows of the next step: two with guidance."""
-        return 2 if self.request.plan.table[self.step, 0] != 1 else 1
+        return 2 if self.request.schedule.table[self.step, 0] != 1 else 1
 
     @property
     def finished(self) -> bool:
-        """Whether it has taken every step of its plan."""
-        return self.step == len(self.request.plan)
+        """Whether it has taken every step of its schedule."""
+        return self.step == len(self.request.schedule)

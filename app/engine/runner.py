@@ -23,7 +23,7 @@ from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
 from model.nn.unet import UNet
 from model.sampling.noise import normals, normals_of
-from model.sampling.step import apply_step, predict
+from model.sampling.step import apply_step, cfg_forward
 
 log = logging.getLogger("ddpm.engine")
 
@@ -133,14 +133,14 @@ class Runner:
 
     def _update(self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
-        table = torch.from_numpy(batch.plan.astype(np.float32)).to(self.device)
+        table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
         t = torch.from_numpy(batch.t).to(self.device)
         y = None if batch.y is None else torch.from_numpy(batch.y).to(self.device)
         z = torch.zeros_like(x)
         noisy = np.flatnonzero(batch.noisy)
         if len(noisy):
             z[torch.from_numpy(noisy).to(self.device)] = self._noise(batch.words[noisy])
-        out = predict(self.forward, x, t, y, table[:, 0], self._null_class)
+        out = cfg_forward(self.forward, x, t, y, table[:, 0], self._null_class)
         return apply_step(x, out, x0_prev, x0_prev2, table, z)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ def card(service: Service, served: ModelInstance) -> dict[str, Any]:
         "samplers": list(SAMPLERS),
         "defaults": vars(config.sampling),
         "default_steps": {
-            sampler: min(config.sampling.instead(timesteps, sampler=sampler).steps, settings.max_steps)
+            sampler: min(config.sampling.with_overrides(timesteps, sampler=sampler).steps, settings.max_steps)
             for sampler in SAMPLERS
         },
         "limits": {

@@ -127,9 +127,9 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
     try:
         async for step, png in _frames(service, job, columns):
             picture = base64.b64encode(png).decode()
-            yield _event("frame", {"step": step, "steps": len(job.request.plan), "png": picture}, id=step)
+            yield _event("frame", {"step": step, "steps": len(job.request.schedule), "png": picture}, id=step)
         final = await _png(service, job, await job.request.output.images(), columns)
-        yield _event("completed", {**start, "png": base64.b64encode(final).decode()}, id=len(job.request.plan))
+        yield _event("completed", {**start, "png": base64.b64encode(final).decode()}, id=len(job.request.schedule))
     except ServiceError as error:
         http.state.outcome = error.code
         yield _event("error", error.body())

@@ -78,7 +78,7 @@ def is_head(http: Request) -> bool:
 @asynccontextmanager
 async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[None]:
     """Submits the job, and cancels it as soon as its client leaves or the block ends without an answer."""
-    http.state.log = {"n": job.request.n, "steps": len(job.request.plan), "sampler": job.request.plan.sampler}
+    http.state.log = {"n": job.request.n, "steps": len(job.request.schedule), "sampler": job.request.schedule.sampler}
     http.state.model = job.checkpoint.name
     service.engine.submit(job.checkpoint, job.request)
     http.state.job = job

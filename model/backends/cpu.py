@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backends.cuda import autocast_network
-from model.nn.layers import Attention, ResBlock, Upsample, folded, unfolded
+from model.nn.layers import Attention, ResBlock, Upsample, patchify, unpatchify
 from model.nn.unet import UNet, padded, unpadded
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -247,7 +247,7 @@ class PackedUNet:
 
     def _embed(self, t: float, y: int) -> Tensor:
         """The biases of all blocks at a timestep, [width], class embedding (not class bias) included."""
-        emb = self._network.embedded(torch.tensor([t]), torch.tensor([y]))
+        emb = self._network.embed(torch.tensor([t]), torch.tensor([y]))
         return F.linear(emb, self._weight, self._bias)[0]
 
     def _biases(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -269,7 +269,7 @@ class PackedUNet:
         if (y is None) != (config.num_classes is None):
             raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
-        x = folded(padded(x, config), config.patch_size, config.haar)
+        x = patchify(padded(x, config), config.patch_size, config.haar)
         x = x.contiguous(memory_format=torch.channels_last)
         biases = self._biases(t, y)
         x = self.init_conv(x.to(self.dtype)).float()
@@ -292,5 +292,5 @@ class PackedUNet:
             else:
                 x = layer(x, biases)
         out = self.out_conv(self.out_norm(x).to(self.dtype)).float()
-        out = unfolded(out, config.patch_size, config.haar)
+        out = unpatchify(out, config.patch_size, config.haar)
         return unpadded(out, config, h, w).contiguous()

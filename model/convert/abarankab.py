@@ -12,9 +12,9 @@ from torch import Tensor
 from model.convert.layout import (
     Flags,
     Imported,
-    ImportRefused,
     Layout,
     Source,
+    UnsupportedCheckpointError,
     Weights,
     architecture,
     checked_groups,
@@ -83,7 +83,7 @@ def import_original(state: Weights, flags: Flags) -> Imported:
     if "betas" in state:
         betas = state["betas"]
         if not betas.is_floating_point():
-            raise ImportRefused("its betas are not floating point numbers")
+            raise UnsupportedCheckpointError("its betas are not floating point numbers")
         diffusion = diffusion_of(betas.double().numpy(), betas.dtype, variance="fixed_large")
         prefix = "model." if flags.weights == "raw" else "ema_model."
         source = Source({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
@@ -116,7 +116,7 @@ def _original_network(source: Source, flags: Flags) -> tuple[Weights, UNetConfig
         **architecture(levels, len(source["init_conv.weight"])),
     )
     if flags.initial_pad is None and any(side % config.multiple for side in config.image_size):
-        raise ImportRefused(
+        raise UnsupportedCheckpointError(
             f"its levels need sides that {config.multiple} divides, so images of {written(config.image_size)} were "
             "padded: add --initial_pad as its UNet had it (or 0, to pad below and to the right as is usual here)"
         )

@@ -10,9 +10,9 @@ from model import import_scheduler
 from model.convert.layout import (
     Flags,
     Imported,
-    ImportRefused,
     Layout,
     Source,
+    UnsupportedCheckpointError,
     Weights,
     convert,
     cosines_first,
@@ -78,12 +78,12 @@ DIFFUSERS = Layout(
 
 
 def import_folder(source: Path, flags: Flags) -> Imported:
-    """A network's folder, that of a pipeline, or of a training's checkpoint. Raises ImportRefused."""
+    """A network's folder, that of a pipeline, or of a training's checkpoint. Raises UnsupportedCheckpointError."""
     folder = _network(source, flags)
     if not (folder / "config.json").exists():
         if any(TENSORFLOW.search(path.name) for path in source.iterdir()):
-            raise ImportRefused(TENSORFLOW_SAYS)
-        raise ImportRefused("this folder has no config.json, and no unet/config.json, as diffusers' have")
+            raise UnsupportedCheckpointError(TENSORFLOW_SAYS)
+        raise UnsupportedCheckpointError("this folder has no config.json, and no unet/config.json, as diffusers' have")
     for above in (source, folder.parent):
         if (above / "model_index.json").exists():
             _check_pipeline(read_json(above / "model_index.json"))
@@ -133,12 +133,16 @@ def _network(source: Path, flags: Flags) -> Path:
 
 
 def _check_pipeline(index: dict[str, Any]) -> None:
-    """Raises ImportRefused for a pipeline that does not make images from a UNet2DModel's noise alone."""
+    """Raises UnsupportedCheckpointError for a pipeline that does not make images from a UNet2DModel's noise alone."""
     name = index.get("_class_name")
     if latent := [part for part in ("vae", "vqvae", "movq", "image_encoder") if part in index]:
-        raise ImportRefused(f"it is a {name}: its network works on latents of its {latent[0]}, not on images")
+        raise UnsupportedCheckpointError(
+            f"it is a {name}: its network works on latents of its {latent[0]}, not on images"
+        )
     if name not in PIPELINES:
-        raise ImportRefused(f"it is a {name}; the pipelines that can be imported are {', '.join(PIPELINES)}")
+        raise UnsupportedCheckpointError(
+            f"it is a {name}; the pipelines that can be imported are {', '.join(PIPELINES)}"
+        )
 
 
 def _converted(state: Weights, theirs: dict[str, Any], config: UNetConfig) -> Weights:
@@ -155,10 +159,10 @@ def _converted(state: Weights, theirs: dict[str, Any], config: UNetConfig) -> We
 
 
 def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
-    """Their network's configuration in our words. Raises ImportRefused for what ours cannot express."""
+    """Their network's configuration in our words. Raises UnsupportedCheckpointError for what ours cannot express."""
     get = theirs.get
     if get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ImportRefused(f"it is a {get('_class_name')}; only UNet2DModel can be imported")
+        raise UnsupportedCheckpointError(f"it is a {get('_class_name')}; only UNet2DModel can be imported")
     groups, scale_shift = get("norm_num_groups", 32), get("resnet_time_scale_shift", "default") == "scale_shift"
     down, up = get("down_block_types", ["DownBlock2D"] + ["AttnDownBlock2D"] * 3), get("up_block_types")
     up = ["AttnUpBlock2D"] * 3 + ["UpBlock2D"] if up is None else up
@@ -183,12 +187,14 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
         ("attn_norm_num_groups", get("attn_norm_num_groups"), (groups,) if scale_shift else (None, groups)),
     ]:
         if value not in valid:
-            raise ImportRefused(f"its {name} is {value!r}, which cannot be expressed here")
+            raise UnsupportedCheckpointError(f"its {name} is {value!r}, which cannot be expressed here")
     attention = [DOWN[block] for block in down]
     if [UP[block] for block in reversed(up)] != attention or len(widths) != len(down) or not widths:
-        raise ImportRefused("its levels differ on the way down and up, which cannot be expressed here")
+        raise UnsupportedCheckpointError("its levels differ on the way down and up, which cannot be expressed here")
     if any(width % widths[0] for width in widths):
-        raise ImportRefused(f"its widths {widths} are not whole multiples of the first, which cannot be expressed here")
+        raise UnsupportedCheckpointError(
+            f"its widths {widths} are not whole multiples of the first, which cannot be expressed here"
+        )
     kinds = (
         {  # of what changes the resolution, after each level but the last: a residual block, or a convolution
             block.startswith("Resnet") or (block.startswith("Attn") and get(f"{way}sample_type", "conv") == "resnet")
@@ -198,12 +204,14 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
         or {False}
     )
     if len(kinds) != 1:
-        raise ImportRefused("it mixes ways of changing the resolution, which cannot be expressed here")
+        raise UnsupportedCheckpointError("it mixes ways of changing the resolution, which cannot be expressed here")
     size = get("sample_size") or flags.image_size or (32, 32)
     head = get("attention_head_dim", 8)
     in_channels, out_channels = get("in_channels", 3), get("out_channels", 3)
     if out_channels not in (in_channels, 2 * in_channels):
-        raise ImportRefused(f"it has {in_channels} channels in and {out_channels} out, which cannot be expressed here")
+        raise UnsupportedCheckpointError(
+            f"it has {in_channels} channels in and {out_channels} out, which cannot be expressed here"
+        )
     is_table = get("time_embedding_type", "positional") == "learned"
     labels = get("num_class_embeds")
     config = UNetConfig(
@@ -228,5 +236,7 @@ def unet_config(theirs: dict[str, Any], flags: Flags) -> UNetConfig:
         time_table=get("num_train_timesteps") or 0 if is_table else 0,
     )
     if any(groups != config.norm_groups for groups in norm_groups(config)):
-        raise ImportRefused(f"its norms have {config.norm_groups} groups, which do not divide all channels")
+        raise UnsupportedCheckpointError(
+            f"its norms have {config.norm_groups} groups, which do not divide all channels"
+        )
     return config

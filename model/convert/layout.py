@@ -21,15 +21,17 @@ from model.nn.unet import UNet, UNetConfig
 Weights = dict[str, Tensor]
 
 
-class ImportRefused(ValueError):
+class UnsupportedCheckpointError(ValueError):
     """The source is not something this can import; the message says what it is, and what to do."""
 
 
 class Source(Weights):
-    """A file's tensors. Asking for one that is not there raises ImportRefused."""
+    """A file's tensors. Asking for one that is not there raises UnsupportedCheckpointError."""
 
     def __missing__(self, name: str) -> Tensor:
-        raise ImportRefused(f"tensor {name!r} is missing, or its layer is not where this kind of file has it")
+        raise UnsupportedCheckpointError(
+            f"tensor {name!r} is missing, or its layer is not where this kind of file has it"
+        )
 
     def take(self, name: str) -> Tensor:
         """A tensor, which is not there any more then."""
@@ -69,9 +71,9 @@ class Flags:
         return {k: v for k, v in values.items() if v is not None and v is not False and v != ()}
 
     def need(self, **defaults: Any) -> None:
-        """Raises ImportRefused unless all of these are given; `defaults` are what their project has for them."""
+        """Raises UnsupportedCheckpointError unless all are given; `defaults` are what their project has for them."""
         if missing := [f"--{name} {written(value)}" for name, value in defaults.items() if getattr(self, name) is None]:
-            raise ImportRefused(
+            raise UnsupportedCheckpointError(
                 f"the file does not tell all that it needs: add {' '.join(missing)}, "
                 "or what it was trained with instead (these are its project's defaults)"
             )
@@ -79,7 +81,7 @@ class Flags:
     def classes(self, rows: int | None) -> dict[str, Any]:
         """`num_classes` and `null_class` of a network whose table of classes has so many rows; None: no table."""
         if self.null_class and (rows or 0) < 2:
-            raise ImportRefused("--null_class needs a network with classes, of which the last means none")
+            raise UnsupportedCheckpointError("--null_class needs a network with classes, of which the last means none")
         return {"num_classes": rows - self.null_class if rows else None, "null_class": self.null_class}
 
 
@@ -100,17 +102,17 @@ class Imported:
     used: frozenset[str] = frozenset()
 
     def check(self, flags: Flags) -> None:
-        """Raises ImportRefused for a flag that contradicts what was imported, or means nothing for it."""
+        """Raises UnsupportedCheckpointError for a flag that contradicts what was imported, or means nothing for it."""
         has = {f.name: getattr(part, f.name) for part in (self.unet, self.diffusion) for f in fields(part)}
         is_linear = self.diffusion.schedule == "linear"
         for name, value in flags.given().items():
             if name in self.used or name == "class_names":
                 continue
             if name not in has or (name.startswith("schedule_") and not is_linear):
-                raise ImportRefused(f"--{name} means nothing for this file: leave it out")
+                raise UnsupportedCheckpointError(f"--{name} means nothing for this file: leave it out")
             same = math.isclose(value, has[name], rel_tol=1e-4) if isinstance(value, float) else value == has[name]
             if not same:
-                raise ImportRefused(
+                raise UnsupportedCheckpointError(
                     f"--{name} {written(value)} contradicts the file, which has {written(has[name])}: leave it out"
                 )
 
@@ -133,7 +135,10 @@ class Layout:
 
 
 def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
-    """`source` under our names. Raises ImportRefused where a tensor is missing, left over, or of another shape."""
+    """`source` under our names.
+
+    Raises UnsupportedCheckpointError where a tensor is missing, left over, or of another shape.
+    """
     with torch.device("meta"):
         network = UNet(config)
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
@@ -158,7 +163,9 @@ def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
             place = ".".join(part for part in (theirs, layout.names.get(inner, inner)) if part)
             result[name] = left.take(f"{place}.{leaf}")
     if left:
-        raise ImportRefused(f"{len(left)} tensors belong to no layer of such a network, {min(left)!r} among them")
+        raise UnsupportedCheckpointError(
+            f"{len(left)} tensors belong to no layer of such a network, {min(left)!r} among them"
+        )
     for name, shape in expected.items():
         result[name] = _float32(name, result[name], shape)
     return result
@@ -166,12 +173,14 @@ def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
 
 def _float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not tensor.is_floating_point():
-        raise ImportRefused(f"{name} is {str(tensor.dtype).removeprefix('torch.')} in the file, not floating point")
+        raise UnsupportedCheckpointError(
+            f"{name} is {str(tensor.dtype).removeprefix('torch.')} in the file, not floating point"
+        )
     if _without_ones(tensor.shape) != _without_ones(shape):  # a linear layer may be a 1 × 1 convolution, or back
-        raise ImportRefused(f"{name}: {tuple(tensor.shape)} in the file, where the network has {shape}")
+        raise UnsupportedCheckpointError(f"{name}: {tuple(tensor.shape)} in the file, where the network has {shape}")
     result = tensor.float().reshape(shape)
     if not torch.isfinite(result).all():
-        raise ImportRefused(f"tensor {name!r} has numbers that are not finite")
+        raise UnsupportedCheckpointError(f"tensor {name!r} has numbers that are not finite")
     return result
 
 
@@ -184,10 +193,12 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def checked_groups(config: UNetConfig, flags: Flags) -> UNetConfig:
-    """Raises ImportRefused where a GroupNorm cannot have as many groups as it says."""
+    """Raises UnsupportedCheckpointError where a GroupNorm cannot have as many groups as it says."""
     if config.norm == "gn" and norm_groups(config) != {config.norm_groups}:
         how = "--norm_groups must be what" if flags.norm_groups else "these are usual, so give --norm_groups as"
-        raise ImportRefused(f"its channels do not divide into {config.norm_groups} groups: {how} it was trained with")
+        raise UnsupportedCheckpointError(
+            f"its channels do not divide into {config.norm_groups} groups: {how} it was trained with"
+        )
     return config
 
 
@@ -202,7 +213,9 @@ def architecture(levels: list[list[tuple[int, bool]]], base: int) -> dict[str, A
     """Configuration from the residual blocks of each level on the way down, each (channels out, has attention)."""
     blocks = {len(level) for level in levels}
     if len(blocks) != 1 or 0 in blocks or any(channels % base for level in levels for channels, _ in level):
-        raise ImportRefused("its levels do not have equal numbers of residual blocks, or whole channel multiples")
+        raise UnsupportedCheckpointError(
+            "its levels do not have equal numbers of residual blocks, or whole channel multiples"
+        )
     return {
         "base_channels": base,
         "channel_mults": tuple(level[0][0] // base for level in levels),
@@ -224,7 +237,7 @@ def separate_qkv(q: str, k: str, v: str) -> Callable[[Source, str, UNetConfig], 
     def fused(source: Source, place: str, config: UNetConfig) -> tuple[Tensor, Tensor]:
         weights, biases = ([source.take(f"{place}.{name}.{leaf}") for name in (q, k, v)] for leaf in ("weight", "bias"))
         if len({tensor.shape for tensor in weights}) > 1:
-            raise ImportRefused(f"{place}: {q}, {k} and {v} have different shapes")
+            raise UnsupportedCheckpointError(f"{place}: {q}, {k} and {v} have different shapes")
         return torch.cat(weights), torch.cat(biases)
 
     return fused
@@ -249,7 +262,7 @@ PRECISION = {torch.float16: (2e-3, 6e-8), torch.bfloat16: (8e-3, 1e-9)}  # relat
 def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: Any) -> DiffusionConfig:
     """The diffusion whose beta schedule these betas [T] are, as rounded to `dtype`; `settings` are its other fields."""
     if betas.ndim != 1 or not 2 <= len(betas) <= 100_000 or not np.all((betas > 0) & (betas <= 1)):
-        raise ImportRefused("its betas are not from 2 to 100000 numbers between 0 and 1")
+        raise UnsupportedCheckpointError("its betas are not from 2 to 100000 numbers between 0 and 1")
     steps = len(betas)
     scale = 1000 / steps
     rtol, atol = PRECISION.get(dtype, (1e-5, 1e-9))
@@ -260,4 +273,4 @@ def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: A
     for low, high in ends:
         if np.allclose(linear_betas(steps, low, high), betas, rtol, atol):
             return DiffusionConfig(steps, "linear", low, high, **settings)
-    raise ImportRefused("its betas are neither a linear nor the cosine schedule")
+    raise UnsupportedCheckpointError("its betas are neither a linear nor the cosine schedule")

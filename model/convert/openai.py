@@ -12,9 +12,9 @@ from torch import Tensor
 from model.convert.layout import (
     Flags,
     Imported,
-    ImportRefused,
     Layout,
     Source,
+    UnsupportedCheckpointError,
     Weights,
     architecture,
     checked_groups,
@@ -87,7 +87,9 @@ def import_openai(state: Weights, flags: Flags) -> Imported:
         time_scale=_time_scale(flags),
     )
     if config.learned_variance and flags.variance not in (None, "learned_range"):
-        raise ImportRefused(f"--variance {flags.variance} contradicts the file, whose network says its variance")
+        raise UnsupportedCheckpointError(
+            f"--variance {flags.variance} contradicts the file, whose network says its variance"
+        )
     source["time_embed.0.weight"] = cosines_first(source["time_embed.0.weight"])  # it embeds cosines before sines
     if not flags.new_attention_order:
         for name in [n for n in source if ".qkv." in n]:
@@ -109,32 +111,34 @@ def import_openai(state: Weights, flags: Flags) -> Imported:
 
 
 def _check_kind(source: Source, flags: Flags) -> None:
-    """Raises ImportRefused for networks that have the same layers' names and are something else."""
+    """Raises UnsupportedCheckpointError for networks that have the same layers' names and are something else."""
     if source["middle_block.1.qkv.weight"].dim() == 4:
-        raise ImportRefused(
+        raise UnsupportedCheckpointError(
             "it is a consistency model, or the EDM one it was made from (openai/consistency_models): the network is "
             "the same, but what stands around it cannot be expressed here"
         )
     given, made = source["input_blocks.0.0.weight"].shape[1], len(source["out.2.weight"])
     if given in (6, 8) or made not in (given, 2 * given):
-        raise ImportRefused(f"it is an upsampler: it sees {given} channels, the small image's too, and makes {made}")
+        raise UnsupportedCheckpointError(
+            f"it is an upsampler: it sees {given} channels, the small image's too, and makes {made}"
+        )
     if (given, made) == (2, 2) and flags.variance not in ("fixed_small", "fixed_large"):
-        raise ImportRefused(
+        raise UnsupportedCheckpointError(
             "it is an upsampler of grey images with a learned variance, or a network of 2-channel images, "
             "which the file does not tell: if the latter, add --variance fixed_large"
         )
     if source["time_embed.0.weight"].shape[1] != len(source["input_blocks.0.0.weight"]):
-        raise ImportRefused(
+        raise UnsupportedCheckpointError(
             "its first level is not as wide as its time embedding, as in the 512 × 512 model (channel_mult 0.5), "
             "which cannot be expressed here"
         )
 
 
 def _heads(flags: Flags) -> dict[str, Any]:
-    """Raises ImportRefused where the flags do not tell how many, or tell it twice."""
+    """Raises UnsupportedCheckpointError where the flags do not tell how many, or tell it twice."""
     if flags.head_channels is not None:
         if flags.num_heads is not None or flags.num_heads_upsample is not None:
-            raise ImportRefused("with --head_channels the number of heads follows: leave out the other")
+            raise UnsupportedCheckpointError("with --head_channels the number of heads follows: leave out the other")
         names: dict[str, Any] = {}
     else:
         names = {"num_heads": 4}
@@ -151,10 +155,10 @@ def _time_scale(flags: Flags) -> float:
     steps = flags.num_timesteps or 1000
     if flags.rescale_timesteps:
         if flags.time_scale is not None:
-            raise ImportRefused("--rescale_timesteps is a --time_scale of 1000/T: leave out one of them")
+            raise UnsupportedCheckpointError("--rescale_timesteps is a --time_scale of 1000/T: leave out one of them")
         return 1000 / steps
     if flags.time_scale is None and steps != 1000:
-        raise ImportRefused(
+        raise UnsupportedCheckpointError(
             "the file does not tell whether its timesteps were scaled to 1000: add --rescale_timesteps "
             "(improved-diffusion's default), or --time_scale 1 (guided-diffusion's)"
         )

@@ -49,7 +49,7 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·kᵀ / √width)·v of [N, heads, L, width] each (Vaswani et al. 2017, eq. 1).
 
     On a CPU it is written out, which is two to three times as fast there as torch's function; that one, where gradients
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         n, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(3, 4).unbind(1)  # each [N, heads, HW, width]
-        y = attend(q, k, v)
+        y = attention(q, k, v)
         out: Tensor = self.out(y.transpose(2, 3).reshape(n, c, h, w))
         return x + out
 
@@ -104,7 +104,7 @@ class ResBlock(nn.Module):
         width = 2 * out_channels if self.scale_shift else out_channels
         self.time_bias = nn.Linear(config.time_emb_dim, width)
         has_bias = config.num_classes is not None and config.class_conditioning != "embedding"
-        self.class_bias = class_table(config, width) if has_bias else None
+        self.class_bias = class_embedding(config, width) if has_bias else None
         self.norm_2 = NORMS[config.norm](out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv_2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -154,7 +154,7 @@ class Upsample(nn.Module):
         return out
 
 
-def folded(x: Tensor, size: int, haar: bool = False) -> Tensor:
+def patchify(x: Tensor, size: int, haar: bool = False) -> Tensor:
     """[N, C, H, W] → [N, C·size², H/size, W/size]: the pixels of a square become channels, or their Haar wavelets."""
     if size == 1:
         return x
@@ -162,8 +162,8 @@ def folded(x: Tensor, size: int, haar: bool = False) -> Tensor:
     return hadamard(x) if haar else x
 
 
-def unfolded(x: Tensor, size: int, haar: bool = False) -> Tensor:
-    """The inverse of `folded`."""
+def unpatchify(x: Tensor, size: int, haar: bool = False) -> Tensor:
+    """The inverse of `patchify`."""
     if size == 1:
         return x
     return F.pixel_shuffle(hadamard(x) if haar else x, size)
@@ -182,10 +182,10 @@ def hadamard(x: Tensor) -> Tensor:
     return torch.stack(parts, dim=2).flatten(1, 2) / 2
 
 
-def class_table(config: UNetConfig, width: int) -> nn.Embedding:
+def class_embedding(config: UNetConfig, width: int) -> nn.Embedding:
     """One row of `width` numbers for each class and, where there is one, the null class."""
     assert config.num_classes is not None
     weight = torch.empty(config.num_classes + config.null_class, width)
     if not weight.is_meta:  # where there is nothing to draw, torch would import its compiler: 2 s of a server's start
         nn.init.normal_(weight)
-    return nn.Embedding(*weight.shape, _weight=weight)
+    return nn.Embedding(len(weight), width, _weight=weight)

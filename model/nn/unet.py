@@ -18,10 +18,10 @@ from model.nn.layers import (
     Downsample,
     ResBlock,
     Upsample,
-    class_table,
-    folded,
+    class_embedding,
+    patchify,
     time_embedding,
-    unfolded,
+    unpatchify,
     zero,
 )
 
@@ -168,7 +168,7 @@ class UNet(nn.Module):
         )
         self.time_table = nn.Embedding(config.time_table, channels) if config.time_table else None
         has_embedding = config.num_classes is not None and config.class_conditioning != "bias"
-        self.class_emb = class_table(config, config.time_emb_dim) if has_embedding else None
+        self.class_emb = class_embedding(config, config.time_emb_dim) if has_embedding else None
         self.init_conv = nn.Conv2d(config.image_channels * config.patch_size**2, channels, 3, padding=1)
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
@@ -223,8 +223,8 @@ class UNet(nn.Module):
         h, w = x.shape[2:]
         x = padded(x, config)
 
-        x = self.init_conv(folded(x, config.patch_size, config.haar))
-        emb = self.embedded(t, y).to(x.dtype)
+        x = self.init_conv(patchify(x, config.patch_size, config.haar))
+        emb = self.embed(t, y).to(x.dtype)
         skips = [x]
         for layer in self.downs:
             x = layer(x, emb, y) if isinstance(layer, ResBlock) else layer(x)
@@ -238,10 +238,10 @@ class UNet(nn.Module):
                 x = layer(torch.cat([x, skips.pop()], dim=1), emb, y)
             else:
                 x = layer(x, emb, y)
-        out = unfolded(self.out_conv(self.activation(self.out_norm(x))), config.patch_size, config.haar)
+        out = unpatchify(self.out_conv(self.activation(self.out_norm(x))), config.patch_size, config.haar)
         return unpadded(out, config, h, w)
 
-    def embedded(self, t: Tensor, y: Tensor | None) -> Tensor:
+    def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         """Timestep and class for the blocks, [N, time_emb_dim]. In the weights' precision, under autocast too."""
         with torch.autocast(t.device.type, enabled=False):
             if self.time_table is None:

@@ -1,4 +1,4 @@
-"""A plan carried out: guidance, the update of one step, and the naive loop over all of them."""
+"""A sampling schedule carried out: guidance, the update of one step, and the naive loop over all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.diffusion import Network
 from model.sampling.noise import normals
-from model.sampling.schedule import LIMITS, Plan
+from model.sampling.schedule import THRESHOLDING, SamplingSchedule
 
 DYNAMIC_QUANTILE = 0.995
 
@@ -21,8 +21,8 @@ def apply_step(
     """One update of a batch, whatever its samplers: (x_next, x0).
 
     x, x0_prev, x0_prev2 and z are [N, C, H, W], out (guidance applied) too, or [N, 2C, H, W] with learned variance;
-    `rows` [N, 10] holds one plan row per sample. `dynamic` False: the limit of none of them is, and nobody has to wait
-    for the device to say so.
+    `rows` [N, 10] holds a row of each sample's schedule. `dynamic` False: the limit of none of them is, and nobody has
+    to wait for the device to say so.
     """
     _, p, q, limit, a, b, c, d, k, s = (column.reshape(-1, 1, 1, 1) for column in rows.unbind(1))
     channels = x.shape[1]
@@ -35,15 +35,15 @@ def apply_step(
 
 def _limited(x0: Tensor, limit: Tensor, dynamic: bool) -> Tensor:
     """x0 within ±1: clamped at 1, or, where `limit` says dynamic, at the image's own quantile, if more, and divided."""
-    if not dynamic or not (limit == LIMITS.index("dynamic")).any():
+    if not dynamic or not (limit == THRESHOLDING.index("dynamic")).any():
         return x0.clamp(-1, 1)
     # Once for all rows: a row's bytes do not depend on its mates
     largest = torch.quantile(x0.flatten(1).abs(), DYNAMIC_QUANTILE, dim=1).clamp(min=1).reshape(-1, 1, 1, 1)
-    bound = torch.where(limit == LIMITS.index("dynamic"), largest, 1.0)
+    bound = torch.where(limit == THRESHOLDING.index("dynamic"), largest, 1.0)
     return torch.maximum(torch.minimum(x0, bound), -bound) / bound
 
 
-def predict(network: Network, x: Tensor, t: Tensor, y: Tensor | None, g: Tensor, null_class: int | None) -> Tensor:
+def cfg_forward(network: Network, x: Tensor, t: Tensor, y: Tensor | None, g: Tensor, null_class: int | None) -> Tensor:
     """The network's output with classifier-free guidance, u + g·(e - u) (Ho & Salimans 2022), [N, C or 2C, H, W].
 
     The rows that need the null class (g ≠ 1, float [N]) are appended to the same network call. A learned variance, the
@@ -64,7 +64,7 @@ def predict(network: Network, x: Tensor, t: Tensor, y: Tensor | None, g: Tensor,
     return result
 
 
-def guided(out: Tensor, u: Tensor, g: Tensor) -> Tensor:
+def apply_cfg(out: Tensor, u: Tensor, g: Tensor) -> Tensor:
     """The same where both outputs are there for every row: of `out` [N, C or 2C, H, W] and g [N], and u [N, C, H, W].
 
     Rows with g = 1 are left alone, whatever their u. The host has no part in it, so it can be in a CUDA graph.
@@ -78,7 +78,7 @@ def guided(out: Tensor, u: Tensor, g: Tensor) -> Tensor:
 @torch.no_grad()
 def sample(
     network: Network,
-    plan: Plan,
+    schedule: SamplingSchedule,
     shape: tuple[int, int, int],
     seeds: Sequence[int],
     indices: Sequence[int],
@@ -89,20 +89,20 @@ def sample(
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int, Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
-    """The naive loop: N images of one plan, [N, C, H, W]. It defines what the engine must compute.
+    """The naive loop: N images of one schedule, [N, C, H, W]. It defines what the engine must compute.
 
     `classes` None is for unconditional networks. `on_step(i, x_next, x0)` is called after step i = 1 … S.
     """
     x = normals(seeds, indices, [0] * len(seeds), shape, device).to(dtype)
     x0 = x0_prev = torch.zeros_like(x)
     y = None if classes is None else torch.tensor(classes, device=device)
-    for i, (timestep, row) in enumerate(zip(plan.timesteps, plan.table, strict=True), start=1):
+    for i, (timestep, row) in enumerate(zip(schedule.timesteps, schedule.table, strict=True), start=1):
         rows = torch.tensor(row, dtype=dtype, device=device).expand(len(x), -1)
         t = torch.full((len(x),), int(timestep), device=device)
         noise = torch.zeros_like(x)
         if row[-1]:
             noise = normals(seeds, indices, [i] * len(seeds), shape, device).to(dtype)
-        out = predict(network, x, t, y, rows[:, 0], null_class)
+        out = cfg_forward(network, x, t, y, rows[:, 0], null_class)
         x, new = apply_step(x, out, x0, x0_prev, rows, noise)
         x0, x0_prev = new, x0
         if on_step:

@@ -7,10 +7,12 @@ from numpy.typing import NDArray
 
 Timesteps = NDArray[np.int64]
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "logsnr")
-MIN_LOG_SNR = -5.1  # log(alpha/sigma) below which there is nothing to tell from noise (Lu et al.'s clipping)
+LAMBDA_MIN_CLIPPED = -5.1  # log(alpha/sigma) below which there is nothing to tell from noise (Lu et al.'s clipping)
 
 
-def spaced(num_timesteps: int, steps: int, spacing: str, log_snr: NDArray[np.float64] | None = None) -> Timesteps:
+def make_timesteps(
+    num_timesteps: int, steps: int, spacing: str, log_snr: NDArray[np.float64] | None = None
+) -> Timesteps:
     """`steps` of the timesteps 0 … T - 1, int64 [steps], distinct and descending.
 
     leading ends at 0 and starts late; trailing starts at T - 1 and ends early; linspace spreads over both
@@ -30,7 +32,7 @@ def spaced(num_timesteps: int, steps: int, spacing: str, log_snr: NDArray[np.flo
         return _distinct((num_timesteps - 1) * (np.arange(1, steps + 1) / steps) ** 2, num_timesteps)
     if spacing == "logsnr":
         assert log_snr is not None, "spacing by log-SNR needs it"
-        known = np.maximum(log_snr[:num_timesteps], MIN_LOG_SNR)[::-1]  # ascending, and T - 1 … 0
+        known = np.maximum(log_snr[:num_timesteps], LAMBDA_MIN_CLIPPED)[::-1]  # ascending, and T - 1 … 0
         targets = np.linspace(known[0], known[-1], steps)[::-1]
         points = np.interp(targets, known, np.arange(num_timesteps)[::-1].astype(np.float64))
         points[-1] = num_timesteps - 1

@@ -20,7 +20,7 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from tests.app.processes import ServerProcess, wait_for
 from tests.networks import randomised
 
@@ -44,7 +44,7 @@ COLOUR = replace(GREY, image_channels=3, image_size=(8, 8), num_classes=None, nu
 def write_checkpoint(path: Path, unet: UNetConfig, class_names: tuple[str, ...], seed: int = 0) -> Path:
     """A checkpoint with random weights everywhere."""
     network = randomised(unet, 0.3, seed)
-    defaults = SamplingDefaults(sampler="ddim", steps=6)
+    defaults = SamplingParams(sampler="ddim", steps=6)
     config = CheckpointConfig(unet, DiffusionConfig(prediction="v"), class_names, defaults, {"data": "none"})
     checkpoint.save(path, network.state_dict(), config)
     return path

@@ -108,7 +108,7 @@ def test_one_image_of_a_grid_can_be_had_again_alone(client: TestClient, i: int) 
     np.testing.assert_array_equal(picture(alone.content), tiles(picture(grid.content), 4)[i])
 
 
-def test_images_differ_by_seed_index_class_and_plan(client: TestClient) -> None:
+def test_images_differ_by_seed_index_class_and_schedule(client: TestClient) -> None:
     base: dict[str, Any] = {"seed": 1, "class_label": 0, "steps": 4}
     changes: list[dict[str, Any]] = [
         {},
@@ -219,11 +219,11 @@ def test_every_file_of_a_zip_says_how_to_make_it_alone(client: TestClient) -> No
         assert alone.content == data
 
 
-def test_json_tells_the_plan_and_the_checkpoint(client: TestClient) -> None:
+def test_json_tells_the_schedule_and_the_checkpoint(client: TestClient) -> None:
     answer = generate(client, JSON, sampler="ddim", steps=3, eta=0.5, guidance_scale=2, class_label=1).json()
     card = client.get("/models").json()["models"][0]
-    plan = {"sampler": "ddim", "steps": 3, "eta": 0.5, "guidance_scale": 2.0}
-    assert answer.items() >= (plan | {"model": card["name"], "checkpoint": card["checkpoint"]}).items()
+    schedule = {"sampler": "ddim", "steps": 3, "eta": 0.5, "guidance_scale": 2.0}
+    assert answer.items() >= (schedule | {"model": card["name"], "checkpoint": card["checkpoint"]}).items()
     assert answer["images"][0]["class_name"] == BEETLE
 
 

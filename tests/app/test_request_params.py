@@ -18,7 +18,7 @@ from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import DiffusionConfig
-from model.sampling.schedule import DEFAULT_STEPS, SamplingDefaults, make_plan
+from model.sampling.schedule import DEFAULT_STEPS, SamplingParams, make_schedule
 from tests.app.conftest import BEETLE, CLASSES
 
 GREY_BYTES = 8 * 12
@@ -150,8 +150,10 @@ def test_a_seed_that_nobody_gave_is_drawn_and_fits_into_a_json_number(grey: Chec
 def test_what_is_left_out_is_the_checkpoints_own_default(grey: Checkpoint) -> None:
     made = job(grey, GenerateBody())
     assert made.sampling == grey.config.sampling
-    assert (made.request.plan.sampler, len(made.request.plan)) == ("ddim", 6)
-    assert job(grey, GenerateBody(), max_steps=4).request.plan.timesteps.size == 4  # but within this server's limits
+    assert (made.request.schedule.sampler, len(made.request.schedule)) == ("ddim", 6)
+    assert (
+        job(grey, GenerateBody(), max_steps=4).request.schedule.timesteps.size == 4
+    )  # but within this server's limits
 
 
 def test_a_default_eta_is_for_ddim_alone(grey: Checkpoint) -> None:
@@ -161,31 +163,31 @@ def test_a_default_eta_is_for_ddim_alone(grey: Checkpoint) -> None:
 
 
 def with_sampling(checkpoint: Checkpoint, **values: object) -> Checkpoint:
-    return replace(checkpoint, config=replace(checkpoint.config, sampling=SamplingDefaults(**values)))
+    return replace(checkpoint, config=replace(checkpoint.config, sampling=SamplingParams(**values)))
 
 
 def test_another_sampler_takes_its_own_number_of_steps(grey: Checkpoint) -> None:
     for sampler, steps in DEFAULT_STEPS.items():
         expected = 6 if sampler == "ddim" else steps  # ddim is the checkpoint's
-        assert len(job(grey, GenerateBody(sampler=sampler)).request.plan) == expected
-        assert len(job(grey, GenerateBody(sampler=sampler), max_steps=9).request.plan) == min(expected, 9)
-        assert len(job(grey, GenerateBody(sampler=sampler, steps=3)).request.plan) == 3
+        assert len(job(grey, GenerateBody(sampler=sampler)).request.schedule) == expected
+        assert len(job(grey, GenerateBody(sampler=sampler), max_steps=9).request.schedule) == min(expected, 9)
+        assert len(job(grey, GenerateBody(sampler=sampler, steps=3)).request.schedule) == 3
 
 
 def test_spacing_limit_and_interval_are_the_requests_or_the_checkpoints(grey: Checkpoint) -> None:
     own = {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.7), "spacing": "quadratic", "limit": "dynamic"}
     noted = with_sampling(grey, steps=10, **own)
-    plan = job(noted, GenerateBody()).request.plan
-    assert np.array_equal(plan.table, make_plan(grey.diffusion, "ddim", 10, **own).table)
+    schedule = job(noted, GenerateBody()).request.schedule
+    assert np.array_equal(schedule.table, make_schedule(grey.diffusion, "ddim", 10, **own).table)
     asked = {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.9], "spacing": "linspace", "limit": "none"}
-    plan = job(noted, GenerateBody(**asked)).request.plan
-    assert np.array_equal(plan.table, make_plan(grey.diffusion, "ddim", 10, **asked).table)
+    schedule = job(noted, GenerateBody(**asked)).request.schedule
+    assert np.array_equal(schedule.table, make_schedule(grey.diffusion, "ddim", 10, **asked).table)
     other = job(noted, GenerateBody(sampler="dpmpp_2m")).sampling  # the spacing was for another sampler
     assert (other.spacing, other.limit, other.guidance_interval) == ("trailing", "dynamic", (0.1, 0.7))
     assert job(noted, GenerateBody(guidance_scale=1)).sampling.guidance_interval == (0, 1)
 
 
-def test_what_the_plan_refuses_is_said_with_its_name(grey: Checkpoint) -> None:
+def test_what_the_schedule_refuses_is_said_with_its_name(grey: Checkpoint) -> None:
     eps = replace(grey, config=replace(grey.config, diffusion=DiffusionConfig(schedule="cosine")))
     with pytest.raises(InvalidRequest, match=r"between 1 and 9\d\d \(of an eps network with limit none\)") as caught:
         job(eps, GenerateBody(steps=1000, limit="none"), max_steps=1000)
@@ -202,7 +204,9 @@ def test_a_large_fixed_variance_is_replaced_where_it_would_leave_noise_and_the_a
     large = replace(grey, config=replace(grey.config, diffusion=DiffusionConfig(variance="fixed_large")))
     few = job(large, GenerateBody(sampler="ddpm", steps=50))
     assert few.provenance()["variance"] == "fixed_small"
-    assert np.array_equal(few.request.plan.table, make_plan(large.diffusion, "ddpm", 50, variance="fixed_small").table)
+    assert np.array_equal(
+        few.request.schedule.table, make_schedule(large.diffusion, "ddpm", 50, variance="fixed_small").table
+    )
     assert job(large, GenerateBody(sampler="ddpm", steps=1000)).provenance()["variance"] == "fixed_large"
     assert "variance" not in job(large, GenerateBody(steps=50)).provenance()
 
@@ -285,11 +289,11 @@ def test_guidance_needs_a_null_class(colour_checkpoint: Path) -> None:
         job(colour, GenerateBody(guidance_scale=2))
 
 
-def test_a_plan_is_made_once_for_equal_settings_of_a_checkpoint(grey: Checkpoint) -> None:
+def test_a_schedule_is_made_once_for_equal_settings_of_a_checkpoint(grey: Checkpoint) -> None:
     one, other = served(grey), served(grey)
-    asked = SamplingDefaults("ddim", 7)
+    asked = SamplingParams("ddim", 7)
     assert one.schedule(asked, None) is one.schedule(replace(asked), None)
     assert one.schedule(asked, None) is not one.schedule(replace(asked, steps=8), None)
     assert one.schedule(asked, None) is not other.schedule(asked, None)
-    small, large = (one.schedule(SamplingDefaults("ddpm", 1000), v).table for v in ("fixed_small", "fixed_large"))
+    small, large = (one.schedule(SamplingParams("ddpm", 1000), v).table for v in ("fixed_small", "fixed_large"))
     assert not np.array_equal(small, large)

@@ -38,7 +38,7 @@ def servers(request: pytest.FixtureRequest) -> Iterator[tuple[ServerProcess, Ser
 
 
 def mix(rng: random.Random) -> dict[str, Any]:
-    """A request of one to six images, by some plan."""
+    """A request of one to six images, by some schedule."""
     asked: dict[str, Any] = {"seed": rng.randrange(10**5, 2**64), "index": rng.choice([0, 3, 2**31 - 10])}
     asked |= {"n": rng.randint(1, 6), "steps": rng.randint(1, 25), "sampler": rng.choice(list(SAMPLERS))}
     asked |= {"class_label": rng.choice([None, 0, 2]), "guidance_scale": rng.choice([1, 1, 0.5, 3])}

@@ -17,7 +17,7 @@ from app.routes.sequence import BOUNDARY
 from model import checkpoint
 from model.images import Image, to_uint8
 from model.sampling.noise import normal
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.app.conftest import BEETLE, HeldRunner, serving
 from tests.app.processes import metric
@@ -113,8 +113,8 @@ def test_frames_show_the_states_of_the_naive_loop(client: TestClient, grey_check
         states[step] = (x if view == "xt" else x0)[0]
 
     with torch.inference_mode():
-        plan = make_plan(loaded.diffusion, "ddpm", 8)
-        sample(loaded.network, plan, (1, 8, 12), [2], [0], [1], on_step=keep)
+        schedule = make_schedule(loaded.diffusion, "ddpm", 8)
+        sample(loaded.network, schedule, (1, 8, 12), [2], [0], [1], on_step=keep)
     shown = all_frames(client, seed=2, class_label=1, sampler="ddpm", steps=8, frames=100, view=view)
     steps = range(9) if view == "xt" else range(1, 9)
     for step, frame in zip(steps, shown, strict=True):

@@ -20,7 +20,7 @@ from app.engine.instance import BatchLimits, Demand
 from app.engine.request import Request
 from app.engine.scheduler import Scheduler
 from model import checkpoint
-from model.sampling.schedule import Plan, make_plan
+from model.sampling.schedule import SamplingSchedule, make_schedule
 from tests.bench.policies import publish, step_options, steps_of
 from tests.bench.serving.workloads import Arrival, poisson
 
@@ -57,7 +57,7 @@ def all_of_it(queue: Queue) -> float:
 def own_steps(queue: Queue) -> float:
     """The request's steps as long as the batches that it shares; where those are full, after all that is there."""
     most = queue.there.limits.max
-    own = len(queue.new.plan) * min(queue.rows, most) / queue.rate
+    own = len(queue.new.schedule) * min(queue.rows, most) / queue.rate
     return own + (queue.seconds if queue.rows > most else 0.0)
 
 
@@ -69,7 +69,7 @@ def places(queue: Queue) -> float:
     room = queue.there.limits.budget(demand)
     left = sorted((request.remaining_nfe, request.n) for request in queue.there)
     jobs = [(n, work / n) for work, n in left if work <= queue.new.remaining_nfe]
-    return estimate_makespan([*jobs, (queue.new.n, len(queue.new.plan))], room) * min(queue.rows, room) / queue.rate
+    return estimate_makespan([*jobs, (queue.new.n, len(queue.new.schedule))], room) * min(queue.rows, room) / queue.rate
 
 
 Rule = Callable[[Queue], float]
@@ -83,7 +83,12 @@ RULES: dict[str, Rule] = {
 
 
 def replay(
-    scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], step_s: list[float], rule: Rule, error: float
+    scheduler: Scheduler,
+    trace: list[Arrival],
+    schedules: dict[int, SamplingSchedule],
+    step_s: list[float],
+    rule: Rule,
+    error: float,
 ) -> tuple[float, int, int]:
     """Goodput as a share of full batches, how many were refused, and how many were admitted and came too late."""
     full = scheduler.limits.max / step_s[scheduler.limits.max]
@@ -94,7 +99,7 @@ def replay(
         nonlocal i, refused
         while i < len(trace) and trace[i].at <= until:
             asked, i = trace[i], i + 1
-            request = Request(plans[asked.steps], 0, 0, asked.n, None, asked.at + deadline_s, None, "")  # type: ignore[arg-type]
+            request = Request(schedules[asked.steps], 0, 0, asked.n, None, asked.at + deadline_s, None, "")  # type: ignore[arg-type]
             if rule(Queue(scheduler, request, error * full)) > deadline_s:
                 refused += 1
             else:
@@ -113,7 +118,9 @@ def replay(
             sample.request.remaining_nfe -= 1
         for request in list(scheduler):
             if finished := all(sample.finished for sample in request.samples):
-                work += len(request.plan) * request.n if now <= request.deadline and deadline_s <= now <= SECONDS else 0
+                work += (
+                    len(request.schedule) * request.n if now <= request.deadline and deadline_s <= now <= SECONDS else 0
+                )
             if finished or now > request.deadline:
                 scheduler.remove(request)
                 late += now > request.deadline
@@ -122,7 +129,7 @@ def replay(
 
 def table(step_s: list[float], caps: list[str]) -> str:
     """Markdown."""
-    plans = {20: make_plan(checkpoint.load("mnist").diffusion, "ddim", 20)}
+    schedules = {20: make_schedule(checkpoint.load("mnist").diffusion, "ddim", 20)}
     lines = [
         "| rows | admitted by | rate | 1×: goodput (refused, late) | 2× | 3× |",
         "|---|---|---|---:|---:|---:|",
@@ -137,7 +144,7 @@ def table(step_s: list[float], caps: list[str]) -> str:
                     limits = BatchLimits(most)
                     limits.set(usual, most)
                     scheduler = Scheduler(limits)
-                    good, refused, late = replay(scheduler, trace, plans, step_s, rule, error)
+                    good, refused, late = replay(scheduler, trace, schedules, step_s, rule, error)
                     cells.append(f"{good:.2f} ({refused}, {late})")
                 lines.append(f"| {cap} | {name} | {ERRORS[error]} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -35,7 +35,7 @@ from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet, UNetConfig
 from model.sampling.noise import normals
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from tests.bench.timing import matrix_peak, processor, seconds
 
 CONFIGS = {
@@ -123,9 +123,9 @@ class Bench:
         self.ready = time.perf_counter() - started
 
     def request(self, n: int, steps: int, sampler: str = "ddim") -> Request:
-        plan = make_plan(self.diffusion, sampler, steps)
+        schedule = make_schedule(self.diffusion, sampler, steps)
         classes = None if self.config.num_classes is None else (1,) * n
-        return Request(plan, 0, 0, n, classes, math.inf, OutputStream(self.loop), self.served.name)
+        return Request(schedule, 0, 0, n, classes, math.inf, OutputStream(self.loop), self.served.name)
 
     @contextmanager
     def graphs(self, wanted: bool) -> Iterator[None]:

@@ -3,7 +3,7 @@
     python -m tests.bench.overhead [--rounds N] [--seconds S] [--threads N] [--clients N]
     python -m tests.bench.overhead --pngs     # only: what a step takes while pictures are encoded
 
-Both run the same plan in batches of 16 rows; the loop makes no pictures, HTTP makes PNGs. They take turns, and the
+Both run the same schedule in batches of 16 rows; the loop makes no pictures, HTTP makes PNGs. They take turns, and the
 ratio is the median of the rounds'. For half as long again somebody asks for /livez, twenty times a second, and the
 server's own metric tells of the event loop's pauses. The clients need the same cores: how much of them they took is
 told, and the ratio of what they left.
@@ -30,7 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.engine.memory import keep_freed_memory
 from model import checkpoint
 from model.backends.cpu import best_precision, compile_for_inference
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.app.processes import ServerProcess, metric, wait_for
 
@@ -174,14 +174,14 @@ def main() -> None:
     loaded = checkpoint.load("mnist")
     args.precision, args.cores = best_precision(CPU), len(os.sched_getaffinity(0))
     network = compile_for_inference(loaded.network, CPU, args.precision)
-    plan = make_plan(loaded.diffusion, "ddim", args.steps)
+    schedule = make_schedule(loaded.diffusion, "ddim", args.steps)
     shape = loaded.config.unet.image_shape
 
     def naive() -> float:
         """Images a second."""
         count, started = 0, time.perf_counter()
         while time.perf_counter() - started < args.seconds:
-            sample(network, plan, shape, [count] * ROWS, range(ROWS), [3] * ROWS, null_class=10)
+            sample(network, schedule, shape, [count] * ROWS, range(ROWS), [3] * ROWS, null_class=10)
             count += 1
         return ROWS * count / (time.perf_counter() - started)
 

@@ -27,7 +27,7 @@ from app.engine.runner import Runner, best_chunk
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.backends.cpu import best_precision
-from model.sampling.schedule import Plan, make_plan
+from model.sampling.schedule import SamplingSchedule, make_schedule
 from tests.bench.serving.numbers import percentile
 from tests.bench.serving.workloads import KINDS, Arrival, poisson
 from tests.bench.timing import processor
@@ -87,7 +87,7 @@ class LeastProduct(InOrder):
     """What is left to do, times all that there was: the least of it first keeps the mean slowdown low."""
 
     def key(self, request: Request) -> tuple[float, ...]:
-        return (request.remaining_nfe * request.n * len(request.plan), request.number)
+        return (request.remaining_nfe * request.n * len(request.schedule), request.number)
 
 
 class LeastServed(InOrder):
@@ -120,7 +120,7 @@ class Deficit(InOrder):
 
 
 class WholeRequests(InOrder):
-    """Not of steps: requests of one plan that are there when the batch before is done, each until its end."""
+    """Not of steps: requests of one schedule that are there when the batch before is done, each until its end."""
 
     _batch: tuple[Sample, ...] = ()
 
@@ -129,7 +129,9 @@ class WholeRequests(InOrder):
         first = min(self, key=lambda r: r.number)
         for request in [] if batch else sorted(self, key=lambda r: r.number):
             fresh = [sample for sample in request.samples if sample.step == 0]
-            if len(request.plan) == len(first.plan) and (not batch or len(batch) + len(fresh) <= self.limits.max):
+            if len(request.schedule) == len(first.schedule) and (
+                not batch or len(batch) + len(fresh) <= self.limits.max
+            ):
                 batch += fresh[: self.limits.max]
         self._batch = tuple(batch)
         return batch
@@ -164,9 +166,9 @@ def step_times(threads: int, most: int, seconds: float) -> list[float]:
     loaded = checkpoint.load("mnist")
     runner = Runner(loaded, CPU, best_chunk(loaded.network, CPU), threads, "torch", best_precision(CPU))
     runner.warm_up(most)
-    plan = make_plan(loaded.diffusion, "ddim", 1000)
+    schedule = make_schedule(loaded.diffusion, "ddim", 1000)
     times: list[list[float]] = [[0.0], *([] for _ in range(most))]
-    request = Request(plan, 0, 0, most, (0,) * most, 0.0, None, "")  # type: ignore[arg-type]
+    request = Request(schedule, 0, 0, most, (0,) * most, 0.0, None, "")  # type: ignore[arg-type]
     runner.start(request.samples)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(times[most]) < 5:
@@ -179,7 +181,9 @@ def step_times(threads: int, most: int, seconds: float) -> list[float]:
     return [statistics.median(values) for values in times]
 
 
-def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], step_s: list[float]) -> Outcome:
+def replay(
+    scheduler: Scheduler, trace: list[Arrival], schedules: dict[int, SamplingSchedule], step_s: list[float]
+) -> Outcome:
     """The engine's loop without an engine."""
     now, done = 0.0, 0
     waiting = [(a.at, i) for i, a in enumerate(trace)]
@@ -192,7 +196,7 @@ def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], s
         while waiting and waiting[0][0] <= now:
             at, i = heapq.heappop(waiting)
             asked = trace[i]
-            request = Request(plans[asked.steps], 0, 0, asked.n, None, 0.0, None, "")  # type: ignore[arg-type]
+            request = Request(schedules[asked.steps], 0, 0, asked.n, None, 0.0, None, "")  # type: ignore[arg-type]
             number[request], seen[i] = i, at
             scheduler.add(request)
         batch = scheduler.schedule()
@@ -222,7 +226,7 @@ def replay(scheduler: Scheduler, trace: list[Arrival], plans: dict[int, Plan], s
 def table(step_s: list[float], caps: list[str], requests: int) -> str:
     """Markdown: one table for each workload and load. A cap of two numbers, usual and most, is the engine's only."""
     diffusion = checkpoint.load("mnist").diffusion
-    plans = {steps: make_plan(diffusion, "ddim", steps) for kinds in KINDS.values() for _, steps in kinds}
+    schedules = {steps: make_schedule(diffusion, "ddim", steps) for kinds in KINDS.values() for _, steps in kinds}
     capacity = max(rows / step_s[rows] for rows in range(1, len(step_s)))
     parts = []
     for kind in KINDS:
@@ -240,7 +244,7 @@ def table(step_s: list[float], caps: list[str], requests: int) -> str:
                     limits = BatchLimits(usual)
                     limits.set(usual, *most or [usual])
                     scheduler = policy(limits)
-                    found = replay(scheduler, trace, plans, step_s)
+                    found = replay(scheduler, trace, schedules, step_s)
                     cells = [percentile(v, p) for v in (found.latency, found.slowdown) for p in (50, 95)]
                     cells.append(float(found.starved.max()))
                     lines.append(f"| {name} | {cap} | {' | '.join(f'{cell:.3g}' for cell in cells)} |")

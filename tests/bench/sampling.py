@@ -21,7 +21,7 @@ from model.backends.cpu import compile_for_inference
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
 from model.nn.unet import UNet
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.bench import networks, timing
 
@@ -30,14 +30,14 @@ STEPS = 50
 
 def our_run(batch: int, network: UNet, options: set[str]) -> Callable[[], object]:
     device = network.init_conv.weight.device
-    plan = make_plan(GaussianDiffusion(DiffusionConfig()), "ddim", STEPS)
+    schedule = make_schedule(GaussianDiffusion(DiffusionConfig()), "ddim", STEPS)
     call = compile_for_inference(network, device, "bf16" if "bf16" in options else "fp32")
     if "compile" in options:
         network.compile()
 
     def run() -> None:
         shape, seeds = network.config.image_shape, [0] * batch
-        to_uint8(sample(call, plan, shape, seeds, range(batch), device=device)).cpu()
+        to_uint8(sample(call, schedule, shape, seeds, range(batch), device=device)).cpu()
 
     return run
 

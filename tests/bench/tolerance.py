@@ -20,7 +20,7 @@ from model.backends.cpu import Forward, compile_for_inference
 from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 
 CPU = torch.device("cpu")
@@ -30,11 +30,11 @@ AT_ONCE = 8  # rows of a call
 def images(loaded: Checkpoint, network: Forward, count: int) -> Tensor:
     """int16 [count, C, H, W]."""
     unet, made = loaded.config.unet, []
-    plan = make_plan(loaded.diffusion, **asdict(loaded.config.sampling))
+    schedule = make_schedule(loaded.diffusion, **asdict(loaded.config.sampling))
     for indices in torch.arange(count).split(AT_ONCE):
         x = sample(
             network,
-            plan,
+            schedule,
             unet.image_shape,
             seeds=[0] * len(indices),
             indices=indices.tolist(),

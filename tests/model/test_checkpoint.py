@@ -20,7 +20,7 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig, CheckpointError, find, load, save
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet, UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from tests.model.broken import BROKEN, HUGE, NOT_READABLE, flipped, hostile
 
 
@@ -30,7 +30,7 @@ def config(tiny_config: UNetConfig) -> CheckpointConfig:
         unet=tiny_config,
         diffusion=DiffusionConfig(num_timesteps=400, schedule="cosine", prediction="v", loss_type="l1"),
         class_names=("T-shirt/top", "Ärmel", "靴"),
-        sampling=SamplingDefaults("dpmpp_2m", 15, 0.0, 2.5, (0.1, 0.9), "logsnr", "dynamic"),
+        sampling=SamplingParams("dpmpp_2m", 15, 0.0, 2.5, (0.1, 0.9), "logsnr", "dynamic"),
         provenance={"dataset": "none", "metrics": {"loss": 0.03}, "git_revision": None, "list": [1, 2]},
     )
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_from_before_spacing_limit_and_interval_loads(
     for name in ("guidance_interval", "spacing", "limit"):
         del data["sampling"][name]
     save_file(tiny.state_dict(), path, metadata={"ddpm": json.dumps(data)})
-    assert load(path).config == replace(config, sampling=SamplingDefaults("dpmpp_2m", 15, 0.0, 2.5))
+    assert load(path).config == replace(config, sampling=SamplingParams("dpmpp_2m", 15, 0.0, 2.5))
 
 
 def test_a_loaded_network_is_ready_for_sampling(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
@@ -169,7 +169,7 @@ def test_every_bundled_checkpoint_loads() -> None:
     bundled = sorted(checkpoint.PRETRAINED.glob("*.safetensors"))
     if not bundled:
         pytest.skip("no checkpoint is bundled")
-    sums = (checkpoint.PRETRAINED / checkpoint.SUMS).read_text().splitlines()
+    sums = (checkpoint.PRETRAINED / checkpoint.CHECKSUMS_FILE).read_text().splitlines()
     for file in bundled:
         assert f"{load(file.stem).sha256}  {file.name}" in sums
         assert load(file.stem).config.provenance
@@ -247,11 +247,11 @@ def test_a_bundled_checkpoint_is_the_one_that_shipped(
     """Also if it is one without a digest."""
     monkeypatch.setattr(checkpoint, "PRETRAINED", path.parent)
     save_file(tiny.state_dict(), path, metadata={"ddpm": config.to_json()})
-    path.with_name(checkpoint.SUMS).write_text(f"{load('some').sha256}  some.safetensors\n")
+    path.with_name(checkpoint.CHECKSUMS_FILE).write_text(f"{load('some').sha256}  some.safetensors\n")
     assert load("some").config == config
     path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 2, 0))
     assert_refused(path, "the file is damaged: its SHA-256 is not the one in SHA256SUMS")
-    path.with_name(checkpoint.SUMS).unlink()
+    path.with_name(checkpoint.CHECKSUMS_FILE).unlink()
     assert load("some").config == config
 
 
@@ -351,6 +351,6 @@ def test_a_configuration_is_checked_when_it_is_made(config: CheckpointConfig, ti
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         replace(config, class_names=("one", "two"))
     with pytest.raises(ValueError, match="steps must be between 1 and 400"):
-        replace(config, sampling=SamplingDefaults(steps=500))
+        replace(config, sampling=SamplingParams(steps=500))
     with pytest.raises(ValueError, match="null class"):
         replace(config, unet=replace(tiny_config, null_class=False))

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8
 from model.sampling.noise import normal
-from training.evaluation.likelihood import bits_per_dim, prior_bits
+from training.evaluation.likelihood import bits_per_dim, prior_bpd
 
 LINEAR, COSINE = DiffusionConfig(), DiffusionConfig(schedule="cosine")
 
@@ -249,7 +249,7 @@ def test_the_hybrid_loss_is_the_distance_and_a_bound_that_moves_the_variance_alo
     out = torch.randn(3, 6, 4, 5, generator=torch.Generator().manual_seed(3), requires_grad=True)
     loss = diffusion.loss(lambda x, t, y: out, x0, None, t, eps)
     plain = ((out[:, :3] - eps) ** 2).mean(dim=(1, 2, 3))
-    bound = diffusion.bound_term(x0, diffusion.q_sample(x0, t, eps), t, out)
+    bound = diffusion.vb_term_bpd(x0, diffusion.q_sample(x0, t, eps), t, out)
     torch.testing.assert_close(loss, plain + 0.5 * bound)
     (gradient,) = torch.autograd.grad(loss.sum(), out, retain_graph=True)
     (of_plain,) = torch.autograd.grad(plain.sum(), out)
@@ -269,7 +269,7 @@ def test_learned_variance_lies_between_its_ends() -> None:
 
 def test_the_prior_is_the_published_one() -> None:
     x0 = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)  # E[x²] = ¼
-    assert float(prior_bits(GaussianDiffusion(LINEAR), x0)) == pytest.approx(7.3e-6, abs=1e-7)
+    assert float(prior_bpd(GaussianDiffusion(LINEAR), x0)) == pytest.approx(7.3e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from model import checkpoint
 from model.convert.diffusers import OLD_NAMES
-from model.convert.layout import Flags, Imported, ImportRefused
+from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.importers import import_path, main
 from model.nn.unet import UNet
 
@@ -232,7 +232,7 @@ def test_other_schedulers_are_refused_by_name(kind: str, tmp_path: Path) -> None
         scheduler().save_pretrained(tmp_path)
     else:
         (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": kind}))
-    with pytest.raises(ImportRefused, match=f"its scheduler is a {kind}"):
+    with pytest.raises(UnsupportedCheckpointError, match=f"its scheduler is a {kind}"):
         import_path(tmp_path, Flags())
 
 
@@ -283,21 +283,21 @@ def test_fields_that_cannot_be_honoured_are_refused(values: dict[str, Any], mess
     theirs().save_pretrained(tmp_path)
     DDPMScheduler().save_pretrained(tmp_path)
     edit(tmp_path / "scheduler_config.json", **values)
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         import_path(tmp_path, Flags())
 
 
 @pytest.mark.parametrize("flag", ALONE)
 def test_a_network_without_scheduler_asks_for_its_diffusion(flag: str, tmp_path: Path) -> None:
     theirs().save_pretrained(tmp_path)
-    with pytest.raises(ImportRefused, match=f"add --{flag} {ALONE[flag]}, or what"):
+    with pytest.raises(UnsupportedCheckpointError, match=f"add --{flag} {ALONE[flag]}, or what"):
         import_path(tmp_path, Flags(**{name: value for name, value in ALONE.items() if name != flag}))
 
 
 def test_linear_betas_of_other_lengths_are_asked_for(tmp_path: Path) -> None:
     theirs().save_pretrained(tmp_path)
     flags = ALONE | {"num_timesteps": 200}
-    with pytest.raises(ImportRefused, match=r"--schedule_low 2e-05 --schedule_high 0\.004"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"--schedule_low 2e-05 --schedule_high 0\.004"):
         import_path(tmp_path, Flags(**flags))
     diffusion = import_path(tmp_path, Flags(**flags, schedule_low=2e-5, schedule_high=0.004)).diffusion
     np.testing.assert_allclose(diffusion.betas(), DDPMScheduler(200).betas, rtol=1e-4)
@@ -318,7 +318,7 @@ def test_linear_betas_of_other_lengths_are_asked_for(tmp_path: Path) -> None:
 )
 def test_flags_that_contradict_the_folder_are_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     DDPMPipeline(theirs(), DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         import_path(tmp_path, Flags(**flags))
 
 
@@ -362,7 +362,7 @@ def test_sharded_weights_and_variants_are_read(tmp_path: Path) -> None:
     same_outputs(model, import_path(tmp_path / "half", Flags(**ALONE)))  # full precision first
     (tmp_path / "half" / FILE).unlink()
     model.save_pretrained(tmp_path / "half", variant="non_ema")
-    with pytest.raises(ImportRefused, match="leave one of them there"):
+    with pytest.raises(UnsupportedCheckpointError, match="leave one of them there"):
         import_path(tmp_path / "half", Flags(**ALONE))
 
 
@@ -379,7 +379,7 @@ def test_a_wrong_index_of_shards_is_refused(index: dict[str, Any], message: str,
     theirs().save_pretrained(tmp_path)
     (tmp_path / FILE).unlink()
     (tmp_path / f"{FILE}.index.json").write_text(json.dumps(index))
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         import_path(tmp_path, Flags(**ALONE))
 
 
@@ -400,7 +400,7 @@ def test_a_wrong_index_of_shards_is_refused(index: dict[str, Any], message: str,
 def test_other_pipelines_are_refused_by_name(index: dict[str, Any], message: str, source: str, tmp_path: Path) -> None:
     DDPMPipeline(theirs(), DDPMScheduler()).save_pretrained(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         import_path(tmp_path / source, Flags())
 
 
@@ -430,7 +430,7 @@ def test_other_pipelines_are_refused_by_name(index: dict[str, Any], message: str
 def test_what_cannot_be_expressed_is_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     theirs().save_pretrained(tmp_path)
     edit(tmp_path / "config.json", **values)
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         import_path(tmp_path, Flags(**ALONE))
 
 
@@ -482,23 +482,23 @@ def test_weights_that_are_not_the_networks_are_refused(
     weights = load_file(tmp_path / FILE)
     change(weights)
     save_file(weights, tmp_path / FILE)
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         import_path(tmp_path, Flags(**ALONE))
 
 
 def test_a_folder_without_a_network_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ImportRefused, match=r"no config\.json"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"no config\.json"):
         import_path(tmp_path, Flags())
     (tmp_path / "model.ckpt-790000.index").touch()
-    with pytest.raises(ImportRefused, match="TensorFlow"):
+    with pytest.raises(UnsupportedCheckpointError, match="TensorFlow"):
         import_path(tmp_path, Flags())
     shutil.rmtree(tmp_path)
     theirs().save_pretrained(tmp_path)
     (tmp_path / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:07\nsize 1400000\n")
-    with pytest.raises(ImportRefused, match=f"{FILE} is a Git LFS pointer"):
+    with pytest.raises(UnsupportedCheckpointError, match=f"{FILE} is a Git LFS pointer"):
         import_path(tmp_path, Flags(**ALONE))
     (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:07\nsize 1400000\n")
-    with pytest.raises(ImportRefused, match=r"config\.json is a Git LFS pointer"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"config\.json is a Git LFS pointer"):
         import_path(tmp_path, Flags(**ALONE))
 
 

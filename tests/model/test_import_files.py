@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError, load
-from model.convert.layout import Flags, ImportRefused
+from model.convert.layout import Flags, UnsupportedCheckpointError
 from model.importers import import_path, load_weights, main
 from tests.fixtures import theirs
 
@@ -33,7 +33,7 @@ def saved(path: Path, content: Any) -> Path:
 
 
 def refusal(path: Path, flags: Flags = Flags()) -> str:  # noqa: B008
-    with pytest.raises(ImportRefused) as error:
+    with pytest.raises(UnsupportedCheckpointError) as error:
         import_path(path, flags)
     return str(error.value)
 
@@ -176,7 +176,7 @@ def test_what_is_not_there_or_a_folder_is_said(tmp_path: Path) -> None:
     assert "absent.pt is not there" in refusal(tmp_path / "absent.pt")
     with pytest.raises(CheckpointError, match="is a folder, not a file"):
         load(tmp_path)
-    with pytest.raises(ImportRefused, match="is a folder, not a file"):
+    with pytest.raises(UnsupportedCheckpointError, match="is a folder, not a file"):
         load_weights(tmp_path)
 
 

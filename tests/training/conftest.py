@@ -18,7 +18,7 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet, UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from tests.forked import Forked
 from training import evaluate
 from training.classifier.network import Classifier, ClassifierConfig
@@ -133,7 +133,7 @@ def save_checkpoint(tiny: UNet, tmp_path: Path) -> Callable[..., str]:
         network = tiny if config is None else UNet(config)
         names = ("cat", "dog", "emu")[: network.config.num_classes or 0]
         path = tmp_path / "tiny.safetensors"
-        settings = CheckpointConfig(network.config, DiffusionConfig(), names, SamplingDefaults("ddim", 2, 0.5, 1.0))
+        settings = CheckpointConfig(network.config, DiffusionConfig(), names, SamplingParams("ddim", 2, 0.5, 1.0))
         checkpoint.save(path, network.state_dict(), settings)
         return str(path)
 

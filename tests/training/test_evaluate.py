@@ -13,7 +13,7 @@ from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8, to_uint8
 from model.nn.unet import UNet, UNetConfig
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from training import data, evaluate
 from training.classifier import train
@@ -72,10 +72,10 @@ def test_no_distance_is_called_by_the_name_of_inceptions(
 def test_the_samples_are_those_of_the_naive_loop(evaluation: list[str], evaluated: Evaluated, tmp_path: Path) -> None:
     evaluated([*evaluation, "--seed", "3", "--guidance_scale", "2"])
     source, who = checkpoint.load(evaluation[1]), feature_extractor.load(evaluation[3])
-    plan = make_plan(source.diffusion, "ddim", 2, eta=0.5, guidance_scale=2)
+    schedule = make_schedule(source.diffusion, "ddim", 2, eta=0.5, guidance_scale=2)
     expected = []
     for part in (range(5), range(5, 10), range(10, 15)):
-        x = sample(source.network, plan, (1, 8, 8), [3] * 5, part, [i % 3 for i in part], null_class=3)
+        x = sample(source.network, schedule, (1, 8, 8), [3] * 5, part, [i % 3 for i in part], null_class=3)
         expected.append(torch.cat(who.network.judge(to_uint8(x)), dim=1))
     (path,) = tmp_path.glob("*.features")
     rows = torch.frombuffer(bytearray(path.read_bytes()[-15 * 15 * 4 :]), dtype=torch.float32).reshape(15, 15)
@@ -101,7 +101,7 @@ def test_accuracy_counts_the_classes_that_were_asked_for(
     assert train.main([*trained, "--device", "cpu"]) == 0
     asked: list[int] = []
 
-    def fake(network: object, plan: object, shape: tuple[int, ...], **kwargs: Any) -> Tensor:
+    def fake(network: object, schedule: object, shape: tuple[int, ...], **kwargs: Any) -> Tensor:
         classes = kwargs["classes"]
         asked.extend(classes)
         shown = [0 if k == 2 and i % 2 else k for i, k in zip(kwargs["indices"], classes, strict=True)]

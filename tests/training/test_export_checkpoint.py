@@ -11,7 +11,7 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from tests.networks import randomised
 from training import export_checkpoint
 from training.run.config import TrainConfig
@@ -35,7 +35,7 @@ def source(tmp_path: Path) -> Path:
         UNET,
         DiffusionConfig(),
         ("a", "b"),
-        SamplingDefaults("ddim", 7, guidance_scale=2.0),
+        SamplingParams("ddim", 7, guidance_scale=2.0),
         {"notes": "old", "seed": 3},
     )
     checkpoint.save(path, randomised(UNET).state_dict(), config)
@@ -46,7 +46,7 @@ def test_everything_but_what_is_said_stays(source: Path, tmp_path: Path) -> None
     out = tmp_path / "out.safetensors"
     assert export_checkpoint.main([str(source), str(out), "--steps", "9", "--guidance_scale", "1.5"]) == 0
     before, after = checkpoint.load(source), checkpoint.load(out)
-    sampling = SamplingDefaults("ddim", 9, guidance_scale=1.5)
+    sampling = SamplingParams("ddim", 9, guidance_scale=1.5)
     assert after.config == replace(before.config, sampling=sampling)
     for name, tensor in before.network.state_dict().items():
         assert torch.equal(after.network.state_dict()[name], tensor)

@@ -13,7 +13,7 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet, UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from training import model_card
 
 UNET = UNetConfig(
@@ -35,7 +35,7 @@ PROVENANCE = {
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     config = CheckpointConfig(
-        UNET, DiffusionConfig(), ("left", "right"), SamplingDefaults("ddim", 2), provenance=PROVENANCE
+        UNET, DiffusionConfig(), ("left", "right"), SamplingParams("ddim", 2), provenance=PROVENANCE
     )
     path = tmp_path / "blobs.safetensors"
     checkpoint.save(path, UNet(UNET).state_dict(), config)

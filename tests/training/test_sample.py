@@ -12,7 +12,7 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.images import to_uint8
 from model.nn.unet import UNetConfig
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from training.sample import batch_size, main
 
@@ -68,8 +68,8 @@ def test_an_image_is_that_of_the_naive_sampler(
 ) -> None:
     found = sampled("--num_images 9 --seed 5 --sampler ddim --eta 0.7 --steps 3 --guidance_scale 2")["2-1.png"]
     loaded = checkpoint.load(save_checkpoint())
-    plan = make_plan(loaded.diffusion, "ddim", 3, eta=0.7, guidance_scale=2.0)
-    x = sample(loaded.network, plan, (1, 8, 8), seeds=[5], indices=[5], classes=[2], null_class=3)
+    schedule = make_schedule(loaded.diffusion, "ddim", 3, eta=0.7, guidance_scale=2.0)
+    x = sample(loaded.network, schedule, (1, 8, 8), seeds=[5], indices=[5], classes=[2], null_class=3)
     assert np.abs(found - to_uint8(x)[0, 0].numpy().astype(int)).max() <= 1
 
 
@@ -225,8 +225,8 @@ def test_spacing_limit_and_interval_are_the_plans(
     found = sampled(f"--num_images 3 {words} --limit dynamic")["2-0.png"]
     loaded = checkpoint.load(save_checkpoint())
     settings = {"guidance_interval": (0.3, 0.7), "spacing": "leading", "limit": "dynamic"}
-    plan = make_plan(loaded.diffusion, "ddim", 4, guidance_scale=3.0, **settings)
-    x = sample(loaded.network, plan, (1, 8, 8), seeds=[0], indices=[2], classes=[2], null_class=3)
+    schedule = make_schedule(loaded.diffusion, "ddim", 4, guidance_scale=3.0, **settings)
+    x = sample(loaded.network, schedule, (1, 8, 8), seeds=[0], indices=[2], classes=[2], null_class=3)
     assert np.abs(found - to_uint8(x)[0, 0].numpy().astype(int)).max() <= 1
 
 

@@ -22,7 +22,7 @@ class BitsPerDim(NamedTuple):
     terms: Tensor
 
 
-def prior_bits(diffusion: GaussianDiffusion, x0: Tensor) -> Tensor:
+def prior_bpd(diffusion: GaussianDiffusion, x0: Tensor) -> Tensor:
     """KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension, [N]."""
     alpha_bar = torch.tensor(diffusion.alphas_cumprod[-1], dtype=x0.dtype, device=x0.device)
     zero = torch.zeros((), dtype=x0.dtype, device=x0.device)
@@ -50,7 +50,7 @@ def bits_per_dim(
         t = torch.full((len(x0),), step, device=x0.device)
         noise = normals(seeds, indices, [step + 1] * len(x0), tuple(x0.shape[1:]), x0.device).to(x0.dtype)
         xt = diffusion.q_sample(x0, t, noise)
-        terms.append(diffusion.bound_term(x0, xt, t, network(xt, t, y).to(x0.dtype), clip).double())
-    prior = prior_bits(diffusion, x0).double()
+        terms.append(diffusion.vb_term_bpd(x0, xt, t, network(xt, t, y).to(x0.dtype), clip).double())
+    prior = prior_bpd(diffusion, x0).double()
     stacked = torch.stack(terms, dim=1)
     return BitsPerDim(prior + stacked.sum(dim=1), prior, stacked)

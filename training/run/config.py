@@ -15,7 +15,7 @@ from model.backends.cuda import use_tf32
 from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig, GaussianDiffusion
 from model.nn.ema import WIDEST
 from model.nn.unet import ACTIVATIONS, CONDITIONINGS, NORMS, UNetConfig
-from model.sampling.schedule import LIMITS, SamplingDefaults, make_plan
+from model.sampling.schedule import THRESHOLDING, SamplingParams, make_schedule
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import SPACINGS
 from training.cli.options import check_choice, expanded, printable, written
@@ -129,7 +129,7 @@ class TrainConfig:
     guidance_scale: float = _option(1.0, "its guidance towards the class; 1 is none, others need --label_dropout")
     guidance_interval: tuple[float, ...] = _option((0.0, 1.0), "where guidance acts: 0 is the image, 1 is noise")
     spacing: str = _option("trailing", "which timesteps its steps visit", SPACINGS)
-    limit: str = _option("clamp", "of the predicted image at each of its steps", LIMITS)
+    limit: str = _option("clamp", "of the predicted image at each of its steps", THRESHOLDING)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -142,7 +142,9 @@ class TrainConfig:
         self._check_numbers()
         self._check_combinations()
         self.load_options()
-        make_plan(GaussianDiffusion(self.diffusion()), **vars(self.sampling()))  # these raise for what they do not take
+        make_schedule(
+            GaussianDiffusion(self.diffusion()), **vars(self.sampling())
+        )  # these raise for what they do not take
         # Where only the images will tell the size: one that has all of --attention_at, if there is any
         deepest = self.patch_size * 2 ** (len(self.channel_mults) - 1)
         side = min(self.attention_at) * deepest if self.attention_at else 32
@@ -289,10 +291,10 @@ class TrainConfig:
         """The forward process."""
         return DiffusionConfig(**{f.name: getattr(self, f.name) for f in fields(DiffusionConfig)})
 
-    def sampling(self) -> SamplingDefaults:
+    def sampling(self) -> SamplingParams:
         """How sample grids are made, and the checkpoint's default when served."""
         low, high = self.guidance_interval
-        return SamplingDefaults(
+        return SamplingParams(
             self.sampler, self.sample_steps, 0.0, self.guidance_scale, (low, high), self.spacing, self.limit
         )
 

@@ -20,7 +20,7 @@ from model.diffusion import GaussianDiffusion
 from model.images import Image, grid, to_uint8
 from model.nn.unet import UNet
 from model.sampling.noise import normals
-from model.sampling.schedule import SamplingDefaults, make_plan
+from model.sampling.schedule import SamplingParams, make_schedule
 from model.sampling.step import sample
 
 Frames = NDArray[np.uint8]
@@ -32,7 +32,7 @@ LEAST_SIDE = 64  # pixels; smaller images are enlarged in strips and GIFs
 LAST_FRAME_MS = 1500
 
 
-def sample_grid(network: UNet, diffusion: GaussianDiffusion, d: SamplingDefaults, per_class: int = 8) -> Image:
+def sample_grid(network: UNet, diffusion: GaussianDiffusion, d: SamplingParams, per_class: int = 8) -> Image:
     """A picture uint8 [H', W', C]: one row of images per class (at most 16 of them), or 8 × 8 without classes."""
     rows = min(network.config.num_classes or per_class, ROWS)
     indices = list(range(rows * per_class))
@@ -43,7 +43,7 @@ def sample_grid(network: UNet, diffusion: GaussianDiffusion, d: SamplingDefaults
 def sequence(
     network: UNet,
     diffusion: GaussianDiffusion,
-    d: SamplingDefaults,
+    d: SamplingParams,
     indices: Sequence[int],
     classes: Sequence[int] | None = None,
     seed: int = 0,
@@ -111,7 +111,7 @@ def save_gif(path: Path, frames: Frames, seconds: float = 3.0) -> None:
 def _sample(
     network: UNet,
     diffusion: GaussianDiffusion,
-    d: SamplingDefaults,
+    d: SamplingParams,
     indices: Sequence[int],
     classes: Sequence[int] | None,
     seed: int = 0,
@@ -120,7 +120,7 @@ def _sample(
     config = network.config
     return sample(
         network,
-        make_plan(diffusion, **vars(d)),
+        make_schedule(diffusion, **vars(d)),
         config.image_shape,
         seeds=[seed] * len(indices),
         indices=indices,

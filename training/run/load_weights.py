@@ -16,11 +16,11 @@ import torch
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
 from model.convert.abarankab import import_original
-from model.convert.layout import Flags, ImportRefused, Weights
+from model.convert.layout import Flags, UnsupportedCheckpointError, Weights
 from model.diffusion import DiffusionConfig
 from model.importers import import_path, load_weights, recognise
 from model.nn.unet import UNet, UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from training.cli.options import expanded, numbers, one_of, written
 from training.run.config import TrainConfig
 
@@ -57,19 +57,21 @@ def is_original(path: Path) -> bool:
 def load_original(path: Path, told: Told) -> Original:
     """What the file does not know, activation, dropout, loss, and instance from group norm, is as `told`.
 
-    Raises ImportRefused with a sentence for other files.
+    Raises UnsupportedCheckpointError with a sentence for other files.
     """
     try:
         state = load_weights(path)
         is_whole = any(str(key).endswith("betas") for key in state)  # not a network alone
         if recognise(state) is not import_original or not is_whole:
-            raise ImportRefused("it is not the original's; python -m model.importers makes a checkpoint of it")
+            raise UnsupportedCheckpointError(
+                "it is not the original's; python -m model.importers makes a checkpoint of it"
+            )
         norm = "in" if told.get("norm") == "in" else None  # of any other the file knows
         flags = Flags(image_size=told.get("image_size") or None, norm=norm, initial_pad=0)  # as its scripts have it
         found = import_path(path, replace(flags, weights="raw"))
         averaged = import_path(path, flags).weights
-    except ImportRefused as error:
-        raise ImportRefused(f"{path}: {error}") from error
+    except UnsupportedCheckpointError as error:
+        raise UnsupportedCheckpointError(f"{path}: {error}") from error
     unet = replace(found.unet, **{name: told[name] for name in ("activation", "dropout") if name in told})
     diffusion = replace(found.diffusion, loss_type=told.get("loss_type", found.diffusion.loss_type))
     return Original(found.weights, averaged, unet, diffusion)
@@ -113,9 +115,9 @@ def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> 
     found = load_original(path, told)
     names = tuple(str(i) for i in range(found.unet.num_classes or 0))
     noted = {key: value for key, value in told.items() if key in ("ema_decay", "ema_update_rate")}
-    steps = min(SamplingDefaults.steps, found.diffusion.num_timesteps)
+    steps = min(SamplingParams.steps, found.diffusion.num_timesteps)
     provenance = {"imported_from": path.name, "as_told": noted}
-    config = CheckpointConfig(found.unet, found.diffusion, names, SamplingDefaults(steps=steps), provenance)
+    config = CheckpointConfig(found.unet, found.diffusion, names, SamplingParams(steps=steps), provenance)
     check(config, {key: value for key, value in told.items() if key not in noted}, ())
     tensors = found.averaged if weights == "ema" else found.raw
     return _checkpoint(path, config, tensors, device), weights

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.convert.abarankab import import_original
-from model.convert.layout import Flags, ImportRefused, Weights
+from model.convert.layout import Flags, UnsupportedCheckpointError, Weights
 from model.diffusion import DiffusionConfig
 from model.importers import load_weights
 from model.nn.ema import EMA
@@ -74,21 +74,23 @@ def _load_optimizer(path: Path, weights: Path, network: UNet, optimizer: torch.o
         elif {"state", "param_groups"} <= keys and is_original(weights):
             state = _original_moments(loaded, load_weights(weights), network)
         elif {"state", "param_groups"} <= keys:
-            raise ImportRefused(
+            raise UnsupportedCheckpointError(
                 "its order is that of the original's weights: --model_checkpoint must be its -model.pth"
             )
         else:
-            raise ImportRefused("it is neither a state of ours (state-*.pt) nor the original's -optim.pth")
+            raise UnsupportedCheckpointError("it is neither a state of ours (state-*.pt) nor the original's -optim.pth")
         parameters = list(network.parameters())
         if sorted(state) != list(range(len(parameters))):
-            raise ImportRefused(f"it is of {len(state)} parameters, where the network has {len(parameters)}")
+            raise UnsupportedCheckpointError(
+                f"it is of {len(state)} parameters, where the network has {len(parameters)}"
+            )
         for i, parameter in enumerate(parameters):
             for moment in ("exp_avg", "exp_avg_sq"):
                 if state[i][moment].shape != parameter.shape:
-                    raise ImportRefused(f"parameter {i} has shape {list(parameter.shape)}, in it another")
+                    raise UnsupportedCheckpointError(f"parameter {i} has shape {list(parameter.shape)}, in it another")
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--optim_checkpoint {path}: something is missing in it: {error!r}") from error
-    except ImportRefused as error:
+    except UnsupportedCheckpointError as error:
         raise ValueError(f"--optim_checkpoint {path}: {error}") from error
     load_state(optimizer, optimizer.state_dict() | {"state": state})
 
@@ -102,7 +104,7 @@ def _original_moments(loaded: dict[str, Any], weights: Weights, network: UNet) -
     names = [name for name in weights if name.startswith("model.") and not name.endswith(buffers)]
     ids = [i for group in loaded["param_groups"] for i in group["params"]]
     if len(ids) not in (len(names), 2 * len(names)):
-        raise ImportRefused(
+        raise UnsupportedCheckpointError(
             f"it is of {len(ids)} parameters, where --model_checkpoint has {len(names)}, and an average"
         )
     state: dict[int, dict[str, Tensor]] = {i: {} for i, _ in enumerate(network.parameters())}

@@ -21,7 +21,7 @@ from app.metrics import EngineCollector, EngineMetrics
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 
 CHUNK = 4
 
@@ -163,10 +163,10 @@ def ask(checkpoint: Checkpoint, served: ModelInstance) -> Callable[..., AskedReq
         served: ModelInstance = served,
         **fields: Any,
     ) -> AskedRequest:
-        plan = make_plan(checkpoint.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
+        schedule = make_schedule(checkpoint.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
         deadline = time.monotonic() + timeout_s
         stream = CountingStream(loop, keep)
-        request = AskedRequest(plan, seed, index, n, (label,) * n, deadline, stream, served.name, **fields)
+        request = AskedRequest(schedule, seed, index, n, (label,) * n, deadline, stream, served.name, **fields)
         request.instance = served
         return request
 

@@ -42,7 +42,7 @@ def naive(checkpoint: Checkpoint, runner: HeldRunner, request: Request, **kwargs
     indices = range(request.index, request.index + request.n)
     seeds = [request.seed] * request.n
     shape = checkpoint.config.unet.image_shape
-    x = sample(runner.forward, request.plan, shape, seeds, indices, request.classes, null_class=3, **kwargs)
+    x = sample(runner.forward, request.schedule, shape, seeds, indices, request.classes, null_class=3, **kwargs)
     return to_uint8(x).numpy()
 
 

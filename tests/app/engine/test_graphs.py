@@ -87,7 +87,7 @@ def skewed_step(*args: Any) -> tuple[Tensor, Tensor]:
 
 WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "noise": lambda patch: patch.setattr("app.engine.graphs.normals_of", skewed(normals_of)),
-    "guidance": lambda patch: patch.setattr("app.engine.graphs.guided", lambda out, u, g: out),
+    "guidance": lambda patch: patch.setattr("app.engine.graphs.apply_cfg", lambda out, u, g: out),
     "update": lambda patch: patch.setattr("app.engine.graphs.apply_step", skewed_step),
 }
 

@@ -21,7 +21,7 @@ from app.settings import Settings
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNetConfig
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from tests.fake_cuda import CUDA, Event, FakeCuda, fake_cuda
 from tests.networks import randomised
 
@@ -55,9 +55,9 @@ class Asked:
         self.guided = {"guidance_scale": 2.5} if checkpoint.config.unet.null_class else {}
 
     def __call__(self, n: int, sampler: str, **how: Any) -> list[Sample]:
-        plan = make_plan(self.checkpoint.diffusion, sampler, 12, **how)
+        schedule = make_schedule(self.checkpoint.diffusion, sampler, 12, **how)
         classes = None if self.checkpoint.config.unet.num_classes is None else (1,) * n
-        return Request(plan, 5, 0, n, classes, math.inf, OutputStream(self.loop), self.served.name).samples
+        return Request(schedule, 5, 0, n, classes, math.inf, OutputStream(self.loop), self.served.name).samples
 
 
 def served(gpu: FakeCuda, config: UNetConfig, precision: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Runner, Asked]:

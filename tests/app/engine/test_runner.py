@@ -51,7 +51,7 @@ def test_mixed_samplers_in_one_batch_equal_the_naive_loop(checkpoint: Checkpoint
         indices = range(request.index, request.index + request.n)
         expected = sample(
             checkpoint.network,
-            request.plan,
+            request.schedule,
             checkpoint.config.unet.image_shape,
             [request.seed] * request.n,
             indices,
@@ -73,7 +73,9 @@ def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
     loop.close()
     for s in together:
         r = s.request
-        alone = Request(r.plan, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.output, r.model)
+        alone = Request(
+            r.schedule, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.output, r.model
+        )
         finish(runner, alone.samples)
         assert torch.equal(alone.samples[0].x, s.x)  # type: ignore[arg-type]
 
@@ -151,7 +153,9 @@ def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
     again.warm_up(4)
     for s in together:
         r = s.request
-        alone = Request(r.plan, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.output, r.model)
+        alone = Request(
+            r.schedule, r.seed, r.index + s.i, 1, r.classes[:1] if r.classes else None, 0.0, r.output, r.model
+        )
         finish(again, alone.samples)
         assert torch.equal(alone.samples[0].x, s.x)  # type: ignore[arg-type]
 
@@ -166,7 +170,7 @@ def test_runtimes_and_precisions_make_the_same_images_but_for_rounding(
     finish(runner, samples)
     expected = sample(
         checkpoint.network,
-        mixed[1].plan,
+        mixed[1].schedule,
         checkpoint.config.unet.image_shape,
         [mixed[1].seed] * 2,
         [0, 1],

@@ -157,7 +157,7 @@ def test_what_is_promised_is_what_the_schedule_gives(
     for steps, n in asked:
         scheduler.add(ask(loop, n=n, steps=steps))
     requests = sorted(scheduler, key=lambda request: (request.remaining_nfe, request.number))
-    promised = [estimate_makespan([(r.n, len(r.plan)) for r in requests[: i + 1]], 8) for i in range(len(requests))]
+    promised = [estimate_makespan([(r.n, len(r.schedule)) for r in requests[: i + 1]], 8) for i in range(len(requests))]
     ended: dict[Request, int] = {}
     for step in range(1, 5000):
         run_step(scheduler)

@@ -22,7 +22,7 @@ from app.engine.slots import BYTES, MOST, Slots, slots_for, x0_row, x_row
 from app.errors import Cancelled, StepFailed
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample as naive_loop
 from tests.app.engine.conftest import (
     HeldRunner,
@@ -87,7 +87,9 @@ def test_in_slots_all_samplers_make_the_images_of_the_naive_loop(
         request = sample.request
         index, classes = request.index + sample.i, [request.classes[sample.i]] if request.classes else None
         shape = checkpoint.config.unet.image_shape
-        expected = naive_loop(checkpoint.network, request.plan, shape, [request.seed], [index], classes, null_class=3)
+        expected = naive_loop(
+            checkpoint.network, request.schedule, shape, [request.seed], [index], classes, null_class=3
+        )
         assert torch.allclose(x, expected[0], atol=2e-5)
 
 
@@ -162,11 +164,11 @@ def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoin
 def test_a_dynamic_limit_is_for_steps_without_graphs_and_the_others_come_back(
     checkpoint: Checkpoint, runner: Runner, plain: Runner, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
 ) -> None:
-    plan = make_plan(checkpoint.diffusion, "ddim", 3, limit="dynamic")
+    schedule = make_schedule(checkpoint.diffusion, "ddim", 3, limit="dynamic")
 
     def both() -> list[Sample]:
         request = ask(loop, seed=9, n=2)
-        request.plan = plan
+        request.schedule = schedule
         return [*samples()[:3], *request.samples]
 
     crowd = both()
@@ -199,7 +201,7 @@ def test_every_kind_of_network_runs_in_slots(
         crowd = []
         for seed, sampler, g in ((1, "ddpm", 1.0), (2, "ddim", 1.0), (3, "ddpm", 2.0 if unet.null_class else 1.0)):
             request = ask(loop, seed=seed, n=2)
-            request.plan = make_plan(other.diffusion, sampler, 5, guidance_scale=g)
+            request.schedule = make_schedule(other.diffusion, sampler, 5, guidance_scale=g)
             request.classes = None if unet.num_classes is None else (1, 2)
             crowd += request.samples
         return crowd
@@ -443,7 +445,7 @@ def test_a_dynamic_limit_moves_no_sample_of_others(
     runner: Runner, plain: Runner, checkpoint: Checkpoint, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
 ) -> None:
     others, request = samples(), ask(loop, seed=9, n=2)
-    request.plan = make_plan(checkpoint.diffusion, "ddim", 12, limit="dynamic")
+    request.schedule = make_schedule(checkpoint.diffusion, "ddim", 12, limit="dynamic")
     runner.start(others)
     runner.start(request.samples)
     places, graphs = [sample.slot for sample in others], runner._graphs
@@ -466,7 +468,7 @@ def test_of_dynamic_and_other_samples_the_broken_ones_are_told(
     runner: Runner, checkpoint: Checkpoint, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
 ) -> None:
     others, request = samples()[:3], ask(loop, seed=9, n=2)
-    request.plan = make_plan(checkpoint.diffusion, "ddim", 12, limit="dynamic")
+    request.schedule = make_schedule(checkpoint.diffusion, "ddim", 12, limit="dynamic")
     crowd = [others[0], request.samples[0], others[1], request.samples[1], others[2]]
     runner.start(crowd)
     assert runner.step(crowd) == []

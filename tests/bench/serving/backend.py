@@ -1,8 +1,8 @@
 """What every peer runs: the same weights, the same network function, the same loop, the same picture files.
 
-A peer batches whole requests. In a batch those of one plan run together, `rows` images at a time; another plan has to
-wait, since a loop over a plan is all that `model.sampling.sample` can do. That is what a competent user of these
-servers would write. (Running all to the longest plan would cost more than it saves.)
+A peer batches whole requests. In a batch those of one schedule run together, `rows` images at a time; another
+schedule has to wait, since a loop over a schedule is all that `model.sampling.sample` can do. That is what a competent
+user of these servers would write. (Running all to the longest schedule would cost more than it saves.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from app.engine.memory import keep_freed_memory
 from model import checkpoint
 from model.backends.cpu import best_precision, compile_for_inference
 from model.images import grid, to_uint8
-from model.sampling.schedule import Plan, make_plan
+from model.sampling.schedule import SamplingSchedule, make_schedule
 from model.sampling.step import sample
 from tests.bench.serving.settings import SAMPLER, Settings
 from tests.bench.serving.steady import held
@@ -45,18 +45,18 @@ class Backend:
         self.told, self.checkpoint = told, checkpoint.load(told.checkpoint)
         self.precision = best_precision(CPU)
         self.network = held(compile_for_inference(self.checkpoint.network, CPU, self.precision), told)
-        self.plans: dict[int, Plan] = {}
+        self.schedules: dict[int, SamplingSchedule] = {}
         self.steps_done = 0
         for rows in {1, told.rows}:
             self.run([(0, 0)] * rows, [0] * rows, 2)
 
-    def plan(self, steps: int) -> Plan:
+    def schedule(self, steps: int) -> SamplingSchedule:
         """That of all requests with so many steps, as the service would make it."""
-        if steps not in self.plans:
+        if steps not in self.schedules:
             config = self.checkpoint.config
-            asked = config.sampling.instead(config.diffusion.num_timesteps, steps=steps, **SAMPLER)  # type: ignore[arg-type]
-            self.plans[steps] = make_plan(self.checkpoint.diffusion, **asdict(asked))
-        return self.plans[steps]
+            asked = config.sampling.with_overrides(config.diffusion.num_timesteps, steps=steps, **SAMPLER)  # type: ignore[arg-type]
+            self.schedules[steps] = make_schedule(self.checkpoint.diffusion, **asdict(asked))
+        return self.schedules[steps]
 
     def run(
         self,
@@ -67,8 +67,8 @@ class Backend:
     ) -> Tensor:
         """Images of (seed, index), uint8 [N, C, H, W]."""
         seeds, indices = zip(*places, strict=True)
-        shape, plan = self.checkpoint.config.unet.image_shape, self.plan(steps)
-        work = self.thread.submit(sample, self.network, plan, shape, seeds, indices, classes, on_step=on_step)
+        shape, schedule = self.checkpoint.config.unet.image_shape, self.schedule(steps)
+        work = self.thread.submit(sample, self.network, schedule, shape, seeds, indices, classes, on_step=on_step)
         self.steps_done += len(places) * steps
         return to_uint8(work.result())
 

@@ -14,11 +14,11 @@ from diffusers.schedulers import scheduling_ddpm
 from model.checkpoint import CheckpointConfig, load, save
 from model.convert.layout import Flags
 from model.diffusion import DiffusionConfig
-from model.exporters import ExportRefused, export, main
+from model.exporters import UnsupportedExportError, export, main
 from model.importers import import_path
 from model.nn.unet import UNetConfig
 from model.sampling.noise import normals
-from model.sampling.schedule import SamplingDefaults, make_plan
+from model.sampling.schedule import SamplingParams, make_schedule
 from model.sampling.step import apply_step, sample
 from tests.networks import randomised
 
@@ -39,7 +39,7 @@ def checkpoint_of(path: Path, diffusion: DiffusionConfig | None = None, limit: s
     diffusion = diffusion or DiffusionConfig(variance="learned_range" if config.learned_variance else "fixed_small")
     network = randomised(config, 0.15)
     names = tuple(str(i) for i in range(config.num_classes or 0))
-    save(path, network.state_dict(), CheckpointConfig(config, diffusion, names, SamplingDefaults(limit=limit)))
+    save(path, network.state_dict(), CheckpointConfig(config, diffusion, names, SamplingParams(limit=limit)))
     return load(path)
 
 
@@ -80,7 +80,7 @@ def test_the_limit_of_x0_goes_out_and_comes_back(limit: str, tmp_path: Path) -> 
     scheduler = DDPMPipeline.from_pretrained(tmp_path / "theirs").scheduler
     x0 = torch.linspace(-3, 3, 128).reshape(1, 1, 8, 16)
     theirs = scheduler.step(x0, 0, torch.zeros_like(x0)).pred_original_sample
-    rows = torch.from_numpy(make_plan(source.diffusion, "ddim", 1, limit=limit).table).float()
+    rows = torch.from_numpy(make_schedule(source.diffusion, "ddim", 1, limit=limit).table).float()
     _, ours = apply_step(torch.zeros_like(x0), x0, x0, x0, rows, x0)
     torch.testing.assert_close(theirs, ours)
     assert import_path(tmp_path / "theirs", Flags()).limit == limit
@@ -120,7 +120,7 @@ def test_the_pipeline_makes_the_same_images(
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", noise)
     monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", noise)
     theirs = pipeline(batch_size=2, num_inference_steps=10, output_type="pt").images
-    ours = sample(source.network, make_plan(source.diffusion, "ddpm", 10), (1, 8, 16), [5, 5], [0, 1])
+    ours = sample(source.network, make_schedule(source.diffusion, "ddpm", 10), (1, 8, 16), [5, 5], [0, 1])
     torch.testing.assert_close(theirs, (ours / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
 
 
@@ -148,6 +148,6 @@ def test_what_diffusers_cannot_express_is_refused(
     values: dict[str, Any], label: int | None, message: str, tmp_path: Path
 ) -> None:
     source = checkpoint_of(tmp_path / "ours.safetensors", **values)
-    with pytest.raises(ExportRefused, match=message):
+    with pytest.raises(UnsupportedExportError, match=message):
         export(source, tmp_path / "theirs", label)
     assert not (tmp_path / "theirs").exists()

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from model import checkpoint
 from model.backends.cpu import compile_for_inference
-from model.convert.layout import Flags, Imported, ImportRefused
+from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.diffusion import GaussianDiffusion, cosine_betas, linear_betas
 from model.importers import import_path, load_weights, main
 from model.nn.unet import UNet
-from model.sampling.schedule import InvalidPlan, make_plan
+from model.sampling.schedule import InvalidSamplingParams, make_schedule
 from model.sampling.step import sample
 from tests.fixtures import expected, theirs
 
@@ -112,18 +112,18 @@ def test_the_originals_mean_is_reproduced(file: str) -> None:
 
 def test_the_originals_own_sampling_equals_theirs() -> None:
     found = imported(PLAIN)  # cosine
-    plan = make_plan(GaussianDiffusion(found.diffusion), "ddpm", 40, limit="none")
-    ours = sample(network_of(found), plan, (3, 8, 8), seeds=[5, 5], indices=[0, 1])
+    schedule = make_schedule(GaussianDiffusion(found.diffusion), "ddpm", 40, limit="none")
+    ours = sample(network_of(found), schedule, (3, 8, 8), seeds=[5, 5], indices=[0, 1])
     sampled = torch.from_numpy(expected(PLAIN)["sampled"])
     assert (ours - sampled).abs().max() <= 2e-5 * sampled.abs().max()
 
 
 def test_only_ancestral_sampling_of_all_steps_is_unlimited() -> None:
     diffusion = GaussianDiffusion(imported(PLAIN).diffusion)
-    make_plan(diffusion, "ddpm", 40, limit="none")
+    make_schedule(diffusion, "ddpm", 40, limit="none")
     for sampler, steps, message in (("ddim", 40, "between 1 and 39 "), ("ddpm", 0, "1 and 39 or 40, all of them")):
-        with pytest.raises(InvalidPlan, match=message):
-            make_plan(diffusion, sampler, steps, limit="none")
+        with pytest.raises(InvalidSamplingParams, match=message):
+            make_schedule(diffusion, sampler, steps, limit="none")
 
 
 # What the files do not tell
@@ -147,12 +147,12 @@ def test_only_ancestral_sampling_of_all_steps_is_unlimited() -> None:
     ],
 )
 def test_what_a_file_does_not_tell_is_asked_for(file: str, flag: str, default: str) -> None:
-    with pytest.raises(ImportRefused, match=default):
+    with pytest.raises(UnsupportedCheckpointError, match=default):
         imported(file, without=(flag,))
 
 
 def test_everything_missing_is_asked_for_at_once() -> None:
-    with pytest.raises(ImportRefused) as error:
+    with pytest.raises(UnsupportedCheckpointError) as error:
         import_path(theirs(GUIDED), Flags())
     assert "--num_heads 4 --num_timesteps 1000 --schedule linear --prediction eps" in str(error.value)
 
@@ -176,13 +176,13 @@ def test_timesteps_are_scaled_as_told() -> None:
     assert imported(IMPROVED, without=("time_scale",), rescale_timesteps=True).unet.time_scale == 0.25
     assert imported(IMPROVED).unet.time_scale == 1
     assert imported(IMPROVED, without=("time_scale",), num_timesteps=1000).unet.time_scale == 1  # whoever made it
-    with pytest.raises(ImportRefused, match="leave out one"):
+    with pytest.raises(UnsupportedCheckpointError, match="leave out one"):
         imported(IMPROVED, rescale_timesteps=True)
 
 
 def test_w86763777_brings_its_image_size() -> None:
     assert imported(W86).unet.image_size == (8, 16)  # of its x_T
-    with pytest.raises(ImportRefused, match="--image_size 32,32 contradicts the file, which has 8,16"):
+    with pytest.raises(UnsupportedCheckpointError, match="--image_size 32,32 contradicts the file, which has 8,16"):
         imported(W86, image_size=(32, 32))
 
 
@@ -223,7 +223,7 @@ def test_the_last_class_means_none_where_told(file: str) -> None:
     ids=str,
 )
 def test_flags_that_do_not_fit_are_refused(file: str, flags: dict[str, Any], message: str) -> None:
-    with pytest.raises(ImportRefused, match=message):
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         imported(file, **flags)
 
 
@@ -283,7 +283,7 @@ def test_wrapped_weights_are_the_same(form: str, tmp_path: Path) -> None:
 def test_the_originals_network_alone_is_read(tmp_path: Path) -> None:
     part = "model."
     path = changed(PLAIN, tmp_path, lambda s: {k[len(part) :]: v for k, v in s.items() if k.startswith(part)})
-    with pytest.raises(ImportRefused, match="--num_timesteps 1000 --schedule linear"):
+    with pytest.raises(UnsupportedCheckpointError, match="--num_timesteps 1000 --schedule linear"):
         import_path(path, Flags())
     found, whole = import_path(path, Flags(num_timesteps=40, schedule="cosine")), imported(PLAIN, weights="raw")
     assert found.diffusion == whole.diffusion
@@ -318,7 +318,7 @@ def test_any_linear_betas_are_read(betas: Any, schedule: str, tmp_path: Path) ->
     ids=["none", "nan", "table", "integers", "random"],
 )
 def test_betas_of_no_schedule_are_refused(betas: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(ImportRefused, match="betas"):
+    with pytest.raises(UnsupportedCheckpointError, match="betas"):
         import_path(changed(PLAIN, tmp_path, lambda s: s | {"betas": betas}), Flags())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.nn.layers import NORMS, Attention, attend, folded, time_embedding, unfolded
+from model.nn.layers import NORMS, Attention, attention, patchify, time_embedding, unpatchify
 from model.nn.unet import UNet, UNetConfig
 from tests.networks import randomised
 
@@ -177,10 +177,10 @@ def test_channels_last_says_the_same(network: UNet) -> None:
 @torch.no_grad()
 def test_under_autocast_it_is_near_float32_and_time_is_not_rounded(network: UNet) -> None:
     x, t, y = arguments(network)
-    exact, emb = network(x, t, y), network.embedded(t, y)
+    exact, emb = network(x, t, y), network.embed(t, y)
     with torch.autocast("cpu", torch.bfloat16):
         out = network(x, t, y)
-        assert torch.equal(network.embedded(t, y), emb)
+        assert torch.equal(network.embed(t, y), emb)
     assert out.dtype == torch.bfloat16
     assert (out - exact).abs().max() < 0.06 * exact.abs().max()
     assert (out - exact).abs().mean() < 0.02 * exact.abs().mean()
@@ -294,12 +294,12 @@ def test_wavelets_are_channels_of_a_network_for_smaller_images(tiny_config: UNet
 
 def test_wavelets_of_white_noise_are_white_and_go_back() -> None:
     x = torch.randn(64, 6, 8, 8, generator=torch.Generator().manual_seed(0))
-    wavelets = folded(x, 2, haar=True)
+    wavelets = patchify(x, 2, haar=True)
     assert wavelets.shape == (64, 24, 4, 4)
     assert float(wavelets.square().sum()) == pytest.approx(float(x.square().sum()), rel=1e-5)
-    torch.testing.assert_close(unfolded(wavelets, 2, haar=True), x)
-    torch.testing.assert_close(unfolded(folded(x, 2), 2), x)
-    flat = folded(torch.ones(1, 1, 2, 2), 2, haar=True)
+    torch.testing.assert_close(unpatchify(wavelets, 2, haar=True), x)
+    torch.testing.assert_close(unpatchify(patchify(x, 2), 2), x)
+    flat = patchify(torch.ones(1, 1, 2, 2), 2, haar=True)
     assert flat.flatten().tolist() == [2, 0, 0, 0]
 
 
@@ -312,14 +312,14 @@ def test_lists_as_json_has_them_give_an_equal_configuration() -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("length", [49, 1025])  # written out, torch's own
-def test_attend_is_attention(length: int, heads: int) -> None:
+def test_attention_is_torchs(length: int, heads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 2, heads, length, 8, generator=generator, dtype=torch.float64).requires_grad_()
     weights = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
     results = []
-    for attention in (attend, torch.nn.functional.scaled_dot_product_attention):
+    for call in (attention, torch.nn.functional.scaled_dot_product_attention):
         qkv.grad = None
-        out = attention(*qkv)
+        out = call(*qkv)
         (out * weights).sum().backward()
         results.append((out.detach(), qkv.grad))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)

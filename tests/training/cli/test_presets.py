@@ -1,4 +1,4 @@
-"""Every preset makes a configuration, a network and a plan; what is given besides wins."""
+"""Every preset makes a configuration, a network and a schedule; what is given besides wins."""
 
 import shlex
 from dataclasses import fields, replace
@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.diffusion import GaussianDiffusion
 from model.nn.unet import UNet
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from training.cli.command import parse
 from training.cli.presets import PRESETS
 from training.run.config import TrainConfig
@@ -21,7 +21,7 @@ def parsed(words: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_makes_a_network_and_a_plan(name: str) -> None:
+def test_a_preset_makes_a_network_and_a_schedule(name: str) -> None:
     explanation, options = PRESETS[name]
     config = parsed(f"--preset {name}")
     defaults = {f.name: f.default for f in fields(TrainConfig)}
@@ -34,7 +34,7 @@ def test_a_preset_makes_a_network_and_a_plan(name: str) -> None:
         y = torch.zeros(2, dtype=torch.int64) if config.use_labels else None
         out = network(torch.zeros(2, *shape), torch.zeros(2), y)
     assert out.shape == (2, shape[0] * (2 if config.variance == "learned_range" else 1), *shape[1:])
-    make_plan(GaussianDiffusion(config.diffusion()), config.sampler, config.sample_steps)
+    make_schedule(GaussianDiffusion(config.diffusion()), config.sampler, config.sample_steps)
 
 
 @pytest.mark.parametrize("name", PRESETS)

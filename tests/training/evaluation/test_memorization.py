@@ -92,7 +92,7 @@ def test_a_network_that_copies_is_found_out(
     train, _ = data.load(str(folder))
     images = train.images[torch.randperm(600, generator=torch.Generator().manual_seed(3))] if copies else faces(600, 2)
 
-    def fake(network: object, plan: object, shape: tuple[int, ...], **kwargs: Any) -> Tensor:
+    def fake(network: object, schedule: object, shape: tuple[int, ...], **kwargs: Any) -> Tensor:
         chosen = from_uint8(images[kwargs["indices"]])
         return chosen + 0.01 * torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0))
 

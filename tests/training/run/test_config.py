@@ -7,7 +7,7 @@ import pytest
 
 from model.diffusion import DiffusionConfig
 from model.nn.unet import UNetConfig
-from model.sampling.schedule import SamplingDefaults
+from model.sampling.schedule import SamplingParams
 from training.cli.command import parse
 from training.run.config import GROUPS, TrainConfig
 
@@ -252,7 +252,7 @@ def test_how_grids_are_sampled_is_the_checkpoints_default() -> None:
         "--use_labels --label_dropout 0.1 --guidance_scale 2 --guidance_interval 0.2,0.8 --sampler ddim "
         "--sample_steps 30 --spacing quadratic --limit dynamic"
     )
-    expected = SamplingDefaults("ddim", 30, 0.0, 2.0, (0.2, 0.8), "quadratic", "dynamic")
+    expected = SamplingParams("ddim", 30, 0.0, 2.0, (0.2, 0.8), "quadratic", "dynamic")
     assert parsed(*words.split()).sampling() == expected
 
 

@@ -10,18 +10,18 @@ from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
 from model.nn.unet import UNet, UNetConfig
 from model.sampling.noise import normals
-from model.sampling.schedule import SamplingDefaults, make_plan
+from model.sampling.schedule import SamplingParams, make_schedule
 from model.sampling.step import sample
 from training.run.image_io import animation, sample_grid, save_gif, save_png, save_strip, sequence, strip
 
 DIFFUSION = GaussianDiffusion(DiffusionConfig())
-GUIDED = SamplingDefaults("ddim", 6, 0.5, 2.0)
+GUIDED = SamplingParams("ddim", 6, 0.5, 2.0)
 
 
 def made(tiny: UNet, indices: list[int], classes: list[int], seed: int = 0) -> torch.Tensor:
     """By the definition: model.sampling.solvers.sample."""
-    plan = make_plan(DIFFUSION, "ddim", 6, eta=0.5, guidance_scale=2.0)
-    return to_uint8(sample(tiny, plan, (1, 8, 8), [seed] * len(indices), indices, classes, null_class=3))
+    schedule = make_schedule(DIFFUSION, "ddim", 6, eta=0.5, guidance_scale=2.0)
+    return to_uint8(sample(tiny, schedule, (1, 8, 8), [seed] * len(indices), indices, classes, null_class=3))
 
 
 def test_a_grid_has_a_row_per_class(tiny: UNet) -> None:
@@ -33,7 +33,7 @@ def test_a_grid_has_a_row_per_class(tiny: UNet) -> None:
 
 def test_a_grid_without_classes_is_a_square(tiny_config: UNetConfig) -> None:
     network = UNet(replace(tiny_config, num_classes=None, null_class=False)).eval()
-    assert sample_grid(network, DIFFUSION, SamplingDefaults("ddim", 1)).shape == (64, 64, 1)
+    assert sample_grid(network, DIFFUSION, SamplingParams("ddim", 1)).shape == (64, 64, 1)
 
 
 def test_a_sequence_begins_with_noise_and_ends_with_the_image(tiny: UNet) -> None:
@@ -48,8 +48,8 @@ def test_a_sequence_begins_with_noise_and_ends_with_the_image(tiny: UNet) -> Non
 
 def test_a_frame_pairs_what_the_network_saw_with_what_it_made_of_it(tiny: UNet) -> None:
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-    plan = make_plan(DIFFUSION, "ddim", 6, eta=0.5, guidance_scale=2.0)
-    sample(tiny, plan, (1, 8, 8), [0], [0], [1], null_class=3, on_step=lambda _, x, x0: steps.append((x, x0)))
+    schedule = make_schedule(DIFFUSION, "ddim", 6, eta=0.5, guidance_scale=2.0)
+    sample(tiny, schedule, (1, 8, 8), [0], [0], [1], null_class=3, on_step=lambda _, x, x0: steps.append((x, x0)))
     frames = sequence(tiny, DIFFUSION, GUIDED, [0], [1])
     for i in range(1, 6):
         assert np.array_equal(frames[i, 0], to_uint8(steps[i - 1][0]).numpy())

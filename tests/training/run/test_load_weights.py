@@ -18,7 +18,7 @@ from model.images import to_uint8
 from model.importers import import_path
 from model.nn.unet import UNet
 from model.sampling.noise import normals
-from model.sampling.schedule import make_plan
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.fixtures import theirs
 from training.run import load_weights
@@ -43,8 +43,8 @@ def test_the_originals_file_is_sampled_by_either_of_its_weights(weights: str, tm
     imported = import_path(Path(PLAIN), Flags(weights=weights))
     network = UNet(imported.unet).eval()
     network.load_state_dict(imported.weights)
-    plan = make_plan(GaussianDiffusion(imported.diffusion), "ddpm", 4, variance="fixed_small")
-    expected = to_uint8(sample(network, plan, (3, 32, 32), seeds=[0], indices=[1])).permute(0, 2, 3, 1).numpy()[0]
+    schedule = make_schedule(GaussianDiffusion(imported.diffusion), "ddpm", 4, variance="fixed_small")
+    expected = to_uint8(sample(network, schedule, (3, 32, 32), seeds=[0], indices=[1])).permute(0, 2, 3, 1).numpy()[0]
     assert np.abs(images(tmp_path)["1.png"] - expected).max() <= 1
 
 

@@ -1,6 +1,6 @@
 """Our own server with one thing changed: it batches requests and not steps.
 
-A batch is formed when the one before has finished: the request that came first, and others of the same plan as they
+A batch is formed when the one before has finished: the request that came first, and others of the same schedule as they
 came, while their images fit into the batch cap. A request of more images than that runs alone, a batch of the cap after
 the other. Nobody joins a batch that runs. Everything else is `python -m app`.
 """
@@ -38,7 +38,7 @@ def schedule(self: Scheduler) -> list[Sample]:
 
 
 def _same(a: Request, b: Request) -> bool:
-    return len(a.plan) == len(b.plan) and np.array_equal(a.plan.table, b.plan.table)
+    return len(a.schedule) == len(b.schedule) and np.array_equal(a.schedule.table, b.schedule.table)
 
 
 if __name__ == "__main__":
