@@ -188,4 +188,4 @@ def class_embedding(config: UNetConfig, width: int) -> nn.Embedding:
     weight = torch.empty(config.num_classes + config.null_class, width)
     if not weight.is_meta:  # where there is nothing to draw, torch would import its compiler: 2 s of a server's start
         nn.init.normal_(weight)
-    return nn.Embedding(*weight.shape, _weight=weight)
+    return nn.Embedding(len(weight), width, _weight=weight)
