@@ -48,7 +48,7 @@ STEPS = (5, 10, 20, 50)
 
 
 def schedule_table(steps: int = 5) -> str:
-    """The rows of three schedules over the cosine schedule for a network that predicts v, as a Markdown table."""
+    """The rows of three sampling schedules over cosine betas for a network that predicts v, as a Markdown table."""
     diffusion = GaussianDiffusion(DiffusionConfig(schedule="cosine", prediction="v"))
     lines = ["| sampler | t | " + " | ".join(COEFFICIENTS) + " |", "|---" * (len(COEFFICIENTS) + 2) + "|"]
     for name, guidance_scale in PLANS.items():

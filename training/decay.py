@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from model.atomic_write import atomic_write, put_in_place
 from training.cli.options import Parser
 from training.run.config import TrainConfig
 
@@ -57,11 +58,13 @@ def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     state = torch.load(states[chosen], weights_only=True, map_location="cpu")
-    torch.save(state | {"best": math.inf}, part / states[chosen].name)  # the best is to be one of the copy
+    with atomic_write(part / states[chosen].name) as file:
+        torch.save(state | {"best": math.inf}, file)  # the best is to be one of the copy
     if (run / "log.jsonl").exists():
         shutil.copyfile(run / "log.jsonl", part / "log.jsonl")
-    (part / "config.json").write_text(config.to_json())
-    part.rename(folder)
+    with atomic_write(part / "config.json") as file:
+        file.write_text(config.to_json())
+    put_in_place(part, folder)
     return config
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.atomic_write import atomic_write
 from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
@@ -196,9 +196,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             "comparing_seconds": round(time.perf_counter() - sampled, 1),
         },
     }
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, out)
+    with atomic_write(out) as part:
+        part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
 
 

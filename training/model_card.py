@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from model import checkpoint
+from model.atomic_write import atomic_write
 from model.checkpoint import Checkpoint, CheckpointError
-from training.run.image_io import sample_grid
+from training.run.image_io import sample_grid, save_png
 
 CARD = """# {name}
 
@@ -210,9 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyError as error:
         print(f"training.model_card: {args.checkpoint} was not made by training.train (no {error})", file=sys.stderr)
         return 2
-    file.with_suffix(".md").write_text(text, encoding="utf-8")
-    picture = sample_grid(loaded.network, loaded.diffusion, loaded.config.sampling)
-    Image.fromarray(picture.squeeze()).save(file.with_suffix(".png"))
+    with atomic_write(file.with_suffix(".md")) as part:
+        part.write_text(text, encoding="utf-8")
+    save_png(file.with_suffix(".png"), sample_grid(loaded.network, loaded.diffusion, loaded.config.sampling))
     print(f"{file.with_suffix('.md')} and {file.with_suffix('.png').name}")
     return 0
 

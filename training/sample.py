@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
+from model.atomic_write import atomic_write
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.images import to_uint8
 from model.sampling.schedule import SamplingParams, SamplingSchedule
@@ -28,7 +28,9 @@ from training.cli.sampling_options import add_sampling_options, settings_of
 from training.memory import memory_for
 from training.run import load_weights
 from training.run.config import torch_device
-from training.run.image_io import save_gif, save_strip, sequence
+from training.run.image_io import save_gif, save_png, save_strip, sequence
+
+WRITERS = 8  # files that wait for the disk at the same time
 
 # The original's options of the network, which its sampling had to be told again
 KNOWN = (
@@ -86,7 +88,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     if not record.exists() and any(folder.glob("*.png")):
         raise FileExistsError(f"{folder} has other images in it: choose another --save_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(text)
+    with atomic_write(record) as part:
+        part.write_text(text)
 
 
 def write(
@@ -95,7 +98,8 @@ def write(
     """Makes the images of `todo` that `folder` does not have yet."""
     missing = [item for item in todo if not (folder / item[0]).exists()]
     unet = source.config.unet
-    with tqdm(total=len(todo), initial=len(todo) - len(missing), unit="image", dynamic_ncols=True) as bar:
+    progress = tqdm(total=len(todo), initial=len(todo) - len(missing), unit="image", dynamic_ncols=True)
+    with progress as bar, ThreadPoolExecutor(WRITERS) as writers:
         for start in range(0, len(missing), batch_size):
             names, indices, classes = zip(*missing[start : start + batch_size], strict=True)
             x = sample(
@@ -108,10 +112,8 @@ def write(
                 null_class=unet.num_classes if unet.null_class else None,
                 device=next(source.network.parameters()).device,
             )
-            for name, image in zip(names, to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                part = folder / f"{name}.part"  # so that an image is there whole or not at all
-                Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(part, format="png")
-                os.replace(part, folder / name)
+            images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+            list(writers.map(save_png, [folder / name for name in names], images))
             bar.update(len(names))
 
 

@@ -20,8 +20,8 @@ WORD = 0xFFFFFFFF
 class Batch:
     """One row for each of N samples; thrown away after the step.
 
-    `t` and `y` [N] are what the network sees (y None where it has no classes), `coefficients` float64 [N, 10] a row of each one's schedule,
-    `words` [N, 4] what the noise is drawn from (see `model.sampling.noise.normals_of`).
+    `t` and `y` [N] are what the network sees (y None where it has no classes), `coefficients` float64 [N, 10] a row of
+    each sample's schedule, `words` [N, 4] what the noise is drawn from (see `model.sampling.noise.normals_of`).
     """
 
     t: Ints

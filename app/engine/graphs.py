@@ -19,7 +19,7 @@ from model.sampling.noise import normals, normals_of
 from model.sampling.schedule import COEFFICIENTS
 from model.sampling.step import apply_cfg, apply_step
 
-# Columns of the table that say where things are, before those of the schedule. Rows of the slots' tables: which x and x_0
+# Columns of the table that say where things are, before the coefficients. Rows of the slots' tables: which x and x_0
 # are read, and which are written; `null`: the row of the same call that has the null class.
 PLACES = ("x", "x0", "x0_prev", "x_next", "x0_next", "null", "t", "y", "seed_low", "seed_high", "index", "draw")
 WORDS = slice(PLACES.index("seed_low"), len(PLACES))
@@ -33,7 +33,7 @@ class Graphs:
 
     A graph gathers the states, draws the noise (in steps of the kind NOISY; it costs a small network's step much), runs
     the network, guides, updates, and writes the new states beside the old. Kind START writes x_T, as if by a step
-    number -1. Larger batches are cut in parts. What a table holds is exact in float64: 32-bit words, and schedules.
+    number -1. Larger batches are cut in parts. What a table holds is exact in float64: 32-bit words, and coefficients.
 
     The host waits once for all parts of a step (an event), so it is never ahead of the device. One thread at a time.
     """
@@ -209,7 +209,7 @@ def agree(graphs: Graphs, config: UNetConfig, rows: int, last_timestep: int, upd
     """Whether made-up samples that fill `rows` rows of the network come out of `update` the same, to the bit.
 
     They take a step of each kind and one more, so that every slot is written to in every place, from x_T on, and have
-    all that a coefficients can have but a dynamic limit. Overwrites the first slots.
+    all that a schedule can have but a dynamic limit. Overwrites the first slots.
     """
     slots, places = graphs.slots, np.arange(rows)
     words = np.stack([7 * places + 1, places, places, 0 * places], axis=1)
@@ -233,7 +233,7 @@ def agree(graphs: Graphs, config: UNetConfig, rows: int, last_timestep: int, upd
 
 
 def _made_up(n: int, step: int, guided: int, config: UNetConfig) -> NDArray[np.float64]:
-    """Plan rows [n, 10]; the last `guided` (a negative number) are guided."""
+    """Rows of a schedule [n, 10]; the last `guided` (a negative number) are guided."""
     row = np.outer(np.arange(1, n + 1) + step, np.arange(1.0, len(COEFFICIENTS) + 1)).astype(np.float64) * 0.618
     row -= np.floor(row)
     columns = dict(zip(COEFFICIENTS, row.T, strict=True))  # views

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
+from model.atomic_write import atomic_write
 from model.checkpoint import Checkpoint
 from model.convert.diffusers import DIFFUSERS
 from model.convert.layout import Weights, norm_groups
@@ -82,7 +83,8 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
     }
     write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", renamed(config, weights), {"format": "pt"})
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        with atomic_write(folder / name) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _with_one_class(config: UNetConfig, weights: Weights, class_label: int) -> tuple[UNetConfig, Weights]:

@@ -41,7 +41,10 @@ OBJECTS = {  # in a pickle that holds more than tensors: what it is then
 
 
 def load_weights(path: Path) -> Any:
-    """The content of a .pt, .pth, .bin or .safetensors file, tensors only. Raises UnsupportedCheckpointError for anything else."""
+    """The content of a .pt, .pth, .bin or .safetensors file, tensors only.
+
+    Raises UnsupportedCheckpointError for anything else.
+    """
     if TENSORFLOW.search(path.name) or (not path.exists() and path.with_name(f"{path.name}.index").is_file()):
         raise UnsupportedCheckpointError(TENSORFLOW_SAYS)
     if problem := not_data(path):
@@ -72,7 +75,7 @@ def load_weights(path: Path) -> Any:
 
 
 def _check_pickle(path: Path, is_zip: bool) -> None:
-    """Raises UnsupportedCheckpointError where loading would take more memory than the file, or where its bytes have changed."""
+    """Raises UnsupportedCheckpointError where loading takes more memory than the file, or its bytes have changed."""
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -130,7 +133,7 @@ def tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_tensors(content: Any, size: int) -> None:
-    """Raises UnsupportedCheckpointError for tensors that are no plain numbers, or take more memory than the file of `size` bytes."""
+    """Raises UnsupportedCheckpointError for tensors that are no plain numbers, or exceed the file of `size` bytes."""
     total = 0
     for name, tensor in tensors(content):
         kinds = {

@@ -49,7 +49,7 @@ CHOICES = {
 
 
 def import_path(source: Path, flags: Flags) -> Imported:
-    """Weights and configuration of a file, or of a diffusers folder. Raises UnsupportedCheckpointError with a sentence."""
+    """Weights and configuration of a file, or of a diffusers folder. Raises UnsupportedCheckpointError."""
     try:
         if source.is_dir():
             imported = import_folder(source, flags)

@@ -72,7 +72,7 @@ class Flags:
         return {k: v for k, v in values.items() if v is not None and v is not False and v != ()}
 
     def need(self, **defaults: Any) -> None:
-        """Raises UnsupportedCheckpointError unless all of these are given; `defaults` are what their project has for them."""
+        """Raises UnsupportedCheckpointError unless all are given; `defaults` are what their project has for them."""
         if missing := [f"--{name} {written(value)}" for name, value in defaults.items() if getattr(self, name) is None]:
             raise UnsupportedCheckpointError(
                 f"the file does not tell all that it needs: add {' '.join(missing)}, "
@@ -136,7 +136,10 @@ class Layout:
 
 
 def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
-    """`source` under our names. Raises UnsupportedCheckpointError where a tensor is missing, left over, or of another shape."""
+    """`source` under our names.
+
+    Raises UnsupportedCheckpointError where a tensor is missing, left over, or of another shape.
+    """
     with torch.device("meta"):
         network = UNet(config)
     expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}

@@ -135,7 +135,7 @@ def _limit(theirs: dict[str, Any]) -> str:
 
 
 def _value(theirs: dict[str, Any], name: str, usual: Any, valid: Callable[[Any], bool]) -> Any:
-    """A field; `usual` where it is not there or null. Raises UnsupportedCheckpointError, by its name, where it is not valid."""
+    """A field; `usual` where it is not there or null. Raises UnsupportedCheckpointError where it is not valid."""
     value = usual if theirs.get(name) is None else theirs[name]
     if not valid(value):
         raise UnsupportedCheckpointError(f"its scheduler's {name} is {value!r}, which cannot be expressed here")

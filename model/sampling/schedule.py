@@ -1,4 +1,4 @@
-"""Plans: a sampler made concrete for one request, one row of scalars per step, made in float64 from the beta schedule.
+"""Sampling schedules: a sampler made concrete for one request, one row of scalars per step, in float64.
 
 With e the network's output for the class, u that for the null class and z standard normal noise, a step is
 
@@ -75,7 +75,8 @@ class SamplingParams:
         """These settings with what somebody asked for in their place; None is not asked for.
 
         Steps, eta and spacing are the sampler's: with another one they are `DEFAULT_STEPS`, at most `num_timesteps`
-        (T), 0 and trailing. Without guidance there is no interval of it. Raises InvalidSamplingParams on contradictions.
+        (T), 0 and trailing. Without guidance there is no interval of it. Raises InvalidSamplingParams where they
+        contradict each other.
         """
         own = self if sampler in (None, self.sampler) else None
         sampler = sampler or self.sampler
@@ -139,13 +140,13 @@ def make_schedule(
     """The table of `sampler` over `steps` timesteps.
 
     `eta` in [0, 1] is ddim's. `guidance_scale` g is 1 for none; it acts where t/(T - 1), 0 for the finished image and 1
-    for noise, is within `guidance_interval` (Kynkäänniemi et al. 2024). `spacing` is that of `make_timesteps`. `limit` is that
-    of x0: none, clamp to [-1, 1], or dynamic, where the 99.5 % quantile of |x0| is scaled to 1 if it is more (Saharia
-    et al. 2022, §2.3). Without a limit an eps network starts where log(alpha/sigma) ≥ -5.1, since its x0 explodes
-    before, unless ddpm takes all T steps. `variance` is ddpm's, the diffusion's own if None;
-    fixed_large with fewer steps than T would leave noise in the image: it is refused, or, if not asked for here,
-    replaced by fixed_small with a warning. With zero terminal SNR the first timestep must be the last of training
-    (Lin et al. 2023, §3.3). Raises ValueError, InvalidSamplingParams where one number is at fault.
+    for noise, is within `guidance_interval` (Kynkäänniemi et al. 2024). `spacing` is that of `make_timesteps`. `limit`
+    is that of x0: none, clamp to [-1, 1], or dynamic, where the 99.5 % quantile of |x0| is scaled to 1 if it is more
+    (Saharia et al. 2022, §2.3). Without a limit an eps network starts where log(alpha/sigma) ≥ -5.1, since its x0
+    explodes before, unless ddpm takes all T steps. `variance` is ddpm's, the diffusion's own if None; fixed_large
+    with fewer steps than T would leave noise in the image: it is refused, or, if not asked for here, replaced by
+    fixed_small with a warning. With zero terminal SNR the first timestep must be the last of training (Lin et al.
+    2023, §3.3). Raises ValueError, InvalidSamplingParams where one number is at fault.
     """
     one_of("sampler", sampler, SAMPLERS)
     one_of("limit", limit, THRESHOLDING)

@@ -1,4 +1,4 @@
-"""Samplers as functions of the beta schedule: the columns a, b, c, d, k, s of a schedule, one row per step, in float64.
+"""Samplers as functions of the beta schedule: the coefficients a, b, c, d, k, s of each step, in float64.
 
 A new sampler is one function and one entry in `SAMPLERS`.
 """

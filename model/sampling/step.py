@@ -1,4 +1,4 @@
-"""A schedule carried out: guidance, the update of one step, and the naive loop over all of them."""
+"""A sampling schedule carried out: guidance, the update of one step, and the naive loop over all of them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def apply_step(
     """One update of a batch, whatever its samplers: (x_next, x0).
 
     x, x0_prev, x0_prev2 and z are [N, C, H, W], out (guidance applied) too, or [N, 2C, H, W] with learned variance;
-    `rows` [N, 10] holds one schedule row per sample. `dynamic` False: the limit of none of them is, and nobody has to wait
-    for the device to say so.
+    `rows` [N, 10] holds a row of each sample's schedule. `dynamic` False: the limit of none of them is, and nobody has
+    to wait for the device to say so.
     """
     _, p, q, limit, a, b, c, d, k, s = (column.reshape(-1, 1, 1, 1) for column in rows.unbind(1))
     channels = x.shape[1]

@@ -225,10 +225,10 @@ def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:
     assert int((tmp_path / "counter").read_text()) - before == 3 + 3 * 2 + 3
     loaded = checkpoint.load("mnist")
     for request, picture in zip(asked, pictures, strict=True):
-        plan = make_schedule(loaded.diffusion, "ddim", request["steps"])
+        schedule = make_schedule(loaded.diffusion, "ddim", request["steps"])
         n, seed, label = request["n"], request["seed"], request["class_label"]
         with torch.inference_mode():
-            right = to_uint8(sample(loaded.network, plan, (1, 28, 28), [seed] * n, range(n), [label] * n)).numpy()
+            right = to_uint8(sample(loaded.network, schedule, (1, 28, 28), [seed] * n, range(n), [label] * n)).numpy()
         for i in range(n):
             column, row = (i % 2, i // 2) if n > 1 else (0, 0)
             tile = picture[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
@@ -238,21 +238,21 @@ def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_serves_everybody(policy: str) -> None:
     """No image twice in a step, none beyond the cap (`replay` asserts it), and nothing is faster than alone."""
-    plans = {steps: make_schedule(checkpoint.load("mnist").diffusion, "ddim", steps) for steps in workloads.STEPS}
+    schedules = {steps: make_schedule(checkpoint.load("mnist").diffusion, "ddim", steps) for steps in workloads.STEPS}
     trace = workloads.poisson("mixed steps", 1000, 4, seed=1)
-    found = replay(POLICIES[policy](BatchLimits(4)), trace, plans, [0.0, 1e-3, 2e-3, 3e-3, 4e-3])
+    found = replay(POLICIES[policy](BatchLimits(4)), trace, schedules, [0.0, 1e-3, 2e-3, 3e-3, 4e-3])
     assert (found.latency > 0).all()
     assert found.slowdown.min() >= 1 - 1e-9
     assert found.starved.max() >= 0
 
 
 def test_in_order_means_in_order() -> None:
-    plans = {20: make_schedule(checkpoint.load("mnist").diffusion, "ddim", 20)}
+    schedules = {20: make_schedule(checkpoint.load("mnist").diffusion, "ddim", 20)}
     trace = [Arrival(0.0, 16, 20, 0, 0), Arrival(0.01, 1, 20, 0, 0)]
     step_s = [0.0, 0.01, 0.01, 0.01, 0.01]
-    crowd_first = replay(InOrder(BatchLimits(4)), trace, plans, step_s).latency
+    crowd_first = replay(InOrder(BatchLimits(4)), trace, schedules, step_s).latency
     assert crowd_first.tolist() == pytest.approx([0.8, 0.99])
-    passed = replay(Scheduler(BatchLimits(4)), trace, plans, step_s).latency
+    passed = replay(Scheduler(BatchLimits(4)), trace, schedules, step_s).latency
     assert passed[1] < 0.5
 
 

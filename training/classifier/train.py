@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import shlex
 import sys
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from model.atomic_write import atomic_write
 from model.backends.compile import best_precision
 from model.images import from_uint8
 from model.nn.ema import EMA
@@ -89,9 +89,8 @@ class Progress:
     def save(self, path: Path) -> None:
         """Writes the file atomically."""
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        part = path.with_name(path.name + ".part")
-        torch.save(state | {"ema": self.ema.state_dict(), "epoch": self.epoch, "key": self._key}, part)
-        os.replace(part, path)
+        with atomic_write(path) as part:
+            torch.save(state | {"ema": self.ema.state_dict(), "epoch": self.epoch, "key": self._key}, part)
 
     def load(self, path: Path) -> None:
         """Goes on from the file, if it is there and of the same command and images."""

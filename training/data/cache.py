@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from model.atomic_write import put_in_place
+
 VERSION = 1
 LENGTH = 8  # bytes at the end
 
@@ -103,9 +105,7 @@ class PixelCache:
             told = json.dumps({"request": self._request, "shape": array.shape, "left_out": left_out}).encode()
             with self._part.open("ab") as file:
                 file.write(told + len(told).to_bytes(LENGTH, "little"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self._part, self.path)
+            put_in_place(self._part, self.path)
         except OSError:
             self.discard()
             raise

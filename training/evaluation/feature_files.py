@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.atomic_write import atomic_write
 from training.data import Images
 from training.evaluation.feature_extractor import Judge
 
@@ -87,11 +87,9 @@ def real_features(who: Judge, images: Images) -> Tensor:
     parts = images.images.split(AT_ONCE)
     bar = tqdm(parts, desc="real images", unit_scale=AT_ONCE, unit="image", leave=False)
     rows = torch.cat([torch.cat(who.network.judge(part), dim=1).cpu() for part in bar])
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(header + rows.numpy().astype("<f4", copy=False).tobytes())
-        os.replace(part, path)
+        with atomic_write(path) as part:
+            part.write_bytes(header + rows.numpy().astype("<f4", copy=False).tobytes())
     except OSError as error:
         print(f"What the classifier says of real images is not kept: {error}", file=sys.stderr)
-        part.unlink(missing_ok=True)
     return rows

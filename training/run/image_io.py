@@ -6,7 +6,6 @@ Equal input gives equal bytes. Files appear whole or not at all.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from torch import Tensor
 
+from model.atomic_write import atomic_write
 from model.diffusion import GaussianDiffusion
 from model.images import Image, grid, to_uint8
 from model.nn.unet import UNet
@@ -138,6 +138,5 @@ def enlarged(picture: Image, side: int) -> Image:
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        part.write_bytes(data)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
+
+from model.atomic_write import atomic_write
 
 
 def save_plot(path: Path, log: Path) -> None:
@@ -37,6 +38,5 @@ def save_plot(path: Path, log: Path) -> None:
         axes.legend()
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(out.getvalue())
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        part.write_bytes(out.getvalue())

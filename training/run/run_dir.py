@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from model import checkpoint
+from model.atomic_write import atomic_write, warn_once
 from model.checkpoint import CheckpointConfig
 from model.images import Image
 from training.data_record import DataRecord
@@ -28,7 +28,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 GRIDS = 100  # the last so many stay
-NO_ROOM = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # what of fsync must not be passed over
 
 
 class RunDir:
@@ -45,7 +44,6 @@ class RunDir:
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise OSError(f"cannot make {self.path}: {error.strerror}; choose another --log_dir") from error
-        self._warned = False
         try:
             self._take_lock()
         except BlockingIOError as error:
@@ -110,16 +108,13 @@ class RunDir:
         path = self.path / f"checkpoint-{iteration:07d}.safetensors"
         try:
             checkpoint.save(path, weights, config)
-            self._flush(path)
             if best:
-                shutil.copyfile(path, self.path / "best.part")
-                self._move("best.part", "best.safetensors")
-            torch.save(state, self.path / "state.part")  # last: from here on a resume takes the above as done
-            self._move("state.part", f"state-{iteration:07d}.pt")
-            self._flush(self.path)  # the names too, before older files go
+                with atomic_write(self.path / "best.safetensors") as part:
+                    shutil.copyfile(path, part)
+            # Last: from here on a resume takes the above as done
+            with atomic_write(self.path / f"state-{iteration:07d}.pt") as part:
+                torch.save(state, part)
         except (OSError, RuntimeError) as error:  # torch has its own for a full disk
-            for part in self.path.glob("*.part"):
-                part.unlink()
             raise OSError(f"cannot save iteration {iteration} in {self.path} (is the disk full?): {error}") from error
         self._keep("state-*.pt", self.keep)
         self._keep("checkpoint-*.safetensors", self.keep)
@@ -144,13 +139,8 @@ class RunDir:
             old.unlink()
 
     def _write(self, name: str, data: bytes) -> None:
-        (self.path / f"{name}.part").write_bytes(data)
-        self._move(f"{name}.part", name)
-
-    def _move(self, part: str, name: str) -> None:
-        """Gives a whole file its name, after it is on the disk: not even a power failure leaves half of it."""
-        self._flush(self.path / part)
-        os.replace(self.path / part, self.path / name)
+        with atomic_write(self.path / name) as part:
+            part.write_bytes(data)
 
     def _take_lock(self) -> None:
         """Raises BlockingIOError where another process has it. The system frees it when a process dies."""
@@ -161,26 +151,7 @@ class RunDir:
         except BlockingIOError:
             raise
         except OSError as error:
-            self._warn("locks no files", error, "see to it that no other process trains in it")
-
-    def _flush(self, path: Path) -> None:
-        """Waits until a file, or the names in a folder, are on the disk, where the file system can tell."""
-        try:
-            file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise
-            self._warn("does not tell when a file is on the disk", error, "a power failure may lose checkpoints")
-
-    def _warn(self, lack: str, error: OSError, consequence: str) -> None:
-        """Once: of a file system that lacks one thing, little else is to be expected."""
-        if not self._warned:
-            self._warned = True
-            print(f"{self.path}: its file system {lack} ({error.strerror or error}): {consequence}", file=sys.stderr)
+            warn_once(self.path, "locks no files", error, "see to it that no other process trains in it")
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, DataRecord | None]:

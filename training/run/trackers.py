@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 
+from model.atomic_write import atomic_write
 from model.images import Image
 from training.run.config import TrainConfig
 
@@ -53,7 +54,8 @@ class WandB:
             )
         except self._wandb.Error as error:
             raise OSError(f"--log_to_wandb: {error} (WANDB_MODE=offline needs no account)") from error
-        kept.write_text(self._run.id)
+        with atomic_write(kept) as part:
+            part.write_text(self._run.id)
         self._run.define_metric("*", step_metric="iteration")
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:

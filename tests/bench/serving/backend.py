@@ -1,8 +1,8 @@
 """What every peer runs: the same weights, the same network function, the same loop, the same picture files.
 
-A peer batches whole requests. In a batch those of one schedule run together, `rows` images at a time; another schedule has to
-wait, since a loop over a schedule is all that `model.sampling.sample` can do. That is what a competent user of these
-servers would write. (Running all to the longest schedule would cost more than it saves.)
+A peer batches whole requests. In a batch those of one schedule run together, `rows` images at a time; another
+schedule has to wait, since a loop over a schedule is all that `model.sampling.sample` can do. That is what a competent
+user of these servers would write. (Running all to the longest schedule would cost more than it saves.)
 """
 
 from __future__ import annotations

@@ -314,14 +314,14 @@ def test_lists_as_json_has_them_give_an_equal_configuration() -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("length", [49, 1025])  # written out, torch's own
-def test_attend_is_attention(length: int, heads: int) -> None:
+def test_attention_is_torchs(length: int, heads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 2, heads, length, 8, generator=generator, dtype=torch.float64).requires_grad_()
     weights = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
     results = []
-    for attention in (attention, torch.nn.functional.scaled_dot_product_attention):
+    for call in (attention, torch.nn.functional.scaled_dot_product_attention):
         qkv.grad = None
-        out = attention(*qkv)
+        out = call(*qkv)
         (out * weights).sum().backward()
         results.append((out.detach(), qkv.grad))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)

@@ -33,8 +33,8 @@ SHAPE, SEEDS, INDICES = (1, 4, 4), [7, 8], [0, 5]
 THEIR_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-def diffusion_of(schedule: str, prediction: str) -> GaussianDiffusion:
-    return GaussianDiffusion(DiffusionConfig(schedule=schedule, prediction=prediction))
+def diffusion_of(betas: str, prediction: str) -> GaussianDiffusion:
+    return GaussianDiffusion(DiffusionConfig(schedule=betas, prediction=prediction))
 
 
 def network_of(diffusion: GaussianDiffusion) -> Network:
@@ -54,7 +54,7 @@ def noise(step: int) -> Tensor:
     return normals(SEEDS, INDICES, [step] * len(SEEDS), SHAPE).double()
 
 
-def our_trajectory(diffusion: GaussianDiffusion, plan: SamplingSchedule) -> Tensor:
+def our_trajectory(diffusion: GaussianDiffusion, schedule: SamplingSchedule) -> Tensor:
     """Every x after x_T, [S, N, C, H, W]."""
     xs: list[Tensor] = []
     x0s: list[Tensor] = []
@@ -64,7 +64,7 @@ def our_trajectory(diffusion: GaussianDiffusion, plan: SamplingSchedule) -> Tens
         xs.append(x)
         x0s.append(x0)
 
-    final = sample(network_of(diffusion), plan, SHAPE, SEEDS, INDICES, dtype=torch.float64, on_step=on_step)
+    final = sample(network_of(diffusion), schedule, SHAPE, SEEDS, INDICES, dtype=torch.float64, on_step=on_step)
     assert torch.equal(final, xs[-1])
     limited = torch.stack(x0s).abs() == 1
     assert limited.any(), "nothing was clipped: the comparison says nothing about clipping"
@@ -89,11 +89,11 @@ def in_float64(scheduler: Any, diffusion: GaussianDiffusion) -> Any:
     return scheduler
 
 
-KINDS = [(schedule, prediction) for schedule in ("linear", "cosine") for prediction in ("eps", "x0", "v")]
+KINDS = [(betas, prediction) for betas in ("linear", "cosine") for prediction in ("eps", "x0", "v")]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "prediction", "steps", "spacing"),
+    ("betas", "prediction", "steps", "spacing"),
     [
         ("linear", "eps", 1000, "trailing"),
         ("cosine", "v", 1000, "trailing"),
@@ -104,53 +104,53 @@ KINDS = [(schedule, prediction) for schedule in ("linear", "cosine") for predict
     ],
 )
 def test_ddpm_is_that_of_diffusers(
-    schedule: str, prediction: str, steps: int, spacing: str, monkeypatch: pytest.MonkeyPatch
+    betas: str, prediction: str, steps: int, spacing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    diffusion = diffusion_of(schedule, prediction)
-    plan = make_schedule(diffusion, "ddpm", steps, spacing=spacing)
+    diffusion = diffusion_of(betas, prediction)
+    schedule = make_schedule(diffusion, "ddpm", steps, spacing=spacing)
     scheduler = DDPMScheduler(
         variance_type="fixed_small", prediction_type=THEIR_NAMES[prediction], timestep_spacing=spacing
     )
     in_float64(scheduler, diffusion)
     if spacing == "linspace":  # diffusers' DDPM has another idea of it
-        scheduler.set_timesteps(timesteps=plan.timesteps.tolist())
+        scheduler.set_timesteps(timesteps=schedule.timesteps.tolist())
     else:
         scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
+    assert scheduler.timesteps.tolist() == schedule.timesteps.tolist()
 
     def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
         monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: z)
         return scheduler.step(out, t, x).prev_sample
 
     theirs = their_trajectory(scheduler, diffusion, step)
-    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-8)
+    torch.testing.assert_close(our_trajectory(diffusion, schedule), theirs, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("schedule", "prediction"), KINDS)
+@pytest.mark.parametrize(("betas", "prediction"), KINDS)
 @pytest.mark.parametrize(
     ("steps", "spacing"),
     # diffusers takes t - T // n for the next timestep: right for leading, and for trailing where n divides T
     [(50, "leading"), (30, "leading"), (7, "leading"), (20, "trailing"), (1, "trailing")],
 )
-def test_ddim_is_that_of_diffusers(schedule: str, prediction: str, steps: int, spacing: str, eta: float) -> None:
-    diffusion = diffusion_of(schedule, prediction)
-    plan = make_schedule(diffusion, "ddim", steps, eta=eta, spacing=spacing)
+def test_ddim_is_that_of_diffusers(betas: str, prediction: str, steps: int, spacing: str, eta: float) -> None:
+    diffusion = diffusion_of(betas, prediction)
+    schedule = make_schedule(diffusion, "ddim", steps, eta=eta, spacing=spacing)
     scheduler = in_float64(DDIMScheduler(prediction_type=THEIR_NAMES[prediction], timestep_spacing=spacing), diffusion)
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
+    assert scheduler.timesteps.tolist() == schedule.timesteps.tolist()
 
     def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
         answer = scheduler.step(out, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z if eta else None)
         return answer.prev_sample
 
     theirs = their_trajectory(scheduler, diffusion, step)
-    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-8)
+    torch.testing.assert_close(our_trajectory(diffusion, schedule), theirs, rtol=0, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 @pytest.mark.parametrize(
-    ("schedule", "prediction"), [("linear", "eps"), ("linear", "x0"), ("linear", "v"), ("cosine", "v")]
+    ("betas", "prediction"), [("linear", "eps"), ("linear", "x0"), ("linear", "v"), ("cosine", "v")]
 )
 @pytest.mark.parametrize(
     ("steps", "spacing"),
@@ -161,10 +161,10 @@ def test_ddim_is_that_of_diffusers(schedule: str, prediction: str, steps: int, s
     [("dpmpp_2m", 2, "dpmsolver++"), ("dpmpp_3m", 3, "dpmsolver++"), ("dpmpp_2m_sde", 2, "sde-dpmsolver++")],
 )
 def test_dpm_solvers_are_those_of_diffusers(
-    sampler: str, order: int, algorithm: str, schedule: str, prediction: str, steps: int, spacing: str
+    sampler: str, order: int, algorithm: str, betas: str, prediction: str, steps: int, spacing: str
 ) -> None:
-    diffusion = diffusion_of(schedule, prediction)
-    plan = make_schedule(diffusion, sampler, steps, spacing=spacing)
+    diffusion = diffusion_of(betas, prediction)
+    schedule = make_schedule(diffusion, sampler, steps, spacing=spacing)
     scheduler = DPMSolverMultistepScheduler(
         prediction_type=THEIR_NAMES[prediction],
         timestep_spacing=spacing,
@@ -175,26 +175,26 @@ def test_dpm_solvers_are_those_of_diffusers(
         thresholding=True,  # with the default sample_max_value of 1 it is a clamp
     )
     in_float64(scheduler, diffusion).set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
+    assert scheduler.timesteps.tolist() == schedule.timesteps.tolist()
 
     def step(out: Tensor, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
         return scheduler.step(out, t, x, variance_noise=z).prev_sample
 
     theirs = their_trajectory(scheduler, diffusion, step)  # its sigmas and its x are float32
-    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_trajectory(diffusion, schedule), theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 15])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_dpmpp_2m_is_the_textbooks(schedule: str, steps: int) -> None:
-    diffusion = diffusion_of(schedule, "v")
-    plan = make_schedule(diffusion, "dpmpp_2m", steps)
-    alpha_bars = [*diffusion.alphas_cumprod[plan.timesteps], 1.0]
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+def test_dpmpp_2m_is_the_textbooks(betas: str, steps: int) -> None:
+    diffusion = diffusion_of(betas, "v")
+    schedule = make_schedule(diffusion, "dpmpp_2m", steps)
+    alpha_bars = [*diffusion.alphas_cumprod[schedule.timesteps], 1.0]
     alpha, sigma = np.sqrt(alpha_bars), np.sqrt(1 - np.array(alpha_bars))
     network, x, xs = network_of(diffusion), noise(0), []
     lambdas: list[float] = []
     m: list[Tensor] = []
-    for i, t in enumerate(plan.timesteps):
+    for i, t in enumerate(schedule.timesteps):
         m.append((alpha[i] * x - sigma[i] * network(x, torch.tensor([t, t]), None)).clamp(-1, 1))
         lambdas.append(math.log(alpha[i] / sigma[i]))
         if i == steps - 1:
@@ -207,7 +207,7 @@ def test_dpmpp_2m_is_the_textbooks(schedule: str, steps: int) -> None:
                 d = (1 + 1 / (2 * r)) * m[i] - 1 / (2 * r) * m[i - 1]
             x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (math.exp(-h) - 1) * d
         xs.append(x)
-    torch.testing.assert_close(our_trajectory(diffusion, plan), torch.stack(xs), rtol=0, atol=1e-10)
+    torch.testing.assert_close(our_trajectory(diffusion, schedule), torch.stack(xs), rtol=0, atol=1e-10)
 
 
 def error_of(sampler: str, steps: int) -> float:
@@ -241,16 +241,16 @@ def test_with_many_steps_the_third_order_solver_is_nearer_than_the_second() -> N
 @pytest.mark.parametrize("steps", [1, 2, 3, 1000])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_the_last_row_is_x0_itself(sampler: str, steps: int, spacing: str) -> None:
-    plan = make_schedule(LINEAR, sampler, steps, eta=1.0, spacing=spacing)
-    last = dict(zip(COEFFICIENTS, plan.table[-1], strict=True))
+    schedule = make_schedule(LINEAR, sampler, steps, eta=1.0, spacing=spacing)
+    last = dict(zip(COEFFICIENTS, schedule.table[-1], strict=True))
     assert (last["a"], last["b"], last["c"], last["s"]) == (0, 1, 0, 0)
-    assert len(plan) == steps
-    assert np.isfinite(plan.table).all()
-    assert plan.table.dtype == np.float64
+    assert len(schedule) == steps
+    assert np.isfinite(schedule.table).all()
+    assert schedule.table.dtype == np.float64
 
 
-def column(plan: SamplingSchedule, name: str) -> Any:
-    return plan.table[:, COEFFICIENTS.index(name)]
+def column(schedule: SamplingSchedule, name: str) -> Any:
+    return schedule.table[:, COEFFICIENTS.index(name)]
 
 
 @pytest.mark.parametrize(
@@ -259,8 +259,8 @@ def column(plan: SamplingSchedule, name: str) -> Any:
 )
 def test_ddim_noise_has_the_known_size(spacing: str, t: int, sigma: float) -> None:
     for eta in (1.0, 0.5, 0.0):
-        plan = make_schedule(LINEAR, "ddim", 50, eta=eta, spacing=spacing)
-        (found,) = column(plan, "s")[plan.timesteps == t]
+        schedule = make_schedule(LINEAR, "ddim", 50, eta=eta, spacing=spacing)
+        (found,) = column(schedule, "s")[schedule.timesteps == t]
         assert found == pytest.approx(eta * sigma, rel=1e-10)
 
 
@@ -273,8 +273,8 @@ def test_ddim_noise_has_the_known_size(spacing: str, t: int, sigma: float) -> No
     ],
 )
 def test_ddpm_over_all_timesteps_is_the_known_posterior(t: int, c1: float, c2: float, variance: float) -> None:
-    plan = make_schedule(LINEAR, "ddpm", 1000)
-    found = [column(plan, name)[999 - t] for name in ("b", "a", "s")]
+    schedule = make_schedule(LINEAR, "ddpm", 1000)
+    found = [column(schedule, name)[999 - t] for name in ("b", "a", "s")]
     assert found == pytest.approx([c1, c2, math.sqrt(variance)], rel=1e-9)
 
 
@@ -338,7 +338,7 @@ def test_without_a_limit_x0_is_what_the_network_says() -> None:
 
 
 def test_plans_of_any_kind_share_a_step() -> None:
-    plans = [
+    schedules = [
         make_schedule(LINEAR, "ddpm", 1000),
         make_schedule(LINEAR, "ddim", 20, eta=0.3, guidance_scale=2.0),
         make_schedule(LINEAR, "dpmpp_2m", 15, limit="none"),
@@ -346,11 +346,11 @@ def test_plans_of_any_kind_share_a_step() -> None:
         make_schedule(LINEAR, "dpmpp_3m", 15, limit="dynamic"),
         make_schedule(LINEAR, "dpmpp_2m_sde", 9),
     ]
-    rows = torch.tensor(np.stack([plan.table[len(plan) // 2] for plan in plans])).float()
+    rows = torch.tensor(np.stack([schedule.table[len(schedule) // 2] for schedule in schedules])).float()
     generator = torch.Generator().manual_seed(0)
-    x, out, x0_prev, x0_prev2, z = torch.randn(5, len(plans), 3, 5, 7, generator=generator)
+    x, out, x0_prev, x0_prev2, z = torch.randn(5, len(schedules), 3, 5, 7, generator=generator)
     together = apply_step(x, out, x0_prev, x0_prev2, rows, z)
-    for i in range(len(plans)):
+    for i in range(len(schedules)):
         one = slice(i, i + 1)
         alone = apply_step(x[one], out[one], x0_prev[one], x0_prev2[one], rows[one], z[one])
         assert torch.equal(together[0][one], alone[0])
@@ -394,52 +394,52 @@ def test_a_schedule_says_how_many_rows_a_step_takes() -> None:
 
 
 def test_guidance_works_under_autocast(tiny: UNet) -> None:
-    plan = make_schedule(
+    schedule = make_schedule(
         diffusion_of("cosine", "v"), "ddim", 3, guidance_scale=2.0, limit="none"
     )  # a limit hides errors
     arguments: dict[str, Any] = {"classes": [0, 1], "null_class": 3}
-    exact = sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, **arguments)
+    exact = sample(tiny, schedule, (1, 8, 8), SEEDS, INDICES, **arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        images = sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, **arguments)
+        images = sample(tiny, schedule, (1, 8, 8), SEEDS, INDICES, **arguments)
     assert images.dtype == torch.float32
     assert 0 < (images - exact).abs().max() < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampling_has_no_hidden_state(sampler: str, tiny: UNet) -> None:
-    plan = make_schedule(LINEAR, sampler, 5, eta=1.0, guidance_scale=1.5)
+    schedule = make_schedule(LINEAR, sampler, 5, eta=1.0, guidance_scale=1.5)
 
     def run() -> Tensor:
-        return sample(tiny, plan, (1, 8, 8), SEEDS, INDICES, [0, 1], null_class=3)
+        return sample(tiny, schedule, (1, 8, 8), SEEDS, INDICES, [0, 1], null_class=3)
 
-    table = plan.table.copy()
+    table = schedule.table.copy()
     state = torch.get_rng_state()
     first = run()
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
     assert torch.equal(run(), first)
-    assert np.array_equal(plan.table, table)
+    assert np.array_equal(schedule.table, table)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(sampler: str) -> None:
-    plan = make_schedule(LINEAR, sampler, 10, eta=1.0)
+    schedule = make_schedule(LINEAR, sampler, 10, eta=1.0)
     network = network_of(LINEAR)  # element by element, so that equality is to the byte
-    together = sample(network, plan, SHAPE, [1, 2, 1], [0, 0, 1], dtype=torch.float64)
-    alone = [sample(network, plan, SHAPE, [s], [i], dtype=torch.float64) for s, i in ((1, 0), (2, 0), (1, 1))]
+    together = sample(network, schedule, SHAPE, [1, 2, 1], [0, 0, 1], dtype=torch.float64)
+    alone = [sample(network, schedule, SHAPE, [s], [i], dtype=torch.float64) for s, i in ((1, 0), (2, 0), (1, 1))]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together[0], together[2])
 
 
 def test_the_network_sees_timestep_and_class_of_every_row() -> None:
-    plan, seen = make_schedule(LINEAR, "ddpm", 4), []
+    schedule, seen = make_schedule(LINEAR, "ddpm", 4), []
 
     def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         assert y is not None
         seen.append((t.tolist(), y.tolist()))
         return x
 
-    sample(network, plan, SHAPE, SEEDS, INDICES, classes=[4, 2])
+    sample(network, schedule, SHAPE, SEEDS, INDICES, classes=[4, 2])
     assert seen == [([t, t], [4, 2]) for t in (999, 749, 499, 249)]
 
 
@@ -473,7 +473,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(arguments: dict[str, Any], me
 
 def test_fixed_large_is_that_of_diffusers_and_is_not_for_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(variance="fixed_large"))
-    plan = make_schedule(diffusion, "ddpm", 1000)
+    schedule = make_schedule(diffusion, "ddpm", 1000)
     scheduler = in_float64(DDPMScheduler(variance_type="fixed_large"), diffusion)
     scheduler.set_timesteps(1000)
 
@@ -482,7 +482,7 @@ def test_fixed_large_is_that_of_diffusers_and_is_not_for_few_steps(monkeypatch: 
         return scheduler.step(out, t, x).prev_sample
 
     theirs = their_trajectory(scheduler, diffusion, step)
-    torch.testing.assert_close(our_trajectory(diffusion, plan), theirs, rtol=0, atol=1e-8)
+    torch.testing.assert_close(our_trajectory(diffusion, schedule), theirs, rtol=0, atol=1e-8)
     with pytest.warns(UserWarning, match="fixed_small is used"):
         few = make_schedule(diffusion, "ddpm", 50)
     assert np.array_equal(few.table, make_schedule(LINEAR, "ddpm", 50).table)
@@ -494,15 +494,15 @@ LEARNED = GaussianDiffusion(DiffusionConfig(variance="learned_range"))
 
 @pytest.mark.parametrize("steps", [1000, 37])
 def test_learned_variance_is_between_the_two_fixed_ones_in_logarithms(steps: int) -> None:
-    plan = make_schedule(LEARNED, "ddpm", steps)
-    ab = LEARNED.alphas_cumprod[plan.timesteps]
+    schedule = make_schedule(LEARNED, "ddpm", steps)
+    ab = LEARNED.alphas_cumprod[schedule.timesteps]
     ab_prev = np.append(ab[1:], 1.0)
     beta = 1 - ab / ab_prev
     small = beta * (1 - ab_prev) / (1 - ab)
     for v in (-1.0, -0.3, 1.0):
         fraction = (v + 1) / 2
         expected = np.exp(0.5 * (fraction * np.log(beta[:-1]) + (1 - fraction) * np.log(small[:-1])))
-        found = column(plan, "s") * np.exp(column(plan, "k") * v)
+        found = column(schedule, "s") * np.exp(column(schedule, "k") * v)
         np.testing.assert_allclose(found[:-1], expected, rtol=1e-10)
         assert found[-1] == 0
 
@@ -519,20 +519,20 @@ def test_guidance_leaves_a_learned_variance_alone() -> None:
 
 
 def test_guidance_acts_in_its_interval_alone_and_costs_rows_there_alone() -> None:
-    plan = make_schedule(LINEAR, "ddim", 10, guidance_scale=3.0, guidance_interval=(0.25, 0.75))
-    inside = (plan.timesteps / 999 >= 0.25) & (plan.timesteps / 999 <= 0.75)
+    schedule = make_schedule(LINEAR, "ddim", 10, guidance_scale=3.0, guidance_interval=(0.25, 0.75))
+    inside = (schedule.timesteps / 999 >= 0.25) & (schedule.timesteps / 999 <= 0.75)
     assert 0 < inside.sum() < 10
-    assert np.array_equal(column(plan, "g"), np.where(inside, 3.0, 1.0))
-    assert np.array_equal(plan.nfe, np.where(inside, 2, 1))
+    assert np.array_equal(column(schedule, "g"), np.where(inside, 3.0, 1.0))
+    assert np.array_equal(schedule.nfe, np.where(inside, 2, 1))
 
 
 def test_the_ends_of_the_guidance_interval_are_in_it_and_count_all_timesteps() -> None:
-    plan = make_schedule(LINEAR, "ddpm", 1000, guidance_scale=3.0, guidance_interval=(250 / 999, 750 / 999))
-    assert plan.timesteps[column(plan, "g") == 3].tolist() == list(range(750, 249, -1))
+    schedule = make_schedule(LINEAR, "ddpm", 1000, guidance_scale=3.0, guidance_interval=(250 / 999, 750 / 999))
+    assert schedule.timesteps[column(schedule, "g") == 3].tolist() == list(range(750, 249, -1))
     fine = GaussianDiffusion(DiffusionConfig(10_000, "cosine"))
     steps = int((fine.log_snr() >= -5.1).sum())  # without a limit the others are not visited, but are there
-    plan = make_schedule(fine, "ddim", steps, limit="none", guidance_scale=3.0, guidance_interval=(0.5, 1.0))
-    assert plan.timesteps[column(plan, "g") == 3].min() == 5000
+    schedule = make_schedule(fine, "ddim", steps, limit="none", guidance_scale=3.0, guidance_interval=(0.5, 1.0))
+    assert schedule.timesteps[column(schedule, "g") == 3].min() == 5000
 
 
 def test_a_dynamic_limit_scales_each_image_by_its_own_quantile() -> None:
@@ -561,9 +561,9 @@ def test_log_snr_spacing_is_even_in_log_snr_and_quadratic_is_dense_at_the_end() 
 def test_zero_terminal_snr_starts_at_pure_noise(sampler: str, prediction: str) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(prediction=prediction, zero_terminal_snr=True))
     for steps in (1, 2, 3, 5, 17):  # with 17 ddim's variance is all there is, and a rounding error more
-        plan = make_schedule(diffusion, sampler, steps, eta=1.0)
-        assert np.isfinite(plan.table).all()
-        images = sample(lambda x, t, y: 0.3 * x, plan, SHAPE, SEEDS, INDICES, dtype=torch.float64)
+        schedule = make_schedule(diffusion, sampler, steps, eta=1.0)
+        assert np.isfinite(schedule.table).all()
+        images = sample(lambda x, t, y: 0.3 * x, schedule, SHAPE, SEEDS, INDICES, dtype=torch.float64)
         assert torch.isfinite(images).all()
 
 
