@@ -98,9 +98,11 @@ def command_line(tiny_options: dict[str, Any]) -> list[str]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few validation images; one git revision, though someone may commit in the middle of a test."""
-    from training import train, validation
+    """Few validation images, and no loss.png, which takes longer than the rest of a tiny run (test_plot.py has it); one
+    git revision, though someone may commit in the middle of a test."""
+    from training import rundir, train, validation
 
+    monkeypatch.setattr(rundir, "save_plot", lambda path, log: None)
     monkeypatch.setattr(validation, "VALIDATION_IMAGES", 64)
     monkeypatch.setattr(train, "git_revision", lambda: "0123")
 

@@ -13,7 +13,6 @@ from training.plot import save_plot
 from training.train import train
 
 
-@pytest.mark.usefixtures("quick")
 def test_every_run_has_a_plot_of_its_losses(tiny_options: dict[str, Any]) -> None:
     with Image.open(train(TrainConfig(**tiny_options)) / "loss.png") as picture:
         assert picture.size == (900, 500)
