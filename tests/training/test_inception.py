@@ -59,6 +59,7 @@ def test_features_are_of_bytes_grey_or_in_colour(
     assert not torch.equal(features[0], features[1])
 
 
+@pytest.mark.slow
 def test_only_the_real_weights_are_inception(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert judge.load(file).name == "inception"
     monkeypatch.undo()
@@ -68,6 +69,7 @@ def test_only_the_real_weights_are_inception(file: Path, tmp_path: Path, monkeyp
         judge.load(tmp_path / "none.pth")
 
 
+@pytest.mark.slow
 def test_distances_in_its_features_are_fid_and_kid(
     file: Path,
     evaluation: list[str],
