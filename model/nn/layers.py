@@ -164,4 +164,5 @@ def class_table(config: UNetConfig, width: int) -> nn.Embedding:
     weight = torch.empty(config.num_classes + config.null_class, width)
     if not weight.is_meta:  # where there is nothing to draw, torch would import its compiler: 2 s of a server's start
         nn.init.normal_(weight)
-    return nn.Embedding.from_pretrained(weight, freeze=False)
+    table: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
+    return table

@@ -30,6 +30,7 @@ Ask = Callable[..., Request]
 Samples = Callable[[], list[Sample]]
 
 
+@pytest.mark.slow
 def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Samples) -> None:
     runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
     runner.warm_up(8)
@@ -39,6 +40,7 @@ def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Sample
     assert equal(finish(runner, samples()), finish(plain, samples()))
 
 
+@pytest.mark.slow
 def test_nothing_but_graphs_runs_and_noise_only_where_it_is_needed(checkpoint: Checkpoint, samples: Samples) -> None:
     runner = Runner(checkpoint, CPU, 8)
     network = runner._network
@@ -143,6 +145,7 @@ def test_graphs_without_room_for_their_slots_are_done_without(
     assert runner._graphs is None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_the_memory_is_not_used(checkpoint: Checkpoint, samples: Samples) -> None:
     runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
     plain.warm_up(8)

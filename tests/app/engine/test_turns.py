@@ -94,6 +94,7 @@ def test_the_expected_rate_is_of_the_work_that_is_there(engine: Engine, served: 
     assert engine.rows_per_second == pytest.approx(15), "of a row for each"
 
 
+@pytest.mark.slow
 def test_one_batch_is_one_checkpoints_and_both_move(
     engine: Engine, runner: HeldRunner, others: list[Served], ask: Ask
 ) -> None:
@@ -115,6 +116,7 @@ def test_one_batch_is_one_checkpoints_and_both_move(
     assert {seed for batch in second.batches for seed, *_ in batch} == {2}
 
 
+@pytest.mark.slow
 def test_a_newcomer_warms_up_one_network_call_between_two_steps(
     engine: Engine, runner: HeldRunner, others: list[Served], ask: Ask
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_newcomer_warms_up_one_network_call_between_two_steps(
     assert portions == PORTIONS - 1, "after the last yield it is done at once"
 
 
+@pytest.mark.slow
 def test_the_old_one_ends_its_requests_and_leaves_with_the_last(
     engine: Engine, served: Served, runner: HeldRunner, others: list[Served], ask: Ask
 ) -> None:
@@ -198,6 +201,7 @@ def test_a_newcomer_is_told_when_the_engine_ends(engine: Engine, others: list[Se
         engine.add(others[0]).result(20)
 
 
+@pytest.mark.slow
 def test_a_drain_finishes_requests_and_no_newcomer(
     engine: Engine, runner: HeldRunner, others: list[Served], ask: Ask
 ) -> None:

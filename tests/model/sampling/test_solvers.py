@@ -85,6 +85,7 @@ def in_float64(scheduler: Any, diffusion: GaussianDiffusion) -> Any:
 KINDS = [(schedule, prediction) for schedule in ("linear", "cosine") for prediction in ("eps", "x0", "v")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "prediction", "steps", "spacing"),
     [
@@ -462,6 +463,7 @@ def test_a_plan_that_makes_no_sense_is_refused(arguments: dict[str, Any], messag
         make_plan(LINEAR, **({"sampler": "ddim", "steps": 10} | arguments))
 
 
+@pytest.mark.slow
 def test_fixed_large_is_that_of_diffusers_and_is_not_for_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(variance="fixed_large"))
     plan = make_plan(diffusion, "ddpm", 1000)

@@ -35,6 +35,7 @@ def images(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
 
 
+@pytest.mark.slow
 @needs_fixtures
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_the_originals_file_is_sampled_by_either_of_its_weights(weights: str, tmp_path: Path) -> None:
@@ -49,6 +50,7 @@ def test_the_originals_file_is_sampled_by_either_of_its_weights(weights: str, tm
     assert np.abs(images(tmp_path)["1.png"] - expected).max() <= 1
 
 
+@pytest.mark.slow
 @needs_fixtures
 def test_an_old_sampling_command_of_the_original_works(tmp_path: Path) -> None:
     words = (
@@ -77,6 +79,7 @@ def test_options_that_contradict_the_originals_file_are_all_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @needs_fixtures
 def test_what_the_originals_file_does_not_know_is_as_told(tmp_path: Path) -> None:
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([5])
@@ -99,6 +102,7 @@ def test_only_its_user_can_tell_instance_from_group_norm_in_the_originals_file()
         load_weights.load(PLAIN, "ema", {"norm": "bn"}, CPU)
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_best_checkpoint_its_raw_weights_and_every_average(tiny_options: dict[str, Any]) -> None:
     folder = train(TrainConfig(**tiny_options | {"ema_decay": (0.3, 0.2, 0.4)}))
     state = torch.load(folder / "state-0000008.pt", weights_only=True)

@@ -177,6 +177,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(
     assert events[-6:] == [*expected, ("fsync", folder)]
 
 
+@pytest.mark.slow
 def test_the_last_pictures_stay(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.run.run_dir.GRIDS", 3)
     run.log(iteration=1, train_loss=0.5)

@@ -93,6 +93,7 @@ def test_the_average_is_not_destroyed_by_the_first_steps() -> None:
         torch.testing.assert_close(ema.weights[name], before[name].lerp(tensor, 1 - 0.999))
 
 
+@pytest.mark.slow
 @needs_fixtures
 def test_the_originals_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     state = original_state()
@@ -119,6 +120,7 @@ def test_the_originals_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(float(s["step"]) == 2 for s in optimizer.state_dict()["state"].values())
 
 
+@pytest.mark.slow
 def test_ours_go_on_with_their_optimizer(tiny_options: dict[str, Any]) -> None:
     first = train(TrainConfig(**tiny_options))
     paths = {
@@ -140,6 +142,7 @@ def test_ours_go_on_with_their_optimizer(tiny_options: dict[str, Any]) -> None:
     assert found["param_groups"][0]["lr"] == 7.0
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_so_has_their_loss_at_once(
     tiny_options: dict[str, Any], read_log: Callable[[Path], list[dict[str, Any]]], command_line: list[str]
 ) -> None:
@@ -159,6 +162,7 @@ def refused(options: dict[str, Any]) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @needs_fixtures
 def test_another_network_is_told_by_the_names_of_its_fields() -> None:
     other = {"base_channels": 48, "channel_mults": (1, 3), "attention_resolutions": (), "norm": "bn"}
@@ -174,6 +178,7 @@ def test_another_network_is_told_by_the_names_of_its_fields() -> None:
     assert "variance is True here, False there" in refused(PLAIN | {"variance": "learned_range"})
 
 
+@pytest.mark.slow
 @needs_fixtures
 def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
     assert "neither a file nor bundled" in refused(PLAIN | {"model_checkpoint": "no-such"})
