@@ -6,11 +6,19 @@ BIN    := $(VENV)/bin
 # With an NVIDIA GPU: PyPI's CUDA build. Without: a CPU wheel at hand (pip's find-links), else PyTorch's CPU index.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test lint types bench clean up down lock check-images check-manifests compose-test soak
+.PHONY: serve check fast test lint types stress bench clean up down lock check-images check-manifests compose-test
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m app
 
+# What to run after every change: a minute and a half on two cores, which it uses.
+check: $(VENV)/.test
+	@$(MAKE) --no-print-directory --output-sync --jobs 2 fast lint types
+
+fast: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+# All tests, also those that wait for processes of their own.
 test: $(VENV)/.test lint types
 	$(BIN)/python -m pytest
 
@@ -66,7 +74,7 @@ compose-test: $(VENV)/.test
 
 # Everything that may happen to a server, half an hour of it, ten minutes all together (MINUTES=60 for more); the report
 # is build/soak.md. ARGS: --help lists the parts and their numbers.
-soak: $(VENV)/.soak
+stress: $(VENV)/.soak
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(ARGS)
 
 $(VENV)/.soak: $(VENV)/.test

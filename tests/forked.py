@@ -112,6 +112,7 @@ def _run(module: str, argv: list[str], environment: dict[str, str], out: Connect
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [module, *argv]
+    sys.modules.pop(module, None)  # as for -m: it is `__main__`
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

@@ -33,6 +33,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_trains_and_serves(photos: Path, tmp_path: Path) -> None:
     options = "--preset smoke --image_size 9,14 --use_labels --label_dropout 0.1 --iterations 2 --device cpu"
     config, *_ = parse([*options.split(), "--dataset", str(photos), "--log_dir", str(tmp_path), "--run_name", "run"])

@@ -32,6 +32,7 @@ def test_a_card_a_picture_and_a_checksum_lie_beside_it(name: str) -> None:
         assert picture.size[1] == len(loaded.config.class_names) * loaded.config.unet.image_size[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_served_by_its_name(name: str) -> None:
     unet = checkpoint.load(name).config.unet

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LOADS = """
 import sys
 from app.main import create_app
@@ -14,6 +16,7 @@ print(*sorted({"torch._dynamo", "sympy", "pandas", "matplotlib", "datasets", "op
 """
 
 
+@pytest.mark.slow
 def test_a_server_imports_nothing_that_it_does_not_need() -> None:
     """Torch's compiler takes longer to import than all the rest of a start; drawing on the meta device needs it.
     OpenTelemetry is for --otlp-endpoint."""

@@ -272,6 +272,7 @@ def test_without_keys_nothing_needs_one(client: TestClient) -> None:
     assert client.get("/models", headers=bearer("whatever")).status_code == 200
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_key_that_opens(tmp_path: Path) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "app.access", "new", "carol"],

@@ -55,6 +55,7 @@ def assert_kept(server: KeyedServer, said: str, shop: Shop, picture: bytes) -> N
     assert loads(server, "one") == {"invalid_checkpoint": before + 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_nothing_broken_takes_the_place_of_what_is_served(
     server: KeyedServer, shop: Shop, picture: bytes, case: str
@@ -95,6 +96,7 @@ def test_a_server_that_refused_them_all_takes_a_good_one(server: KeyedServer, sh
     assert generate(server, n=2, seed=1).content != picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_server_does_not_start_with_what_is_broken(grey_checkpoint: Path, tmp_path: Path, case: str) -> None:
     """`python -m app` exits with what is raised here."""
@@ -108,6 +110,7 @@ def test_a_server_does_not_start_with_what_is_broken(grey_checkpoint: Path, tmp_
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_a_sentence_and_runs_nothing(grey_checkpoint: Path, tmp_path: Path) -> None:
     """The rest of its start is tested beside others, in test_server.py."""
     trace, path = tmp_path / "trace", tmp_path / "broken.safetensors"

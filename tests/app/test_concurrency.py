@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from app.engine.request import Sample
 from app.settings import Settings
@@ -33,6 +34,7 @@ def mixed_requests(count: int) -> list[dict[str, Any]]:
     return made
 
 
+@pytest.mark.slow
 def test_fifty_at_once_get_what_each_gets_alone(server: ServerProcess) -> None:
     requests = mixed_requests(50)
     alone = [server.client.request(**request) for request in requests]
@@ -60,6 +62,7 @@ class InstantRunner(HeldRunner):
         return []
 
 
+@pytest.mark.slow
 def test_a_burst_of_forty_requests_of_fifty_images_is_admitted_by_default(grey_checkpoint: Path) -> None:
     runner = InstantRunner(grey_checkpoint)
     # As the bundled checkpoint is sampled.

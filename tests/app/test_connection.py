@@ -267,6 +267,7 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(guarded: ServerProcess) -> No
     assert status(raw(guarded, AUTH)) == 200
 
 
+@pytest.mark.slow
 def test_who_takes_an_answer_little_by_little_is_not_cut_off(guarded: ServerProcess) -> None:
     """For some times of --write-timeout-s, in which there is always more for it than it takes."""
     many = f"GET /openapi.json HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode() * 1000
@@ -281,6 +282,7 @@ def test_who_takes_an_answer_little_by_little_is_not_cut_off(guarded: ServerProc
             last = time.monotonic()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("takes", [False, True])
 def test_requests_that_come_before_an_answer_do_not_pile_up(guarded: ServerProcess, takes: bool) -> None:
     request = f"GET /livez HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode()

@@ -21,6 +21,8 @@ from tests.app.processes import PATIENCE, ROOT, ServerProcess, environment, run_
 from tests.app.test_faults import ask
 from tests.app.test_server import refused
 
+pytestmark = pytest.mark.slow  # each test has a server of its own
+
 FAULTY = "tests.app.faulty_server"
 NEIGHBOURS: list[dict[str, Any]] = [{"n": 2, "steps": 40, "seed": seed} for seed in (71, 72)]
 

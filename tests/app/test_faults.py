@@ -118,6 +118,7 @@ def test_a_client_that_leaves_with_requests_behind_the_first_frees_its_place(fau
     assert not [line for line in faulty.logs() if line.get("outcome") == "internal_error"]
 
 
+@pytest.mark.slow
 def test_half_of_the_clients_leave_and_the_other_half_is_served(faulty: ServerProcess) -> None:
     bodies = [{"n": 2, "steps": 30, "seed": SLOW, "index": 10 * i, "class_label": i % 3} for i in range(8)]
     alone = [generate(faulty, **body).content for body in bodies[1::2]]
@@ -209,6 +210,7 @@ def test_an_image_at_fault_fails_its_own_request_and_nothing_else(
     assert [answer.content for answer in answers] == alone
 
 
+@pytest.mark.slow
 def test_a_batch_without_memory_becomes_smaller_for_a_while_and_nobody_notices(faulty: ServerProcess) -> None:
     body = {"n": 8, "steps": 8, "seed": TOO_MANY}
     alone = [generate(faulty, **stranger).content for stranger in STRANGERS]
@@ -231,6 +233,7 @@ def test_frames_arrive_while_the_work_goes_on(faulty: ServerProcess) -> None:
         assert head[3] == b"event: frame\n"
 
 
+@pytest.mark.slow
 def test_retry_after_is_the_work_over_the_measured_rate(faulty: ServerProcess) -> None:
     before = faulty.client.get("/metrics").text
     connection = ask(faulty, "POST", "/generate", {"n": 16, "steps": 1000, "seed": SLOW})

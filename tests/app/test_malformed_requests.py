@@ -16,6 +16,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("ERROR", "asyncio")  # it warns of every byte written to a server that hung up
 
 
+@pytest.mark.slow
 def test_hostile_requests_get_no_5xx_and_leave_nothing_behind(grey_checkpoint: Path) -> None:
     with ServerProcess("app", "--checkpoint", str(grey_checkpoint), "--read-timeout-s", "3") as server:
         findings = flood(server, 300)

@@ -105,6 +105,7 @@ def test_a_client_that_leaves_is_a_cancel_and_its_steps_are_waste(fresh: ServerP
     assert metric(after, "ddpm_images_total") == metric(before, "ddpm_images_total")
 
 
+@pytest.mark.slow
 def test_gauges_show_the_work_while_it_is_there(held: HeldRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held, max_batch_size=2, max_pending_nfe=500) as client:
 
@@ -166,6 +167,7 @@ def test_the_oldest_wait_grows_until_the_first_step(held: HeldRunner, grey_check
         assert metric(client.get("/metrics").text, "ddpm_oldest_queued_request_age_seconds") == 0
 
 
+@pytest.mark.slow
 def test_a_pause_of_the_event_loop_is_as_long_as_it_was(grey_checkpoint: Path) -> None:
     name = "ddpm_event_loop_lag_seconds"
     with serving(grey_checkpoint) as client:

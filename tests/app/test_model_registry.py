@@ -20,6 +20,8 @@ from tests.app.conftest import CLASSES, COLOUR, GREY, write_checkpoint
 from tests.app.faulty_server import REFUSED, SLOW
 from tests.app.processes import PATIENCE, ServerProcess, metric, run_to_its_end, wait_for
 
+pytestmark = pytest.mark.slow  # each test has a server of its own
+
 FAULTY = "tests.app.faulty_server"
 ADMIN, GUEST = "admin-0123456789abcdef", "guest-0123456789abcdef"
 LOAD_OUTCOMES = ("loaded", "unchanged", "invalid_checkpoint", "load_failed", "out_of_memory")
@@ -369,7 +371,6 @@ def test_a_drain_ends_a_load_with_an_answer(server: KeyedServer, shop: Shop) -> 
         assert server.exit_code() == 0
 
 
-@pytest.mark.slow
 def test_memory_is_flat_over_many_swaps(shop: Shop) -> None:
     """Of networks so large that ten which stayed would be seen."""
     large = UNetConfig(**{**vars(GREY), "base_channels": 128, "channel_mults": (1, 2), "time_emb_dim": 64})

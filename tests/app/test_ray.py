@@ -166,6 +166,7 @@ def test_prometheus_learns_where_the_replicas_are_or_that_nobody_knows() -> None
         server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RAY, reason="Ray is installed")
 def test_without_ray_the_start_says_what_is_missing() -> None:
     ended = subprocess.run(

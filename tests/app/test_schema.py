@@ -1,4 +1,4 @@
-"""/openapi.json against the server that it describes, by schemathesis (the extra `soak`). `make soak` tries more."""
+"""/openapi.json against the server that it describes, by schemathesis (the extra `soak`). `make stress` tries more."""
 
 from __future__ import annotations
 

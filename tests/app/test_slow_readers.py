@@ -9,6 +9,8 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.app.faulty_server import SLOW
 from tests.app.processes import PATIENCE, ServerProcess, wait_for
 
@@ -29,6 +31,7 @@ def open_stream(server: ServerProcess, path: str) -> http.client.HTTPResponse:
     return connection.getresponse()
 
 
+@pytest.mark.slow
 def test_a_slow_reader_loses_frames_but_no_time_of_others_and_no_image(grey_checkpoint: Path) -> None:
     argv = ["--checkpoint", str(grey_checkpoint), "--drain-s", "0", "--write-timeout-s", "3600"]
     with ServerProcess(FAULTY, *argv, SEND_BUFFER="4096") as server:

@@ -42,6 +42,7 @@ def test_clients_that_vanish_at_any_moment_leave_nothing_behind(grey_checkpoint:
     assert findings.numbers["cancels"] > 10
 
 
+@pytest.mark.slow
 def test_a_siege_that_is_told_to_end_leaves_no_server_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.soak", "mixed", "--results", "soak.json", "--report", "soak.md"]
     siege = subprocess.Popen(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)))

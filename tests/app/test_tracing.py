@@ -74,6 +74,7 @@ def attributes(span: Any) -> dict[str, Any]:
     return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
 
 
+@pytest.mark.slow
 def test_a_request_is_a_span_with_its_queue_its_steps_and_its_encodings_within(
     grey_checkpoint: Path, collector: Collector
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_request_is_a_span_with_its_queue_its_steps_and_its_encodings_within(
     assert len(collector.spans) == 3 + 3 + len(names), "and probes and scrapes have none"
 
 
+@pytest.mark.slow
 def test_what_ends_at_once_sends_its_spans_before(grey_checkpoint: Path, collector: Collector) -> None:
     argv = ["--checkpoint", str(grey_checkpoint), "--otlp-endpoint", collector.url]
     never = {"OTEL_BSP_SCHEDULE_DELAY": "600000"}  # by itself, within this test
@@ -173,6 +175,7 @@ def test_a_replica_of_ray_that_ends_at_once_sends_its_spans_before(
         assert len(roots(collector)) == 1
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_there_costs_no_answer(grey_checkpoint: Path) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
     argv = ["--checkpoint", str(grey_checkpoint), "--otlp-endpoint", "http://127.0.0.1:9"]

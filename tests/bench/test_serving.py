@@ -122,6 +122,7 @@ def test_goodput_and_recovery() -> None:
     assert numbers.recovery(trace[:6], records[:6], deadline_s=2, until=6) == INF
 
 
+@pytest.mark.slow
 def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_path: Path) -> None:
     """Three rounds of ours at 1, 2 and 9 s, of a peer at 4 s; the loop that they are compared with ran as fast as it
     was told before, twice as fast, and half as fast."""
@@ -212,6 +213,7 @@ def test_times_that_are_none_are_refused(text: str) -> None:
         steady.read(text)
 
 
+@pytest.mark.slow
 def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:
     told = Settings(0, "mnist", 1, rows=2, batch=4, wait_ms=0, queue=4, deadline_s=1, counter=str(tmp_path / "counter"))
     backend = Backend(told)

@@ -40,6 +40,7 @@ def test_every_series_of_a_panel_exists(title: str, query: str) -> None:
     assert {name for name in found if not FOREIGN.fullmatch(name)} <= series() | recorded()
 
 
+@pytest.mark.slow
 def test_every_series_of_a_rule_exists() -> None:
     for rule in rules():
         names = {name for name in metrics_in(rule["expr"]) if not FOREIGN.fullmatch(name)}

@@ -200,6 +200,7 @@ def test_a_broken_file_is_refused(tiny: UNet, config: CheckpointConfig, path: Pa
     assert_refused(path, message)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_what_is_loaded(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
     """Some do no harm: of the name of the digest's field, for one."""
     save(path, tiny.state_dict(), config)
@@ -285,6 +286,7 @@ def test_weights_that_are_not_the_networks_are_refused(
     assert_refused(path, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [

@@ -1,8 +1,8 @@
 """Besieges server processes, part by part, and says what became of them. Exit code 1 if anything is wrong.
 
-make soak                                   all parts; the mixed load lasts ten minutes
-make soak ARGS="--minutes 60"
-make soak ARGS="vanishing hostile"          only these; the report keeps what it has of the others
+make stress                                 all parts; the mixed load lasts ten minutes
+make stress ARGS="--minutes 60"
+make stress ARGS="vanishing hostile"          only these; the report keeps what it has of the others
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.soak.accounts import Findings
 
-INTRODUCTION = """What servers of `python -m app` went through, by `make soak`, on real sockets; `tests/soak/` says
+INTRODUCTION = """What servers of `python -m app` went through, by `make stress`, on real sockets; `tests/soak/` says
 how. Where a part injects faults it runs `tests/app/faulty_server.py`, which is the same server with a runner that
 fails where a request's seed says so. Durations of steps, cancels and requests are upper bounds of a histogram's
 buckets, or were measured by the client. In the mixed load a fault makes a step last 4 s, which cancels have to wait

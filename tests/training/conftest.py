@@ -100,10 +100,13 @@ def command_line(tiny_options: dict[str, Any]) -> list[str]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few validation images; one git revision, though someone may commit in the middle of a test."""
+    """Few validation images, and no loss.png, which takes longer than the rest of a tiny run (test_plot.py has it); one
+    git revision, though someone may commit in the middle of a test."""
     from training import train
     from training.loop import validation
+    from training.run import run_dir
 
+    monkeypatch.setattr(run_dir, "save_plot", lambda path, log: None)
     monkeypatch.setattr(validation, "VALIDATION_IMAGES", 64)
     monkeypatch.setattr(train, "git_revision", lambda: "0123")
 

@@ -27,6 +27,7 @@ TRAINING = (
 TUPLES = ["--channel_mults", "(1, 2)", "--attention_resolutions", "(1,)"]
 
 
+@pytest.mark.slow
 def test_every_flag_of_the_originals_training_then_of_its_sampling(
     tiny_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,8 @@ def test_home_is_expanded(tiny_options: dict[str, Any], tmp_path: Path, monkeypa
     assert TrainConfig(**options).run_dir == tmp_path / "home" / "ddpm_logs" / "run"
 
 
+@pytest.mark.slow
+@needs_fixtures
 def test_training_goes_on_from_the_originals_two_files(
     tmp_path: Path, image_folder: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,6 +199,7 @@ def test_colours_stay_together_when_images_move() -> None:
     torch.testing.assert_close(moved[:, :1] + torch.tensor([0.0, 1, 2]).reshape(1, 3, 1, 1), moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_a_command_trains_tests_and_saves(
     mode: str, image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -285,6 +286,7 @@ def test_images_without_classes_are_refused(
     assert "class of every image" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bits(
     image_folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_no_distance_is_called_by_the_name_of_inceptions(
     assert not re.findall(r"\b(fid|kid|inception)", text.replace(str(tmp_path), "").lower())
 
 
+@pytest.mark.slow
 def test_the_samples_are_those_of_the_naive_loop(evaluation: list[str], evaluated: Evaluated, tmp_path: Path) -> None:
     evaluated([*evaluation, "--seed", "3", "--guidance_scale", "2"])
     source, who = checkpoint.load(evaluation[1]), feature_extractor.load(evaluation[3])
@@ -83,6 +84,7 @@ def test_the_samples_are_those_of_the_naive_loop(evaluation: list[str], evaluate
     torch.testing.assert_close(rows, torch.cat(expected), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_accuracy_counts_the_classes_that_were_asked_for(
     evaluation: list[str], evaluated: Evaluated, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +179,7 @@ def test_the_precision_asked_for_reaches_the_network(
     assert exact["generated"] != half["generated"]
 
 
+@pytest.mark.slow
 def test_bits_per_dimension_are_those_of_held_out_images(
     evaluation: list[str], evaluated: Evaluated, pictures: Path, tiny: UNet, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +201,7 @@ def test_bits_per_dimension_are_those_of_held_out_images(
     assert f"6 held-out images: {found['bits_per_dim']:.4g}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_raw_weights_come_from_the_state_beside_the_checkpoint(
     evaluation: list[str], evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

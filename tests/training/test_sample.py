@@ -115,6 +115,7 @@ def test_an_unconditional_checkpoint_gives_numbered_images_in_colour(
     assert {name: image.shape for name, image in found.items()} == {f"{i}.png": (8, 12, 3) for i in range(3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

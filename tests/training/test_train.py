@@ -33,6 +33,7 @@ Options = dict[str, Any]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_toy_images(read_log: ReadLog, tiny_options: Options) -> None:
     options = {"iterations": 60, "learning_rate": 5e-3, "log_rate": 10, "checkpoint_rate": 30, "ema_decay": (0.9,)}
     lines = read_log(train(TrainConfig(**tiny_options | options)))
@@ -43,6 +44,7 @@ def test_the_loss_falls_on_toy_images(read_log: ReadLog, tiny_options: Options) 
     assert validation[-1] < 0.7 * validation[0]
 
 
+@pytest.mark.slow
 def test_every_line_of_the_log_is_json_and_finite(tiny_options: Options) -> None:
     run = train(TrainConfig(**tiny_options | {"iterations": 9}))
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -56,6 +58,7 @@ def test_every_line_of_the_log_is_json_and_finite(tiny_options: Options) -> None
         assert line["validation_loss"] == pytest.approx(sum(line["validation_loss_by_t_quartile"]) / 4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_knows_what_it_is(read_log: ReadLog, tiny_options: Options) -> None:
     options = {"label_dropout": 0.1, "schedule": "cosine", "sampler": "ddim", "guidance_scale": 1.5, "keep": 1}
     options |= {"seed": 5}
@@ -78,6 +81,7 @@ def test_a_checkpoint_knows_what_it_is(read_log: ReadLog, tiny_options: Options)
     assert provenance["metrics"]["validation_loss"] == read_log(run)[-1]["validation_loss"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_average_and_the_state_the_weights(tiny_options: Options) -> None:
     run = train(TrainConfig(**tiny_options))
     state = torch.load(run / "state-0000008.pt", weights_only=True)
@@ -88,6 +92,7 @@ def test_a_checkpoint_holds_the_average_and_the_state_the_weights(tiny_options: 
     assert not torch.equal(served["out_conv.bias"], state["network"]["out_conv.bias"])
 
 
+@pytest.mark.slow
 def test_what_is_validated_and_shown_is_the_average_in_eval_mode(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +128,7 @@ def test_what_is_validated_and_shown_is_the_average_in_eval_mode(
     assert (settings, list(indices), list(classes)) == (config.sampling(), [0, 1], [0, 1])  # an image of either class
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +145,7 @@ def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(
     assert best(11) == 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("use_labels", "size"), [(True, (96, 16)), (False, (96, 64))])
 def test_grids_show_a_row_a_class_or_a_square(use_labels: bool, size: tuple[int, int], tiny_options: Options) -> None:
     run = train(TrainConfig(**tiny_options | {"use_labels": use_labels}))
@@ -148,6 +155,7 @@ def test_grids_show_a_row_a_class_or_a_square(use_labels: bool, size: tuple[int,
         assert picture.size == size
 
 
+@pytest.mark.slow
 def test_each_step_sees_mirrored_and_unlabelled_images_when_asked(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +347,7 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_is_refused_with_a_sentence_and_leaves_no_run(
     command_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

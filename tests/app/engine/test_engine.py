@@ -46,6 +46,7 @@ def naive(checkpoint: Checkpoint, runner: HeldRunner, request: Request, **kwargs
     return to_uint8(x).numpy()
 
 
+@pytest.mark.slow
 def test_requests_that_join_and_leave_midway_get_the_bytes_of_the_naive_loop(
     engine: Engine, runner: HeldRunner, checkpoint: Checkpoint, ask: Ask
 ) -> None:
@@ -78,6 +79,7 @@ def test_requests_that_join_and_leave_midway_get_the_bytes_of_the_naive_loop(
         assert np.array_equal(images, naive(checkpoint, runner, request)), f"seed {request.seed}"
 
 
+@pytest.mark.slow
 def test_the_same_seed_alone_and_among_strangers_gives_the_same_bytes(engine: Engine, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         first = ask(loop, seed=5, n=3, sampler="ddpm", steps=9, guidance_scale=3.0)
@@ -94,6 +96,7 @@ def test_the_same_seed_alone_and_among_strangers_gives_the_same_bytes(engine: En
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", range(12))
 def test_every_admitted_request_gets_exactly_one_answer(
     engine: Engine, runner: HeldRunner, metrics: Metrics, ask: Ask, script: int
@@ -187,6 +190,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(engine: Engine, runner
     assert runner.batches == []
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_come_back_and_admits_again_when_it_is_drained(
     engine: Engine, runner: HeldRunner, ask: Ask
 ) -> None:
@@ -459,6 +463,7 @@ def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_o
     run(main)
 
 
+@pytest.mark.slow
 def test_the_estimate_follows_the_work_ahead(
     engine: Engine, runner: HeldRunner, served: ModelInstance, ask: Ask
 ) -> None:

@@ -29,6 +29,7 @@ Ask = Callable[..., Request]
 Samples = Callable[[], list[Sample]]
 
 
+@pytest.mark.slow
 def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Samples) -> None:
     runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
     runner.warm_up(8)
@@ -38,6 +39,7 @@ def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Sample
     assert equal(finish(runner, samples()), finish(plain, samples()))
 
 
+@pytest.mark.slow
 def test_nothing_but_graphs_runs_and_noise_only_where_it_is_needed(checkpoint: Checkpoint, samples: Samples) -> None:
     runner = Runner(checkpoint, CPU, 8)
     network = runner._network
@@ -145,6 +147,7 @@ def test_graphs_without_room_for_their_slots_are_done_without(
 CUDNN = "GET was unable to find an engine to execute this computation"  # where it has no room to work in
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory, said a test"), RuntimeError(CUDNN)])
 def test_what_does_not_fit_into_the_memory_is_not_used(
     checkpoint: Checkpoint, samples: Samples, error: Exception

@@ -62,6 +62,7 @@ def test_mixed_samplers_in_one_batch_equal_the_naive_loop(checkpoint: Checkpoint
         assert torch.allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 4, 8])
 def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
     checkpoint: Checkpoint, mixed: list[Request], ask: Callable[..., Request], chunk: int
@@ -137,6 +138,7 @@ def both_runtimes() -> list[object]:
     return [pytest.param(*name, marks=missing if name[0] == "openvino" else ()) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("runtime", "precision"), both_runtimes())
 def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
     checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str

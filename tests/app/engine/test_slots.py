@@ -76,6 +76,7 @@ def states(runner: Runner, sample: Sample) -> list[torch.Tensor]:
     return [slots(runner).x_of(sample).clone(), *(slots(runner).x0_of(sample, ago).clone() for ago in (0, 1))]
 
 
+@pytest.mark.slow
 def test_in_slots_all_samplers_make_the_images_of_the_naive_loop(
     checkpoint: Checkpoint, runner: Runner, plain: Runner, samples: Samples
 ) -> None:
@@ -93,6 +94,7 @@ def test_in_slots_all_samplers_make_the_images_of_the_naive_loop(
         assert torch.allclose(x, expected[0], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["for all", "for eight"])
 def test_who_comes_when_and_with_whom_changes_no_image(
     plain: Runner, runner: Runner, narrow: Runner, samples: Samples, room: str
@@ -114,6 +116,7 @@ def test_who_comes_when_and_with_whom_changes_no_image(
     assert runner.read(crowd, "xt").shape[0] == len(crowd)
 
 
+@pytest.mark.slow
 def test_a_batch_that_has_more_samples_than_slots_runs_without_them(
     narrow: Runner, plain: Runner, samples: Samples
 ) -> None:
@@ -139,6 +142,7 @@ def test_a_warm_up_of_more_rows_than_slots_runs_as_such_a_batch_would(narrow: Ru
     narrow.warm_up(9)
 
 
+@pytest.mark.slow
 def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoint, samples: Samples) -> None:
     """The table's rows from earlier steps among them: written again, they would bring back old states."""
 
@@ -176,6 +180,7 @@ def test_a_dynamic_limit_is_for_steps_without_graphs_and_the_others_come_back(
     assert [sample.slot is None for sample in crowd] == [False] * 3 + [True] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["learned variance", "unconditional", "no null class"])
 def test_every_kind_of_network_runs_in_slots(
     checkpoint: Checkpoint, ask: Ask, loop: asyncio.AbstractEventLoop, kind: str
@@ -213,6 +218,7 @@ def test_every_kind_of_network_runs_in_slots(
     assert equal(finish(runner, wanted()), finish(plain, wanted()))
 
 
+@pytest.mark.slow
 def test_a_guided_sample_that_does_not_fit_into_a_call_runs_without_graphs(
     checkpoint: Checkpoint, samples: Samples
 ) -> None:
@@ -226,6 +232,7 @@ def test_a_guided_sample_that_does_not_fit_into_a_call_runs_without_graphs(
     assert [s.slot is None for s in unguided + guided] == [False] * 3 + [True] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["host", "second part", "copy"])
 def test_a_step_that_raises_changes_nothing(runner: Runner, plain: Runner, samples: Samples, where: str) -> None:
     crowd = samples()
@@ -260,6 +267,7 @@ def test_a_step_that_raises_changes_nothing(runner: Runner, plain: Runner, sampl
     assert equal([state(runner, s) for s in crowd], finish(plain, samples()))
 
 
+@pytest.mark.slow
 def test_noise_that_could_not_be_drawn_is_drawn_again(runner: Runner, plain: Runner, samples: Samples) -> None:
     crowd = samples()
     assert runner._graphs is not None
@@ -315,6 +323,7 @@ def test_places_of_a_slot_are_its_own_and_no_step_writes_what_it_or_the_next_rea
         assert x_row(2, step) != x_row(2, step + 1)
 
 
+@pytest.mark.slow
 def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(narrow: Runner, samples: Samples) -> None:
     crowd = samples()[6:]
     narrow.start(crowd)
@@ -336,6 +345,7 @@ def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(na
     assert newcomers[0].slot is newcomers[1].slot is None
 
 
+@pytest.mark.slow
 def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: Runner, samples: Samples) -> None:
     crowd = samples()
     first, second = crowd[:8], crowd[8:]
@@ -380,6 +390,7 @@ def held(checkpoint: Checkpoint) -> HeldRunner:
     return runner
 
 
+@pytest.mark.slow
 def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
     checkpoint: Checkpoint, held: HeldRunner, ask: Ask, metrics: Metrics
 ) -> None:

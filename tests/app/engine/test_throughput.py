@@ -48,6 +48,7 @@ def test_a_small_batch_tells_of_no_slowness(rows: int, seconds: float, known: fl
     assert estimator.nfe_per_second == pytest.approx(known, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_comes_between_two_steps_slows_the_device_too(
     engine: Engine, runner: HeldRunner, ask: Callable[..., Request]
 ) -> None:

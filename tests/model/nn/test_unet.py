@@ -155,6 +155,7 @@ def arguments(network: UNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor |
     return x, t, None if network.config.num_classes is None else torch.tensor([0, 2, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("kind", ["embedding", "adm"])
 @torch.no_grad()

@@ -92,6 +92,7 @@ def in_float64(scheduler: Any, diffusion: GaussianDiffusion) -> Any:
 KINDS = [(betas, prediction) for betas in ("linear", "cosine") for prediction in ("eps", "x0", "v")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("betas", "prediction", "steps", "spacing"),
     [
@@ -471,6 +472,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(arguments: dict[str, Any], me
         make_schedule(LINEAR, **({"sampler": "ddim", "steps": 10} | arguments))
 
 
+@pytest.mark.slow
 def test_fixed_large_is_that_of_diffusers_and_is_not_for_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(variance="fixed_large"))
     schedule = make_schedule(diffusion, "ddpm", 1000)

@@ -20,6 +20,7 @@ def parsed(words: str) -> TrainConfig:
     return parse(shlex.split(words))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_makes_a_network_and_a_schedule(name: str) -> None:
     explanation, options = PRESETS[name]
@@ -61,6 +62,7 @@ def test_mnist_is_the_recipe_of_the_bundled_checkpoint() -> None:
     assert parsed("--preset mnist --run_name a") == parsed(words)
 
 
+@pytest.mark.slow
 def test_cifar10_small_is_the_recipe_of_the_bundled_checkpoint() -> None:
     words = (
         "--use_labels --label_dropout 0.1 --class_conditioning both --flip --patch_size 2 --base_channels 96 "

@@ -25,6 +25,7 @@ def equal(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in ((a.x0, b.x0), (a.y, b.y), (a.noise, b.noise), (a.u, b.u)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_the_batch_that_one_would_see(size: int) -> None:
     whole = Batches(pictures(), CONFIG, Ranks(), CPU)

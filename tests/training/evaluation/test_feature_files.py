@@ -31,6 +31,7 @@ class Counter:
         return sample(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_to_the_same_bits(
     evaluation: list[str],
     evaluated: Evaluated,
@@ -56,6 +57,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_more_images_begin_with_those_that_are_there(
     evaluation: list[str], evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_features_are_of_bytes_grey_or_in_colour(
     assert not torch.equal(features[0], features[1])
 
 
+@pytest.mark.slow
 def test_only_the_real_weights_are_inception(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert feature_extractor.load(file).name == "inception"
     monkeypatch.undo()
@@ -71,6 +72,7 @@ def test_only_the_real_weights_are_inception(file: Path, tmp_path: Path, monkeyp
         feature_extractor.load(tmp_path / "none.pth")
 
 
+@pytest.mark.slow
 def test_distances_in_its_features_are_fid_and_kid(
     file: Path,
     evaluation: list[str],

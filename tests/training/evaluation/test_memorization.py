@@ -79,6 +79,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "faces"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [True, False])
 def test_a_network_that_copies_is_found_out(
     copies: bool,

@@ -49,6 +49,7 @@ def test_a_compiled_run_traces_one_graph_and_learns_what_a_plain_one_does(
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [{"image_size": (7, 10), "dropout": 0.1}, {"norm": "bn", "head_channels": 6}, {"num_classes": None, "norm": "in"}],

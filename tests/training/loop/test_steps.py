@@ -171,6 +171,7 @@ EVERY_STATE: Options = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_poisoned_batch_changes_nothing_and_is_counted(
     value: float, poison: Callable[..., None], tiny_options: Options, read_log: ReadLog
@@ -196,6 +197,7 @@ def test_a_poisoned_batch_changes_nothing_and_is_counted(
     assert all(line.get("train_loss", 1.0) > 0 for line in read_log(run))
 
 
+@pytest.mark.slow
 def test_steps_that_are_all_skipped_end_the_run(
     poison: Callable[..., None], command_line: list[str], tiny_options: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +209,7 @@ def test_steps_that_are_all_skipped_end_the_run(
     assert not list(TrainConfig(**tiny_options).run_dir.glob("state-*"))
 
 
+@pytest.mark.slow
 def test_an_interval_without_a_step_that_counts_has_no_loss(
     poison: Callable[..., None], tiny_options: Options, read_log: ReadLog
 ) -> None:
@@ -216,6 +219,7 @@ def test_an_interval_without_a_step_that_counts_has_no_loss(
     assert found == [(False, 0), (True, 2), (False, 2), (False, 2)]
 
 
+@pytest.mark.slow
 def test_averages_keep_their_horizon_whatever_the_update_rate(tiny_options: Options) -> None:
     config = TrainConfig(**tiny_options | {"ema_decay": (0.9, 0.5), "ema_update_rate": 3})
     state = TrainState(config, (1, 8, 12), 2, torch.device("cpu"))

@@ -103,6 +103,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(TIMESTEP_SAMPLERS["uniform"](u(40, i), T), u(40, 100 + i)) for i in range(6)]
 
 
+@pytest.mark.slow
 def test_two_ranks_remember_what_one_process_would(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     alone = LossSecondMoment(T, history=3)

@@ -35,6 +35,8 @@ def images(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
 
 
+@pytest.mark.slow
+@needs_fixtures
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_the_originals_file_is_sampled_by_either_of_its_weights(weights: str, tmp_path: Path) -> None:
     words = f"--model_path {PLAIN} --num_images 2 --sampler ddpm --steps 4 --weights {weights} --device cpu"
@@ -93,6 +95,8 @@ def test_options_that_contradict_the_originals_file_are_all_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@needs_fixtures
 def test_what_the_originals_file_does_not_know_is_as_told(tmp_path: Path) -> None:
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([5])
     plain = load_weights.load(PLAIN, "ema", {}, CPU)[0]
@@ -113,6 +117,7 @@ def test_only_its_user_can_tell_instance_from_group_norm_in_the_originals_file()
         load_weights.load(PLAIN, "ema", {"norm": "bn"}, CPU)
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_best_checkpoint_its_raw_weights_and_every_average(tiny_options: dict[str, Any]) -> None:
     folder = train(TrainConfig(**tiny_options | {"ema_decay": (0.3, 0.2, 0.4), "ema_power": (0.1, 0.2)}))
     state = torch.load(folder / "state-0000008.pt", weights_only=True)

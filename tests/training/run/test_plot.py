@@ -13,7 +13,7 @@ from training.run.plot import save_plot
 from training.train import train
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_every_run_has_a_plot_of_its_losses(tiny_options: dict[str, Any]) -> None:
     with Image.open(train(TrainConfig(**tiny_options)) / "loss.png") as picture:
         assert picture.size == (900, 500)
@@ -26,6 +26,7 @@ def colours(tmp_path: Path, *lines: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 def test_a_plot_shows_what_is_in_the_log(tmp_path: Path) -> None:
     trained = [{"iteration": i, "train_loss": 1 / (i + 1)} for i in range(1, 40)] + [
         {"iteration": 41, "train_loss": None}

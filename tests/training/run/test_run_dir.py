@@ -243,6 +243,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(
     assert [(what, re.sub(r"\.\w+\.part$", "", path)) for what, path in events] == expected
 
 
+@pytest.mark.slow
 def test_the_last_pictures_stay(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.run.run_dir.GRIDS", 3)
     run.log(iteration=1, train_loss=0.5)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 Options = dict[str, Any]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::DeprecationWarning")
 def test_tensorboard_gets_losses_and_samples_and_hides_what_a_crash_left(tiny_options: Options) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

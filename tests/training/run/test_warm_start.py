@@ -90,6 +90,8 @@ def test_the_average_is_not_destroyed_by_the_first_steps() -> None:
         torch.testing.assert_close(ema.weights[name], before[name].lerp(tensor, 1 - 0.999))
 
 
+@pytest.mark.slow
+@needs_fixtures
 def test_the_originals_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     state = original_state()
     adam, trained = adam_of_the_original(state)
@@ -115,6 +117,7 @@ def test_the_originals_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(float(s["step"]) == 2 for s in optimizer.state_dict()["state"].values())
 
 
+@pytest.mark.slow
 def test_ours_go_on_with_their_optimizer(tiny_options: dict[str, Any]) -> None:
     first = train(TrainConfig(**tiny_options))
     paths = {
@@ -166,6 +169,8 @@ def refused(options: dict[str, Any]) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
+@needs_fixtures
 def test_another_network_is_told_by_the_names_of_its_fields() -> None:
     other = {"base_channels": 48, "channel_mults": (1, 3), "attention_resolutions": (), "norm": "bn"}
     text = refused(PLAIN | other)
@@ -180,6 +185,8 @@ def test_another_network_is_told_by_the_names_of_its_fields() -> None:
     assert "variance is True here, False there" in refused(PLAIN | {"variance": "learned_range"})
 
 
+@pytest.mark.slow
+@needs_fixtures
 def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
     assert "neither a file nor bundled" in refused(PLAIN | {"model_checkpoint": "no-such"})
     w86 = str(theirs("w86763777/small.pt"))
