@@ -78,7 +78,6 @@ def test_home_is_expanded(tiny_options: dict[str, Any], tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-@needs_fixtures
 def test_training_goes_on_from_the_originals_two_files(
     tmp_path: Path, image_folder: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

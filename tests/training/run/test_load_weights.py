@@ -36,7 +36,6 @@ def images(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@needs_fixtures
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_the_originals_file_is_sampled_by_either_of_its_weights(weights: str, tmp_path: Path) -> None:
     words = f"--model_path {PLAIN} --num_images 2 --sampler ddpm --steps 4 --weights {weights} --device cpu"
@@ -96,7 +95,6 @@ def test_options_that_contradict_the_originals_file_are_all_named(
 
 
 @pytest.mark.slow
-@needs_fixtures
 def test_what_the_originals_file_does_not_know_is_as_told(tmp_path: Path) -> None:
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([5])
     plain = load_weights.load(PLAIN, "ema", {}, CPU)[0]

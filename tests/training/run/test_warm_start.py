@@ -91,7 +91,6 @@ def test_the_average_is_not_destroyed_by_the_first_steps() -> None:
 
 
 @pytest.mark.slow
-@needs_fixtures
 def test_the_originals_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     state = original_state()
     adam, trained = adam_of_the_original(state)
@@ -170,7 +169,6 @@ def refused(options: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@needs_fixtures
 def test_another_network_is_told_by_the_names_of_its_fields() -> None:
     other = {"base_channels": 48, "channel_mults": (1, 3), "attention_resolutions": (), "norm": "bn"}
     text = refused(PLAIN | other)
@@ -186,7 +184,6 @@ def test_another_network_is_told_by_the_names_of_its_fields() -> None:
 
 
 @pytest.mark.slow
-@needs_fixtures
 def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
     assert "neither a file nor bundled" in refused(PLAIN | {"model_checkpoint": "no-such"})
     w86 = str(theirs("w86763777/small.pt"))
