@@ -26,13 +26,13 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from app import logs
-from app.auth import Keys
+from app.auth import APIKeyStore
 from app.connection import Connection, Limits
 from app.engine.memory import is_out_of_memory
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from app.listening import bind, complaint, url
 from app.main import MakeRunner, create_app, create_operations_app
-from app.routes.state import Service
+from app.routes.state import AppState
 from app.settings import Settings, complaints_about, misread, service_links, unknown_variables
 from app.tracing import Tracer
 
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        service: Service,
+        service: AppState,
         tracer: Tracer | None,
         operations: uvicorn.Server | None = None,
         operations_sockets: Sequence[socket.socket] = (),
@@ -156,7 +156,7 @@ def read_settings(argv: list[str], kind: type[Settings] = Settings, command: str
         sys.exit(f"{command}: " + "; ".join(complaints_about(error, kind)))
 
 
-def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
+def serve(settings: Settings, make_runner: MakeRunner = ModelRunner) -> None:
     """Serves until a signal comes and the admitted work is done, or the engine fails for good (exit code 1).
 
     `make_runner` is for tests.
@@ -180,7 +180,7 @@ def serve(settings: Settings, make_runner: MakeRunner = Runner) -> None:
         why = "does not have the memory for" if is_out_of_memory(error) else "does not run"
         sys.exit(f"python -m app: {device} {why} {settings.checkpoint}; --log-level debug says more")
     gc.freeze()  # what was imported stays: a full collection took 0.2 s to look through it, in which nobody is served
-    keys: Keys = app.state.keys
+    keys: APIKeyStore = app.state.keys
     if keys.required:
         log.info("keys are needed", extra={"keys": keys.names})
     if operations_sockets:

@@ -73,7 +73,7 @@ class Usage:
         self.running += 1
 
 
-class Keys:
+class APIKeyStore:
     """The keys of the settings' file and variable. Raises ValueError, which never tells a key, where they are wrong.
 
     Used on the event loop only. Without keys in the settings, `required` is false.

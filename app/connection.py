@@ -217,7 +217,7 @@ class Connection(HttpToolsProtocol):
 
     def _read_timed_out(self) -> None:
         self._read_timer = None
-        if self._answering():  # the time of a body that is wanted is BodyLimit's to keep
+        if self._answering():  # the time of a body that is wanted is BodyLimitMiddleware's to keep
             self._expect()
         elif self._part == "head":
             self._refuse(RequestTimeout(f"the headers did not arrive within {self._limits.read_s:g} s"))

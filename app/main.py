@@ -13,29 +13,29 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app.auth import Keys
+from app.auth import APIKeyStore
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
-from app.engine.memory import keep_freed_memory
-from app.engine.runner import Runner, best_chunk
+from app.engine.memory import tune_malloc
+from app.engine.runner import ModelRunner, default_micro_batch_size
 from app.error_handler import handle_errors
 from app.event_loop_monitor import EventLoopMonitor
 from app.metrics import Metrics
 from app.middleware import (
     SECURITY_HEADERS,
-    Access,
-    BodyLimit,
-    HeadAsGet,
-    RequestLog,
-    SecurityHeaders,
-    TrailingSlash,
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    HeadAsGetMiddleware,
+    RequestLogMiddleware,
+    SecurityHeadersMiddleware,
+    TrailingSlashMiddleware,
 )
-from app.model_registry import Models
+from app.model_registry import ModelRegistry
 from app.openapi import DescribedApp
 from app.routes import docs, generate, health, models, sequence, ui
-from app.routes.state import Service
+from app.routes.state import AppState
 from app.settings import Settings
-from app.tracing import Tracer, Traces
+from app.tracing import Tracer, TracingMiddleware
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint
 
@@ -46,15 +46,15 @@ PROGRESS_S = 5.0  # between lines that say that it still warms up
 
 log = logging.getLogger("ddpm.start")
 
-MakeRunner = Callable[[Checkpoint, torch.device, int, int, str, str], Runner]
+MakeRunner = Callable[[Checkpoint, torch.device, int, int, str, str], ModelRunner]
 
 
-def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
+def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine, and drains it at the end.
 
     `make_runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
     """
-    keys = Keys(settings)
+    keys = APIKeyStore(settings)
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
     # OpenMP keeps a team of threads for every thread that used it, and two teams on the same cores hinder each other:
     # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
@@ -62,18 +62,18 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     torch.set_num_threads(1)
     device = settings.torch_device()
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
-        chunk = settings.micro_batch_size or best_chunk(checkpoint.network, device)
+        chunk = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device)
         runner = make_runner(checkpoint, device, chunk, threads, runtime, precision)
         return ModelInstance(checkpoint, runner, settings.max_batch_size)
 
     metrics = Metrics()
     engine = Engine(metrics.engine, max_pending_nfe=settings.max_pending_nfe, step_timeout_s=settings.step_timeout_s)
-    served = Models(settings, metrics, engine, make)
+    served = ModelRegistry(settings, metrics, engine, make)
     log_device(settings.device, device, runtime, precision)
     metrics.bind_engine(engine.status)
     loop_monitor = EventLoopMonitor(metrics)
@@ -106,7 +106,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # middleware.TrailingSlash
     )
-    app.state.service, app.state.keys = Service(settings, served, engine, metrics), keys
+    app.state.service, app.state.keys = AppState(settings, served, engine, metrics), keys
     app.state.tracer, app.settings = tracer, settings
     routers = [module.router for module in (generate, sequence, models, ui, docs)] + [health.health]
     if settings.metrics_port < 0:
@@ -114,10 +114,10 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     for router in routers:
         app.include_router(router)
     handle_errors(app)
-    app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
+    app.add_middleware(HeadAsGetMiddleware)
+    app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
     if keys.required:
-        app.add_middleware(Access, keys=keys)
+        app.add_middleware(AuthMiddleware, keys=keys)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -129,25 +129,25 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
     app.state.headers = SECURITY_HEADERS | (
         {"Cross-Origin-Resource-Policy": "cross-origin"} if settings.cors_origins else {}
     )
-    app.add_middleware(SecurityHeaders, headers=app.state.headers)
-    app.add_middleware(RequestLog, metrics=metrics, paths=_paths(*routers))
+    app.add_middleware(SecurityHeadersMiddleware, headers=app.state.headers)
+    app.add_middleware(RequestLogMiddleware, metrics=metrics, paths=_paths(*routers))
     if tracer:
-        app.add_middleware(Traces, tracer=tracer)
-    app.add_middleware(TrailingSlash)
+        app.add_middleware(TracingMiddleware, tracer=tracer)
+    app.add_middleware(TrailingSlashMiddleware)
     return app
 
 
-def create_operations_app(service: Service) -> FastAPI:
+def create_operations_app(service: AppState) -> FastAPI:
     """What --metrics-port serves: metrics and health, without keys, for those who can reach the port."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.service, app.state.headers = service, SECURITY_HEADERS
     app.include_router(health.health)
     app.include_router(health.operations)
     handle_errors(app)
-    app.add_middleware(HeadAsGet)
-    app.add_middleware(SecurityHeaders, headers=app.state.headers)
-    app.add_middleware(RequestLog, metrics=service.metrics, paths=_paths(health.health, health.operations))
-    app.add_middleware(TrailingSlash)
+    app.add_middleware(HeadAsGetMiddleware)
+    app.add_middleware(SecurityHeadersMiddleware, headers=app.state.headers)
+    app.add_middleware(RequestLogMiddleware, metrics=service.metrics, paths=_paths(health.health, health.operations))
+    app.add_middleware(TrailingSlashMiddleware)
     return app
 
 
@@ -155,7 +155,7 @@ def _paths(*routers: APIRouter) -> frozenset[str]:
     return frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
 
 
-async def _tell_progress(models: Models) -> None:
+async def _tell_progress(models: ModelRegistry) -> None:
     """What happens between "running" and "ready", when it begins, now and then, and when it has ended."""
     started = time.monotonic()
     names = ", ".join(served.name for served in models)

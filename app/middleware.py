@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.auth import Keys
+from app.auth import APIKeyStore
 from app.errors import ServiceError
 from app.metrics import Metrics
 
@@ -23,7 +23,7 @@ PROBED = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # every few se
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class RequestLog:
+class RequestLogMiddleware:
     """Gives every request an id (a client's own X-Request-Id, if it is a plain one), logs it, and counts it.
 
     Handlers leave an error's code in `scope["state"]["outcome"]`; a stream may do so after its status was sent. They
@@ -92,10 +92,10 @@ OPEN = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz", "/health"}
 """Paths that need no key: what tells nothing that is not in the sources, and what probes ask."""
 
 
-class Access:
+class AuthMiddleware:
     """Lets nobody without a key beyond OPEN, and no key beyond its limits. What it refuses reaches no handler."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: APIKeyStore) -> None:
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,7 +128,7 @@ SECURITY_HEADERS = {
 """What every answer tells a browser to refuse. Pages that need more have a policy of their own."""
 
 
-class SecurityHeaders:
+class SecurityHeadersMiddleware:
     """Adds `headers` to every answer that does not have them."""
 
     def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
@@ -145,7 +145,7 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
-class TrailingSlash:
+class TrailingSlashMiddleware:
     """/health/ is /health. A redirect would lead around a proxy, which hides scheme and path, and lose some clients."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -157,7 +157,7 @@ class TrailingSlash:
         await self.app(scope, receive, send)
 
 
-class HeadAsGet:
+class HeadAsGetMiddleware:
     """Answers HEAD as GET without the body (RFC 9110, 9.3.2). A handler that would work for it asks `is_head`."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -179,7 +179,7 @@ class HeadAsGet:
             scope["route"] = as_get.get("route")  # which log, metrics and traces look for
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Refuses bodies of more than `limit` bytes with 413, without holding more than that, and those that take longer
     than `seconds` with 408. Nobody holds a GET's or a HEAD's."""
 

@@ -26,7 +26,7 @@ log = logging.getLogger("ddpm.models")
 LOOK_S = 0.25  # between looks at what a signal asked for
 
 
-class Models:
+class ModelRegistry:
     """Used on the event loop only. A new checkpoint is read and packed by a thread for that, is warmed up by the
     engine between its steps, and then takes the old one's place in one assignment: requests that are there end on the
     old one, which leaves with the last of them. One is loaded at a time.

@@ -28,7 +28,7 @@ NUMBER = re.compile(r"\d{1,9}(\.0+)?", re.ASCII)  # of a class: an index, or a n
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """A request on its way, and everything needed to make its images again."""
 
     request: Request
@@ -81,13 +81,13 @@ def headers(provenance: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def make_job(
+def build_request(
     asked: Sampling, checkpoint: ModelInstance, settings: Settings, on_drop: Callable[[], None] = lambda: None
-) -> Job:
+) -> GenerationJob:
     """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
     asked.check(settings)
     unet, diffusion = checkpoint.config.unet, checkpoint.diffusion
-    sampling = sampling_of(asked, checkpoint.config, settings)
+    sampling = resolve_sampling_params(asked, checkpoint.config, settings)
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
         schedule = checkpoint.schedule(sampling, variance)
@@ -127,10 +127,10 @@ def make_job(
         frame_steps=steps_shown,
         view=view,
     )
-    return Job(request, checkpoint, label, sampling, variance)
+    return GenerationJob(request, checkpoint, label, sampling, variance)
 
 
-def sampling_of(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
+def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
     """The checkpoint's settings with what a client asked for in their place. Raises InvalidRequest."""
     interval = asked.guidance_interval
     try:

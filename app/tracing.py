@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.middleware import PROBED
-from app.request_params import Job
+from app.request_params import GenerationJob
 
 SEND_S = 3.0  # in which a collector has to take what is sent
 LAST_S = 1.0  # the same where the process is about to end
@@ -55,7 +55,7 @@ class Tracer:
         }
         if route:
             attributes["http.route"] = route
-        job: Job | None = state.get("job")
+        job: GenerationJob | None = state.get("job")
         if job is not None:
             attributes |= {"ddpm.model": job.request.model} | {f"ddpm.{k}": v for k, v in state["log"].items()}
 
@@ -90,7 +90,7 @@ class Tracer:
         sender.join(LAST_S)
 
 
-def _parts(job: Job, ended: float) -> list[tuple[str, float, float]]:
+def _parts(job: GenerationJob, ended: float) -> list[tuple[str, float, float]]:
     """Name, begin and end. What a refused request never came to is not there."""
     request = job.request
     answered = request.finish_time or ended
@@ -100,7 +100,7 @@ def _parts(job: Job, ended: float) -> list[tuple[str, float, float]]:
     return parts + [("encode", *times) for times in job.encodings]
 
 
-class Traces:
+class TracingMiddleware:
     """Records every request but those of probes."""
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:

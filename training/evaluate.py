@@ -36,7 +36,7 @@ from training.cli.options import Parser, expanded, one_of
 from training.cli.sampling_options import add_sampling_options, settings_of
 from training.data import DataError, Images
 from training.evaluation import feature_extractor, memorization, metrics
-from training.evaluation.feature_extractor import Judge
+from training.evaluation.feature_extractor import FeatureExtractor
 from training.evaluation.feature_files import FeatureFile
 from training.evaluation.likelihood import bits_per_dim
 from training.memory import memory_for
@@ -72,12 +72,12 @@ def draw(
     return to_uint8(x)
 
 
-def generate(draws: Callable[[int], Tensor], who: Judge, rows: FeatureFile, num_images: int) -> None:
+def generate(draws: Callable[[int], Tensor], extractor: FeatureExtractor, rows: FeatureFile, num_images: int) -> None:
     """Extends `rows` (features and logits, one row per sample) to `num_images`, by whole batches `draws(first)`."""
     with tqdm(total=num_images, initial=rows.count, unit="image", dynamic_ncols=True, mininterval=1) as bar:
         while rows.count < num_images:
             images = draws(rows.count)
-            rows.append(torch.cat(who.network.judge(images), dim=1))
+            rows.append(torch.cat(extractor.network.extract(images), dim=1))
             bar.update(len(images))
 
 
@@ -96,15 +96,20 @@ def bits(source: Checkpoint, network: Network, images: Images, num_images: int, 
     return {"bits_per_dim": float(total.mean()), "standard_error": error, "images": len(total), **shares}
 
 
-def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, args: argparse.Namespace) -> None:
+def check(
+    source: Checkpoint, extractor: FeatureExtractor, train_set: Images, test_set: Images, args: argparse.Namespace
+) -> None:
     """Raises ValueError where these do not belong together."""
     unet = source.config.unet
-    size, whose = who.image_shape or unet.image_shape, "the classifier" if who.image_shape else "the checkpoint"
+    size, whose = (
+        extractor.image_shape or unet.image_shape,
+        "the classifier" if extractor.image_shape else "the checkpoint",
+    )
     for what, shape in {"the checkpoint": unet.image_shape, args.dataset: tuple(train_set.images.shape[1:])}.items():
         if shape != size:
             raise DataError(f"{what} has images of (channels, height, width) {shape}, {whose} {size}")
     if unet.num_classes is not None:
-        check_classes(source, who, train_set, test_set, args)
+        check_classes(source, extractor, train_set, test_set, args)
     classes = unet.num_classes or 1
     needed = max(metrics.NEIGHBOURS + 1, 2 * classes)
     found = len(metrics.balanced(test_set, unet.num_classes))
@@ -117,14 +122,14 @@ def check(source: Checkpoint, who: Judge, train_set: Images, test_set: Images, a
 
 
 def check_classes(
-    source: Checkpoint, who: Judge, train_set: Images, test_set: Images, args: argparse.Namespace
+    source: Checkpoint, extractor: FeatureExtractor, train_set: Images, test_set: Images, args: argparse.Namespace
 ) -> None:
     """Raises ValueError where the three do not have the same classes."""
     unet = source.config.unet
     assert unet.num_classes is not None
     valid, whose = (
-        who.class_names or source.config.class_names,
-        "the classifier" if who.class_names else "the checkpoint",
+        extractor.class_names or source.config.class_names,
+        "the classifier" if extractor.class_names else "the checkpoint",
     )
     for what, names in {"the checkpoint": source.config.class_names, args.dataset: train_set.class_names}.items():
         if names != valid:
@@ -137,19 +142,19 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Samples, measures, and writes the result. Returns it."""
     device, out = torch_device(args.device), expanded(args.out)
     source, weights = load_weights.load(args.checkpoint, args.weights, {}, device)
-    who = feature_extractor.load(args.features, device)
+    extractor = feature_extractor.load(args.features, device)
     settings, schedule = settings_of(source, args)
     train_set, test_set = (
-        images.ordered_as(who.class_names or source.config.class_names)
+        images.ordered_as(extractor.class_names or source.config.class_names)
         for images in data.load(
             args.dataset,
-            (who.image_shape or source.config.unet.image_shape)[1:],
+            (extractor.image_shape or source.config.unet.image_shape)[1:],
             command.load_options(vars(args)),
             use_labels=source.config.unet.num_classes is not None,
             cache=data.beside(out),
         )
     )
-    check(source, who, train_set, test_set, args)
+    check(source, extractor, train_set, test_set, args)
     how = asdict(settings) | {
         "weights": weights,
         "seed": args.seed,
@@ -160,30 +165,32 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "plan": hashlib.sha256(schedule.timesteps.tobytes() + schedule.table.tobytes()).hexdigest(),
     }
-    key = {"checkpoint": source.sha256, "features": who.sha256, **how}
+    key = {"checkpoint": source.sha256, "features": extractor.sha256, **how}
     network = compile_for_inference(source.network, device, args.precision)
 
     def draws(first: int) -> Tensor:
         return draw(source, network, schedule, first, device, args.seed, args.batch_size)
 
-    rows = FeatureFile(out, key, who.size + len(who.class_names), args.batch_size)
+    rows = FeatureFile(out, key, extractor.size + len(extractor.class_names), args.batch_size)
     before, started = min(rows.count, args.num_images), time.perf_counter()
-    generate(draws, who, rows, args.num_images)
+    generate(draws, extractor, rows, args.num_images)
     sampled = time.perf_counter()
-    measured = metrics.measure(who, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes)
+    measured = metrics.measure(
+        extractor, train_set, test_set, rows.read()[: args.num_images], source.config.unet.num_classes
+    )
     if args.neighbours:
         firsts = tqdm(range(0, args.neighbours, args.batch_size), desc="for neighbours", unit_scale=args.batch_size)
         images = torch.cat([draws(first).cpu() for first in firsts])[: args.neighbours]
         picture = out.with_name(f"{out.stem}-neighbours.png")
         k = source.config.unet.num_classes
-        measured["neighbours"] = memorization.compare(who, train_set, test_set, images, k, picture)
+        measured["neighbours"] = memorization.compare(extractor, train_set, test_set, images, k, picture)
     if args.bits_images:
         measured["bits_per_dim"] = bits(source, network, test_set, args.bits_images, args.batch_size)
     result = {
         "command": shlex.join(["python", "-m", "training.evaluate", *argv]),
         "git_revision": git_revision(),
         "checkpoint": {"name": source.name, "sha256": source.sha256},
-        "features": who.provenance | {"name": who.name, "sha256": who.sha256, "size": who.size},
+        "features": extractor.provenance | {"name": extractor.name, "sha256": extractor.sha256, "size": extractor.size},
         "dataset": train_set.name,
         "num_images": args.num_images,
         "class_balanced": source.config.unet.num_classes is not None,

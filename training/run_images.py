@@ -9,7 +9,7 @@ from training import data
 from training.cli.options import printable
 from training.data import Images
 from training.data_record import DataChanges, DataRecord, check_text, find_dataset
-from training.loop.distributed import Ranks
+from training.loop.distributed import DistributedContext
 from training.memory import memory_for
 from training.run.config import TrainConfig
 from training.run.run_dir import read_config
@@ -25,7 +25,12 @@ class RunImages:
 
     @classmethod
     def load(
-        cls, config: TrainConfig, ranks: Ranks, saved: dict[str, Any] | None, changes: DataChanges, resume: bool
+        cls,
+        config: TrainConfig,
+        ranks: DistributedContext,
+        saved: dict[str, Any] | None,
+        changes: DataChanges,
+        resume: bool,
     ) -> RunImages:
         """Reads them, on every process, and says what they are.
 
@@ -55,7 +60,7 @@ class RunImages:
             before = before.renamed(changes.renamed)
             train, held_out = before.in_order(train), before.in_order(held_out)
         record = DataRecord.of(config, place, train, held_out) if ranks.is_first else None
-        record = ranks.from_first(record)
+        record = ranks.broadcast(record)
         assert record is not None
         if before:
             before.check(record, changes)

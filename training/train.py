@@ -25,8 +25,8 @@ from training.data.batches import Batch, Batches
 from training.data_record import NOTHING, DataChanges
 from training.loop import gpu
 from training.loop.compiler import compiled
-from training.loop.distributed import Ranks, joined, unreduced
-from training.loop.optimizer import restore, step
+from training.loop.distributed import DistributedContext, init_distributed, no_sync
+from training.loop.optimizer import rollback, step
 from training.loop.state import TrainState
 from training.loop.validation import chosen, finite, validation_loss
 from training.memory import is_out_of_memory, memory_for
@@ -49,10 +49,10 @@ def train(config: TrainConfig, resume: bool = False, changes: DataChanges = NOTH
     on its part of the same batches, and the first one writes.
     """
     with (
-        joined(config.device) as (ranks, device),
+        init_distributed(config.device) as (ranks, device),
         RunDir(config, resume) if ranks.is_first else nullcontext() as run,
     ):
-        saved = ranks.from_first(run.load_state() if run and resume else None)
+        saved = ranks.broadcast(run.load_state() if run and resume else None)
         done = saved["iteration"] if saved else 0
         if done > config.iterations:
             raise ValueError(f"--iterations {config.iterations}: {config.run_dir} has done {done} already; give more")
@@ -75,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        ranks: Ranks,
+        ranks: DistributedContext,
         device: torch.device,
         run: RunDir | None,
         saved: dict[str, Any] | None,
@@ -97,7 +97,7 @@ class Trainer:
         if run and (warning := single_channel_groups(self.state.network.config)):
             print(f"training.train: {warning}", file=sys.stderr)
         network = self.state.network
-        self._network = ranks.wrapped(compiled(network, device) if config.compile else network)
+        self._network = ranks.wrap_ddp(compiled(network, device) if config.compile else network)
         self._last_loss: float | None = None
         self._saved_at = self.state.iteration
         self._restart_clock()
@@ -154,15 +154,15 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One batch, one update of the weights and of their averages; nothing but counts where it is not finite."""
-        config, now, share = self.config, self.state, self.ranks.share
+        config, now, share = self.config, self.state, self.ranks.shard
         with memory_for(f"a step of {config.batch_size} images", self._less_memory()):
-            batch, before = self._batches[now.iteration], [tensor.clone() for tensor in now.passing()]
+            batch, before = self._batches[now.iteration], [tensor.clone() for tensor in now.buffers_changed()]
             t, weights = now.timesteps(batch.u)
             losses = backward(self._network, self.diffusion, batch, share(t), share(weights), config)
             if now.importance:
                 now.importance.update(share(t), losses)
             is_finite = step(now.optimizer, learning_rate(config, now.iteration), config.grad_clip)
-            restore(now.passing(), before, is_finite)
+            rollback(now.buffers_changed(), before, is_finite)
             now.iteration += 1
             now.images_seen += config.batch_size
             if self.run and now.iteration % config.ema_update_rate == 0:
@@ -291,7 +291,7 @@ def backward(
     for start in range(0, len(t), size):
         part = slice(start, start + size)
         y = None if batch.y is None else batch.y[part]
-        with unreduced(network, start + size < len(t)):
+        with no_sync(network, start + size < len(t)):
             with torch.autocast(t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = diffusion.loss(network, batch.x0[part], y, t[part], batch.noise[part])
             ((loss * weights[part]).sum() / len(t)).backward()

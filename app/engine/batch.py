@@ -38,7 +38,7 @@ class Batch:
         y = None
         if samples[0].request.classes is not None:
             y = np.array([s.request.classes[s.i] for s in samples], np.int64)  # type: ignore[index]
-        return cls(np.array(t, np.int64), y, np.stack(rows), words_of(samples, [s.step + 1 for s in samples]))
+        return cls(np.array(t, np.int64), y, np.stack(rows), rng_counters(samples, [s.step + 1 for s in samples]))
 
     def of_those(self, which: NDArray[np.bool_]) -> Batch:
         """The rows where `which` [N] is true."""
@@ -63,7 +63,7 @@ class Batch:
         return np.equal(self.coefficients[:, LIMIT], THRESHOLDING.index("dynamic"))
 
 
-def words_of(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:
+def rng_counters(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:
     """What each one's noise of such a step (0: x_T) is drawn from, int64 [N, 4]: seed, low word first, index, step."""
     seeds = [(s.request.seed, s.request.index + s.i, step) for s, step in zip(samples, steps, strict=True)]
     return np.array([(seed & WORD, seed >> 32, i, step) for seed, i, step in seeds], np.int64).reshape(-1, 4)

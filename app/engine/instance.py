@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
-from app.engine.knee import knee
+from app.engine.autotune import autotune_batch_size
 from app.engine.request import Request
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
 from model.sampling.schedule import SamplingParams, SamplingSchedule, make_schedule
 
@@ -29,10 +29,10 @@ class ModelInstance:
     """Requests are admitted for one instance and end on its weights, whatever has its name by then.
 
     It does not keep the checkpoint, which has the weights: those are the runner's to give back. `max_batch_size` is the
-    most network rows of a step; 0 is what the warm-up measures: see `app.engine.knee`.
+    most network rows of a step; 0 is what the warm-up measures: see `app.engine.autotune`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, runner: Runner, max_batch_size: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, runner: ModelRunner, max_batch_size: int) -> None:
         self.name, self.sha256, self.config = checkpoint.name, checkpoint.sha256, checkpoint.config
         self.diffusion = checkpoint.diffusion
         self.runs_on = {"device": runner.device.type, "runtime": runner.runtime, "precision": runner.precision}
@@ -50,7 +50,7 @@ class ModelInstance:
         runner, limits = self.runner, self.batch_limits
         yield from runner.probe()
         if not limits.max:
-            limits.set(*(yield from knee(runner.warm_up, runner.chunk, runner.device.type)))
+            limits.set(*(yield from autotune_batch_size(runner.warm_up, runner.chunk, runner.device.type)))
         seconds = []
         for _ in range(WARMUP_STEPS):
             started = time.monotonic()

@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException, rows: int = 1) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in said for phrase in phrases)
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Keeps what tensors leave behind for the next ones, where the C library is glibc. It would give large pieces back
     to the system at once and get them anew page by page at every step: a sixth of the time of a small network's."""
     if hasattr(LIBC, "mallopt"):
@@ -37,7 +37,7 @@ def keep_freed_memory() -> None:
         LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
 
 
-def return_freed_memory() -> None:
+def trim_malloc() -> None:
     """Gives the system what is kept for later now."""
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)

@@ -199,7 +199,7 @@ class Sample:
     def __init__(self, request: Request, i: int) -> None:
         self.request, self.i = request, i
         self.step = 0
-        self.slot: int | None = None  # see `app.engine.slots`
+        self.slot: int | None = None  # see `app.engine.latent_pool`
         self.x: Tensor | None = None
         self.x0: Tensor | None = None
         self.x0_prev: Tensor | None = None

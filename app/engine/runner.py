@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.engine.batch import Batch, words_of
-from app.engine.graphs import Graphs, agree
-from app.engine.memory import is_out_of_memory, return_freed_memory
+from app.engine.batch import Batch, rng_counters
+from app.engine.batch_invariance import candidate_batch_sizes, gpu_micro_batch_size, largest_invariant_set
+from app.engine.cuda_graphs import CUDAGraphRunner, agree
+from app.engine.latent_pool import LatentPool, pool_size
+from app.engine.memory import is_out_of_memory, trim_malloc
 from app.engine.request import Sample, View
-from app.engine.sizes import agreeing, candidates, gpu_chunk
-from app.engine.slots import Slots, slots_for
 from model.backends.compile import compile_for_inference
 from model.backends.cuda import CudaRecorder, Record
 from model.backends.openvino import compile_openvino
@@ -30,20 +30,20 @@ log = logging.getLogger("ddpm.engine")
 SMALL = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
 
 
-def best_chunk(network: UNet, device: torch.device) -> int:
+def default_micro_batch_size(network: UNet, device: torch.device) -> int:
     """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
     if device.type == "cuda":
-        return gpu_chunk(network.config.image_size)
+        return gpu_micro_batch_size(network.config.image_size)
     return 32 if sum(weights.numel() for weights in network.parameters()) < SMALL else 8
 
 
-class Runner:
+class ModelRunner:
     """Steps samples of one checkpoint on one device.
 
     The U-Net runs on `chunk` rows, or on fewer where that gives the same bits. The first warm-up finds out which
-    numbers of rows agree (see `app.engine.sizes`); the others are filled up with zeros. On a GPU each number that
-    agrees gets CUDA graphs of whole steps then (see `app.engine.graphs`), and samples are in slots; steps that are not
-    among those run without, to the same bits. Runtime and precision are those of all batches.
+    numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a GPU each number
+    that agrees gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps that
+    are not among those run without, to the same bits. Runtime and precision are those of all batches.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Runner:
         else:
             self._network = compile_for_inference(checkpoint.network, device, precision)
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
-        self._graphs: Graphs | None = None
+        self._graphs: CUDAGraphRunner | None = None
         self._last_timestep = checkpoint.config.diffusion.num_timesteps - 1
         self.sizes = [chunk]  # numbers of rows that may run, ascending
         self._probed = False
@@ -75,7 +75,7 @@ class Runner:
     @torch.inference_mode()
     def start(self, samples: list[Sample]) -> None:
         """Draws x_T. Nothing is changed if it raises."""
-        words = words_of(samples, [0] * len(samples))
+        words = rng_counters(samples, [0] * len(samples))
         if self._graphs is not None and len(samples) <= self._graphs.slots.count:
             slots = self._graphs.slots.find(len(samples), samples)
             self._graphs.start(np.array(slots), words)
@@ -172,13 +172,13 @@ class Runner:
         classes = self.config.num_classes
         y = None if classes is None else torch.arange(self.chunk, device=self.device) % classes
         outs: dict[int, Tensor] = {}
-        for size in candidates(self.chunk, self.device.type):
+        for size in candidate_batch_sizes(self.chunk, self.device.type):
             if size < self.chunk:
                 yield
             out = self._tried(*last(size, x, t, y))  # at other places than in the whole
             if out is not None:
                 outs[size] = out
-        self.sizes = agreeing(outs)
+        self.sizes = largest_invariant_set(outs)
         self.chunk = self.sizes[-1]
         if self._record is not None:
             yield from self._capture(self._record)
@@ -203,8 +203,8 @@ class Runner:
         """Graphs for each of `sizes`. If one cannot be made, or computes something else, there are none."""
         shape = self.config.image_shape
         try:
-            slots = Slots(slots_for(shape, self.chunk), shape, self.device)
-            graphs = Graphs(self._network, self.config, self.sizes, slots, record, self.device)
+            slots = LatentPool(pool_size(shape, self.chunk), shape, self.device)
+            graphs = CUDAGraphRunner(self._network, self.config, self.sizes, slots, record, self.device)
             for size in reversed(self.sizes):
                 yield from graphs.capture(size)
             for size in self.sizes:
@@ -257,7 +257,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         else:
-            return_freed_memory()
+            trim_malloc()
 
     def _take_threads(self) -> None:
         if self._threads:

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 from app import images
 from app.body import JSONRoute
 from app.negotiation import negotiate
-from app.request_params import Job, headers, make_job
-from app.routes.state import ERRORS, TheService, admitted
+from app.request_params import GenerationJob, build_request, headers
+from app.routes.state import ERRORS, StateDep, in_flight
 from app.schemas import GenerateBody, GeneratedImage, GenerateResponse
 from model.images import Image, grid
 
@@ -34,19 +34,19 @@ EMPTY = GenerateBody()  # what a request without a body asks for; FastAPI copies
         200: {"content": CONTENT, "description": "a grid, the images as JSON, a zip, or an array, as Accept says"},
     },
 )
-async def generate(http: Request, service: TheService, body: GenerateBody = EMPTY) -> Response:
+async def generate(http: Request, service: StateDep, body: GenerateBody = EMPTY) -> Response:
     """`Accept` chooses `image/png` (a grid, the default), `application/json`, `application/zip` or `application/x-npy`
     (for `numpy.load`). Seed, sampler, steps, class and checkpoint come back in `X-DDPM-…` headers and in the PNG's
     text; sending them again gives the same images."""
     media_type = negotiate(http.headers.getlist("accept"), (PNG, JSON, ZIP, NPY))
-    job = make_job(body, service.models.find(body.model), service.settings)
-    async with admitted(service, http, job):
+    job = build_request(body, service.models.find(body.model), service.settings)
+    async with in_flight(service, http, job):
         pictures = await job.request.output.images()
     content = await service.encode(job, _encode, media_type, job, pictures, body.columns)
     return Response(content, media_type=media_type, headers={**headers(job.provenance()), "Vary": "Accept"})
 
 
-def _encode(media_type: str, job: Job, pictures: Image, columns: int | None) -> bytes:
+def _encode(media_type: str, job: GenerationJob, pictures: Image, columns: int | None) -> bytes:
     if media_type == PNG:
         return images.png(grid(pictures, columns), job.provenance())
     if media_type == NPY:
@@ -74,7 +74,7 @@ def _encode(media_type: str, job: Job, pictures: Image, columns: int | None) -> 
     return response.model_dump_json().encode()
 
 
-def _file_name(job: Job, i: int) -> str:
+def _file_name(job: GenerationJob, i: int) -> str:
     label, _ = job.class_of(i)
     prefix = "" if label is None else re.sub(r"[^\w.-]", "_", f"{label}-")
     return f"{prefix}{job.request.index + i}.png"

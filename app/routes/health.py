@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.errors import NotReady
-from app.routes.state import ERRORS, TheService
+from app.routes.state import ERRORS, StateDep
 from app.schemas import Health
 
 health = APIRouter(tags=["status"])
@@ -22,7 +22,7 @@ async def livez() -> Health:
 
 @health.get("/readyz", summary="Does it take requests?", responses={503: ERRORS[503]})
 @health.get("/health", summary="Alias of /readyz", responses={503: ERRORS[503]})
-async def readyz(service: TheService) -> Health:
+async def readyz(service: StateDep) -> Health:
     """Weights loaded and warm, no step overdue, not draining."""
     if reason := service.engine.unready_reason:
         raise NotReady(reason, retry_after=5)
@@ -30,6 +30,6 @@ async def readyz(service: TheService) -> Health:
 
 
 @operations.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(service: TheService) -> Response:
+async def metrics(service: StateDep) -> Response:
     """In the text format of Prometheus."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from app.body import JSONRoute
 from app.engine.instance import ModelInstance
 from app.errors import Forbidden
-from app.routes.state import ERRORS, Service, TheService
+from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
 from model.sampling.solvers import SAMPLERS
 
@@ -38,7 +38,7 @@ CHANGES: dict[int | str, dict[str, object]] = {
 
 
 @router.get("/models", summary="The checkpoints that are served")
-async def models(service: TheService) -> ModelList:
+async def models(service: StateDep) -> ModelList:
     """Class names, samplers, defaults, limits, and where each checkpoint comes from. The default is the first."""
     cards = [ModelCard(**card(service, served)) for served in service.models]
     return ModelList(models=cards, loading=service.models.loading)
@@ -50,7 +50,7 @@ async def models(service: TheService) -> ModelList:
     dependencies=[Administrator],
     responses=CHANGES,
 )
-async def load(body: LoadBody, service: TheService) -> LoadedModel:
+async def load(body: LoadBody, service: StateDep) -> LoadedModel:
     """Answers when new requests get it. Those that are under way end on the weights that they began with. Where it
     cannot be served nothing changes. Needs an API key with `admin = true`."""
     served, replaced = await service.models.load(body.name)
@@ -58,14 +58,14 @@ async def load(body: LoadBody, service: TheService) -> LoadedModel:
 
 
 @router.delete("/models/{name}", summary="Serve a checkpoint no more", dependencies=[Administrator], responses=CHANGES)
-async def remove(name: str, service: TheService) -> ModelList:
+async def remove(name: str, service: StateDep) -> ModelList:
     """Requests that are under way are done; then its memory is free. The default stays. Needs an API key with
     `admin = true`."""
     service.models.remove(name)
     return await models(service)
 
 
-def card(service: Service, served: ModelInstance) -> dict[str, Any]:
+def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
     timesteps = config.diffusion.num_timesteps

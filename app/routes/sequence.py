@@ -15,8 +15,8 @@ from fastapi.responses import StreamingResponse
 from app import images
 from app.errors import NotReady, ServiceError
 from app.negotiation import negotiate
-from app.request_params import Job, headers, make_job
-from app.routes.state import ERRORS, Service, TheService, admitted, is_head
+from app.request_params import GenerationJob, build_request, headers
+from app.routes.state import ERRORS, AppState, StateDep, in_flight, is_head
 from app.schemas import Format, SequenceQuery
 from app.streaming import with_heartbeats
 from app.validation import refuse_repeated
@@ -50,7 +50,7 @@ CONTENT: dict[str, Any] = dict.fromkeys(MEDIA_TYPES.values(), BINARY) | {MEDIA_T
         204: {"description": "an EventSource that reconnects is told not to"},
     },
 )
-async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Request, service: TheService) -> Response:
+async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Request, service: StateDep) -> Response:
     """`format=sse` sends the events `start`, `frame`, `completed` and `error` (pictures as base64 PNG), `multipart`
     plays in an `<img>` tag, `gif` and `webp` are files. Streams skip frames for slow readers, files hold them all."""
     if "last-event-id" in http.headers:
@@ -59,14 +59,14 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     format = query.format or _accepted(http)
     query.format = format
     served = service.models.find(query.model)
-    job = make_job(query, served, service.settings, service.metrics.frames_dropped.labels(served.name).inc)
+    job = build_request(query, served, service.settings, service.metrics.frames_dropped.labels(served.name).inc)
     extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
     if is_head(http):
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)
         return StreamingResponse(_nothing(), media_type=_media_type(format), headers=extra)
     if format in ("gif", "webp"):
-        async with admitted(service, http, job):
+        async with in_flight(service, http, job):
             frames = [frame async for frame in job.request.output.frames()]
             await job.request.output.images()
         grids = [grid(frame.images, query.columns) for frame in frames]
@@ -77,7 +77,7 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
             headers=extra,
         )
     stack = AsyncExitStack()
-    await stack.enter_async_context(admitted(service, http, job))  # errors of admission are ordinary responses
+    await stack.enter_async_context(in_flight(service, http, job))  # errors of admission are ordinary responses
     events = _sse if format == "sse" else _multipart
     extra["X-Accel-Buffering"] = "no"  # proxies must pass frames on as they come
     content = with_heartbeats(
@@ -112,7 +112,7 @@ class Stream(StreamingResponse):
             await super().__call__(*args)
 
 
-async def _sse(service: Service, http: Request, job: Job, columns: int | None) -> AsyncIterator[bytes]:
+async def _sse(service: AppState, http: Request, job: GenerationJob, columns: int | None) -> AsyncIterator[bytes]:
     start = {
         "class_label": None,  # a mix, unless there is one
         **job.provenance(),
@@ -135,7 +135,7 @@ async def _sse(service: Service, http: Request, job: Job, columns: int | None) -
         yield _event("error", error.body())
 
 
-async def _multipart(service: Service, http: Request, job: Job, columns: int | None) -> AsyncIterator[bytes]:
+async def _multipart(service: AppState, http: Request, job: GenerationJob, columns: int | None) -> AsyncIterator[bytes]:
     def part(media_type: str, data: bytes) -> bytes:
         return f"Content-Type: {media_type}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data + b"\r\n"
 
@@ -152,7 +152,7 @@ async def _multipart(service: Service, http: Request, job: Job, columns: int | N
     yield f"--{BOUNDARY}--\r\n".encode()
 
 
-async def _frames(service: Service, job: Job, columns: int | None) -> AsyncIterator[tuple[int, bytes]]:
+async def _frames(service: AppState, job: GenerationJob, columns: int | None) -> AsyncIterator[tuple[int, bytes]]:
     """Step and PNG of each frame that the client is in time for. The first is counted by how long it took, too."""
     model, first = job.request.model, True
     async for frame in job.request.output.frames():
@@ -164,7 +164,7 @@ async def _frames(service: Service, job: Job, columns: int | None) -> AsyncItera
         yield frame.step, png
 
 
-async def _png(service: Service, job: Job, pictures: Image, columns: int | None) -> bytes:
+async def _png(service: AppState, job: GenerationJob, pictures: Image, columns: int | None) -> bytes:
     return await service.encode(job, images.png, grid(pictures, columns), job.provenance())
 
 

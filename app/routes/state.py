@@ -14,8 +14,8 @@ from fastapi import Depends, Request
 from app.engine.engine import Engine
 from app.errors import Cancelled
 from app.metrics import Metrics
-from app.model_registry import Models
-from app.request_params import Job
+from app.model_registry import ModelRegistry
+from app.request_params import GenerationJob
 from app.schemas import ErrorResponse
 from app.settings import Settings
 
@@ -42,15 +42,15 @@ ERRORS: dict[int | str, dict[str, object]] = {
 
 
 @dataclass(frozen=True)
-class Service:
+class AppState:
     """What handlers work with; made once by `create_app`."""
 
     settings: Settings
-    models: Models
+    models: ModelRegistry
     engine: Engine
     metrics: Metrics
 
-    async def encode(self, job: Job, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def encode(self, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""
         begin = time.monotonic()
         try:
@@ -61,13 +61,13 @@ class Service:
             job.encodings.append((begin, end))
 
 
-async def service(request: Request) -> Service:
+async def service(request: Request) -> AppState:
     """What this application serves with; a dependency of the handlers. Async, or FastAPI would ask a thread for it."""
-    found: Service = request.app.state.service
+    found: AppState = request.app.state.service
     return found
 
 
-TheService = Annotated[Service, Depends(service)]
+StateDep = Annotated[AppState, Depends(service)]
 
 
 def is_head(http: Request) -> bool:
@@ -76,7 +76,7 @@ def is_head(http: Request) -> bool:
 
 
 @asynccontextmanager
-async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[None]:
+async def in_flight(service: AppState, http: Request, job: GenerationJob) -> AsyncIterator[None]:
     """Submits the job, and cancels it as soon as its client leaves or the block ends without an answer."""
     http.state.log = {"n": job.request.n, "steps": len(job.request.schedule), "sampler": job.request.schedule.sampler}
     http.state.model = job.checkpoint.name
@@ -90,7 +90,7 @@ async def admitted(service: Service, http: Request, job: Job) -> AsyncIterator[N
         service.engine.cancel(job.request)
 
 
-async def _cancel_on_disconnect(service: Service, http: Request, job: Job) -> None:
+async def _cancel_on_disconnect(service: AppState, http: Request, job: GenerationJob) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
     if service.engine.cancel(job.request):

@@ -13,7 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from app.engine.request import Sample
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from app.main import create_app
 from app.settings import Settings
 from model import checkpoint
@@ -63,10 +63,10 @@ def colour_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(path: Path, runner: Runner | None = None, cold: bool = False, **limits: float) -> Iterator[TestClient]:
+def serving(path: Path, runner: ModelRunner | None = None, cold: bool = False, **limits: float) -> Iterator[TestClient]:
     """An application in this process, ready unless `cold`."""
     settings = Settings(checkpoint=str(path), device="cpu", threads=1, **limits)
-    with TestClient(create_app(settings, Runner if runner is None else lambda *how: runner)) as client:
+    with TestClient(create_app(settings, ModelRunner if runner is None else lambda *how: runner)) as client:
         if not cold:
             wait_for(lambda: client.get("/readyz").status_code == 200, "readiness")
         yield client
@@ -84,7 +84,7 @@ def colour_client(colour_checkpoint: Path) -> Iterator[TestClient]:
         yield client
 
 
-class HeldRunner(Runner):
+class HeldRunner(ModelRunner):
     """Takes 20 ms a step until `released`, and is cold until `warm`: a test decides how long things last.
 
     Its warm-up takes no time, so that no estimate of a busy machine refuses a request.

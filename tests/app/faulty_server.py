@@ -11,7 +11,7 @@ import torch
 
 import app.__main__ as command
 from app.engine.request import Sample, View
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
 from model.images import Image
 
@@ -27,7 +27,7 @@ WARM_UP = "warm_up"  # for FAULT
 REFUSED = "refused"  # the last class of a checkpoint that does not run
 
 
-class FaultyRunner(Runner):
+class FaultyRunner(ModelRunner):
     """Raises for a sample of seed RAISES at its third step, every time, and for one of RAISES_ONCE the first time;
     poisons one of NOT_FINITE; never comes back from one of HANGS, and after long from one of LONG. Only image 1 of a
     request is affected. Takes its time over one of SLOW. With FAULT=warm_up it cannot even begin.

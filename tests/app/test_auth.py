@@ -16,7 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app import auth
-from app.auth import Keys
+from app.auth import APIKeyStore
 from app.errors import Overloaded, ServiceError, Unauthorized
 from app.settings import Settings
 from tests.app.conftest import HeldRunner, serving
@@ -99,14 +99,14 @@ HOSTILE: list[tuple[bytes, ...]] = [
 
 @pytest.mark.parametrize("values", HOSTILE)
 def test_an_odd_authorization_is_refused(values: tuple[bytes, ...]) -> None:
-    keys = Keys(Settings(api_keys=BOTH))
+    keys = APIKeyStore(Settings(api_keys=BOTH))
     with pytest.raises(Unauthorized):
         keys.authenticate([(b"authorization", value) for value in values])
 
 
 @pytest.mark.parametrize("value", [f"Bearer {ALICE}", f"bearer {ALICE}", f"BEARER   {ALICE}"])
 def test_the_scheme_is_of_any_case(value: str) -> None:
-    assert Keys(Settings(api_keys=BOTH)).authenticate([(b"authorization", value.encode())]).name == "alice"
+    assert APIKeyStore(Settings(api_keys=BOTH)).authenticate([(b"authorization", value.encode())]).name == "alice"
 
 
 @pytest.mark.parametrize("token", [ALICE, BOB, WRONG])
@@ -117,14 +117,14 @@ def test_every_key_is_compared_whichever_matches(monkeypatch: pytest.MonkeyPatch
         compared.append((len(one), len(other)))
         return hmac.compare_digest(one, other)
 
-    keys = Keys(Settings(api_keys=BOTH))
+    keys = APIKeyStore(Settings(api_keys=BOTH))
     monkeypatch.setattr(auth, "hmac", type("", (), {"compare_digest": staticmethod(compare)}))
     keys.find(token)
     assert compared == [(32, 32), (32, 32)]
 
 
 def test_secrets_are_compared_by_nothing_else() -> None:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(Keys.find)))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(APIKeyStore.find)))
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Compare | ast.Break | ast.Return | ast.Dict)][
         1:
     ]
@@ -132,7 +132,7 @@ def test_secrets_are_compared_by_nothing_else() -> None:
 
 def test_a_minute_holds_as_many_requests_as_it_says() -> None:
     now = 1000.0
-    keys = Keys(Settings(api_keys=BOTH, key_requests_per_minute=30), clock=lambda: now)
+    keys = APIKeyStore(Settings(api_keys=BOTH, key_requests_per_minute=30), clock=lambda: now)
     alice, bob = (keys.find(key) for key in (ALICE, BOB))
     assert alice
     assert bob
@@ -178,7 +178,7 @@ def test_a_key_has_only_so_many_requests_under_way(held: HeldRunner, grey_checkp
 def test_a_file_is_read_again_when_it_changes_and_a_wrong_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(table("alice", ALICE, requests_per_minute=1))
-    keys = Keys(Settings(api_keys_file=str(path)), clock=lambda: 0.0)
+    keys = APIKeyStore(Settings(api_keys_file=str(path)), clock=lambda: 0.0)
     alice = keys.find(ALICE)
     assert alice
     keys.admit(alice).running -= 1
@@ -230,7 +230,7 @@ def test_a_wrong_file_is_told_without_its_secrets(tmp_path: Path, text: str, sai
     path = tmp_path / "keys.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"key") as wrong:
-        Keys(Settings(api_keys_file=str(path)))
+        APIKeyStore(Settings(api_keys_file=str(path)))
     assert said in str(wrong.value)
     assert SECRET not in str(wrong.value)
     assert GOOD not in str(wrong.value)
@@ -253,7 +253,7 @@ def test_a_wrong_file_is_told_without_its_secrets(tmp_path: Path, text: str, sai
 )
 def test_a_wrong_variable_is_told_without_its_secrets(value: str, said: str) -> None:
     with pytest.raises(ValueError, match=r"\w") as wrong:
-        Keys(Settings(api_keys=value))
+        APIKeyStore(Settings(api_keys=value))
     assert said in str(wrong.value)
     assert SECRET not in str(wrong.value)
 
@@ -264,7 +264,7 @@ def test_settings_do_not_show_keys() -> None:
 
 def test_a_missing_file_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
-        Keys(Settings(api_keys_file=str(tmp_path / "none")))
+        APIKeyStore(Settings(api_keys_file=str(tmp_path / "none")))
 
 
 def test_without_keys_nothing_needs_one(client: TestClient) -> None:
@@ -282,7 +282,7 @@ def test_the_command_makes_a_key_that_opens(tmp_path: Path) -> None:
     path.write_text(made.stdout)
     token = made.stderr.split()[-1]
     assert token not in made.stdout
-    found = Keys(Settings(api_keys_file=str(path))).find(token)
+    found = APIKeyStore(Settings(api_keys_file=str(path))).find(token)
     assert found is not None
     assert found.name == "carol"
 
@@ -294,6 +294,6 @@ def test_unauthorized_is_a_service_error() -> None:
 def test_only_the_file_makes_administrators(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(table("carol", WRONG) + "admin = true\n" + table("dave", WRONG + "0") + "admin = false\n")
-    keys = Keys(Settings(api_keys_file=str(path), api_keys=BOTH))
+    keys = APIKeyStore(Settings(api_keys_file=str(path), api_keys=BOTH))
     found = {token: keys.find(token) for token in (ALICE, BOB, WRONG, WRONG + "0")}
     assert [key.admin for key in found.values() if key] == [False, False, True, False]

@@ -11,7 +11,7 @@ import pytest
 
 from app.checkpoints import Source, load, parse
 from app.main import create_app
-from app.model_registry import Models
+from app.model_registry import ModelRegistry
 from app.settings import Settings
 from model.checkpoint import PRETRAINED, CheckpointError
 from tests.app.processes import run_to_its_end
@@ -105,7 +105,7 @@ def test_runs_in_the_folder_of_models_can_be_loaded(runs: Path) -> None:
     shutil.copyfile(runs / "birds" / "best.safetensors", runs / "one.safetensors")
     os.symlink("/", runs / "outside")
     settings = Settings(checkpoint=f"{runs}/one.safetensors", models_dir=str(runs), device="cpu", threads=1)
-    models: Models = create_app(settings).state.service.models
+    models: ModelRegistry = create_app(settings).state.service.models
     try:
         assert models._names() == ["birds", "one", "photos"]
         assert models._file("photos") == runs / "photos" / "best.safetensors"

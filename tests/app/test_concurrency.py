@@ -71,11 +71,11 @@ def test_a_burst_of_forty_requests_of_fifty_images_is_admitted_by_default(grey_c
         assert client.app.state.service.settings.max_pending_nfe == Settings.model_fields["max_pending_nfe"].default
         burst = [pool.submit(client.post, "/generate", json=body) for _ in range(40)]
 
-        def admitted() -> float:
+        def in_flight() -> float:
             text = client.get("/metrics").text
             return metric(text, "ddpm_num_samples_running") + metric(text, "ddpm_num_samples_waiting")
 
-        wait_for(lambda: admitted() == 2000, "all images of the burst in the queue")
+        wait_for(lambda: in_flight() == 2000, "all images of the burst in the queue")
         runner.released.set()
         assert [answer.result().status_code for answer in burst] == [200] * 40
         assert metric(client.get("/metrics").text, "ddpm_images_total") == 2000

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from app import logs, main
 from app.logs import JsonFormatter, TextFormatter
 from app.main import create_app
-from app.middleware import BodyLimit
+from app.middleware import BodyLimitMiddleware
 from app.settings import Settings
 from tests.app.conftest import HeldRunner, serving
 from tests.app.processes import metric, wait_for
@@ -116,7 +116,9 @@ def test_no_body_of_more_than_the_limit_is_read(method: str, chunks: int, refuse
         return {"type": "http.request", "body": b"1234567890", "more_body": left > 0}
 
     async def limited() -> None:
-        await BodyLimit(swallow_body, limit=100, seconds=60)({"type": "http", "method": method}, receive, None)
+        await BodyLimitMiddleware(swallow_body, limit=100, seconds=60)(
+            {"type": "http", "method": method}, receive, None
+        )
 
     if refused:
         with pytest.raises(HTTPException, match="larger than 100 bytes"):

@@ -10,9 +10,9 @@ import torch
 
 from app.engine.instance import ModelInstance
 from app.engine.request import Frame
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from app.errors import InvalidClassLabel, InvalidRequest
-from app.request_params import LARGEST_JSON_INTEGER, Job, class_index, frame_steps, headers, make_job
+from app.request_params import LARGEST_JSON_INTEGER, GenerationJob, build_request, class_index, frame_steps, headers
 from app.schemas import Format, GenerateBody, SequenceQuery
 from app.settings import Settings
 from model import checkpoint
@@ -30,12 +30,12 @@ def grey(grey_checkpoint: Path) -> Checkpoint:
 
 
 def served(checkpoint: Checkpoint) -> ModelInstance:
-    return ModelInstance(checkpoint, Runner(checkpoint, torch.device("cpu"), chunk=4), max_batch_size=8)
+    return ModelInstance(checkpoint, ModelRunner(checkpoint, torch.device("cpu"), chunk=4), max_batch_size=8)
 
 
-def job(checkpoint: Checkpoint, asked: GenerateBody | SequenceQuery, **settings: object) -> Job:
-    async def make() -> Job:
-        return make_job(asked, served(checkpoint), Settings(**settings))
+def job(checkpoint: Checkpoint, asked: GenerateBody | SequenceQuery, **settings: object) -> GenerationJob:
+    async def make() -> GenerationJob:
+        return build_request(asked, served(checkpoint), Settings(**settings))
 
     return asyncio.run(make())
 
@@ -245,7 +245,7 @@ def test_a_stream_keeps_the_newest_frame_for_a_slow_client_and_a_file_keeps_all(
 
     async def deliver() -> None:
         query = SequenceQuery(frames=5, steps=10, format=format)
-        output = make_job(query, served(grey), Settings(), lambda: drops.append(1)).request.output
+        output = build_request(query, served(grey), Settings(), lambda: drops.append(1)).request.output
         for step in range(5):
             output.put(Frame(step, np.zeros((1, 1, 8, 12), np.uint8)))
 

@@ -13,8 +13,8 @@ from fastapi import Request
 
 from app import images
 from app.errors import Cancelled
-from app.request_params import make_job
-from app.routes.state import Service, admitted
+from app.request_params import build_request
+from app.routes.state import AppState, in_flight
 from app.schemas import GenerateBody
 from tests.app.conftest import HeldRunner, serving
 from tests.app.processes import metric, wait_for
@@ -56,9 +56,9 @@ def request(receive: Any) -> Request:
 
 
 def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint: Path) -> None:
-    async def handle(service: Service) -> None:
-        job = make_job(GenerateBody(steps=1000), service.models.default, service.settings)
-        async with admitted(service, request(silence), job):
+    async def handle(service: AppState) -> None:
+        job = build_request(GenerateBody(steps=1000), service.models.default, service.settings)
+        async with in_flight(service, request(silence), job):
             raise RuntimeError("a bug")
 
     with serving(grey_checkpoint, held) as client:
@@ -72,10 +72,10 @@ def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint
 def test_a_client_that_leaves_marks_the_outcome_while_the_handler_still_waits(
     held: HeldRunner, grey_checkpoint: Path
 ) -> None:
-    async def handle(service: Service) -> str:
+    async def handle(service: AppState) -> str:
         http = request(disconnect)
-        job = make_job(GenerateBody(steps=1000), service.models.default, service.settings)
-        async with admitted(service, http, job):
+        job = build_request(GenerateBody(steps=1000), service.models.default, service.settings)
+        async with in_flight(service, http, job):
             with pytest.raises(Cancelled):
                 await job.request.output.images()
             return http.state.outcome

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from app.engine.instance import ModelInstance
 from app.engine.memory import device_memory
 from app.engine.request import OutputStream, Request, Sample
-from app.engine.runner import Runner, best_chunk
+from app.engine.runner import ModelRunner, default_micro_batch_size
 from model import checkpoint
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint, CheckpointConfig
@@ -101,8 +101,8 @@ class Bench:
         self.config, self.diffusion, self.flops = loaded.config.unet, loaded.diffusion, flops(loaded.network)
         self.network, self.args = copy.deepcopy(loaded.network), args
         precision = best_precision(self.device) if args.precision == "auto" else args.precision
-        self.chunk = args.chunk or best_chunk(loaded.network, self.device)
-        self.runner = Runner(loaded, self.device, self.chunk, 0, "torch", precision)
+        self.chunk = args.chunk or default_micro_batch_size(loaded.network, self.device)
+        self.runner = ModelRunner(loaded, self.device, self.chunk, 0, "torch", precision)
         self.served = ModelInstance(loaded, self.runner, 0)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

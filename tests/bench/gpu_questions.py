@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from app.engine.sizes import candidates
+from app.engine.batch_invariance import candidate_batch_sizes
 from model.backends.compile import PRECISIONS
 from model.backends.cuda import CHANNELS_LAST_NORM, CudaRecorder, autocast_network
 from model.diffusion import Network
@@ -27,7 +27,7 @@ def same_bits(network: Network, config: UNetConfig, chunk: int, device: torch.de
     """Numbers of rows that give the same bits, group by group."""
     x, t, y = inputs(config, chunk, device)
     found: list[tuple[Tensor, list[int]]] = []
-    for size in candidates(chunk, device.type):
+    for size in candidate_batch_sizes(chunk, device.type):
         out = network(x[-size:], t[-size:], None if y is None else y[-size:])
         for first, sizes in found:
             if torch.equal(out, first[-size:]):

@@ -27,7 +27,7 @@ import httpx
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.engine.memory import keep_freed_memory
+from app.engine.memory import tune_malloc
 from model import checkpoint
 from model.backends.compile import best_precision, compile_for_inference
 from model.sampling.schedule import make_schedule
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--pngs", action="store_true", help="a step's duration while pictures are encoded, or not")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the server does
+    tune_malloc()  # as the server does
     loaded = checkpoint.load("mnist")
     args.precision, args.cores = best_precision(CPU), len(os.sched_getaffinity(0))
     network = compile_for_inference(loaded.network, CPU, args.precision)

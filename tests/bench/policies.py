@@ -23,7 +23,7 @@ import torch
 
 from app.engine.instance import BatchLimits
 from app.engine.request import Request, Sample
-from app.engine.runner import Runner, best_chunk
+from app.engine.runner import ModelRunner, default_micro_batch_size
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.backends.compile import best_precision
@@ -164,7 +164,9 @@ def step_times(threads: int, most: int, seconds: float) -> list[float]:
     """Seconds of a step with 0 … `most` rows: medians of several rounds over all of them, by the real runner."""
     torch.set_num_threads(threads)
     loaded = checkpoint.load("mnist")
-    runner = Runner(loaded, CPU, best_chunk(loaded.network, CPU), threads, "torch", best_precision(CPU))
+    runner = ModelRunner(
+        loaded, CPU, default_micro_batch_size(loaded.network, CPU), threads, "torch", best_precision(CPU)
+    )
     runner.warm_up(most)
     schedule = make_schedule(loaded.diffusion, "ddim", 1000)
     times: list[list[float]] = [[0.0], *([] for _ in range(most))]

@@ -12,7 +12,7 @@ from model.images import from_uint8
 from training.classifier import train
 from training.classifier.network import Classifier, ClassifierConfig, Group
 from training.evaluation import feature_extractor
-from training.evaluation.feature_extractor import JudgeError
+from training.evaluation.feature_extractor import FeatureExtractorError
 
 ImageFolder = Callable[..., Path]
 PROVENANCE = {"accuracy": 0.75, "command": "python"}
@@ -40,7 +40,7 @@ def test_the_file_brings_back_everything(network: Classifier, saved: Path) -> No
     assert (loaded.name, loaded.class_names, loaded.accuracy) == ("judge", ("cat", "dög"), 0.75)
     assert loaded.provenance == PROVENANCE
     assert not loaded.network.training
-    for mine, theirs in zip(network.judge(images()), loaded.network.judge(images()), strict=True):
+    for mine, theirs in zip(network.extract(images()), loaded.network.extract(images()), strict=True):
         torch.testing.assert_close(mine, theirs)
     again = saved.with_name("again.safetensors")
     feature_extractor.save(again, loaded.network, loaded.class_names, loaded.provenance)
@@ -49,7 +49,7 @@ def test_the_file_brings_back_everything(network: Classifier, saved: Path) -> No
 
 
 def test_features_are_what_the_logits_are_made_of(network: Classifier) -> None:
-    features, logits = network.judge(images())
+    features, logits = network.extract(images())
     assert (features.shape, logits.shape) == ((5, 16), (5, 2))
     assert features.dtype == logits.dtype == torch.float32
     torch.testing.assert_close(logits, network.head(features))
@@ -57,7 +57,7 @@ def test_features_are_what_the_logits_are_made_of(network: Classifier) -> None:
 
 
 def test_an_image_is_judged_the_same_in_any_company(network: Classifier) -> None:
-    torch.testing.assert_close(network.judge(images())[0][:2], network.judge(images()[:2])[0])
+    torch.testing.assert_close(network.extract(images())[0][:2], network.extract(images()[:2])[0])
 
 
 def test_depth_and_width_make_the_network() -> None:
@@ -157,7 +157,7 @@ def damage(path: Path, what: str) -> None:
 )
 def test_what_is_no_classifier_is_refused_with_a_sentence(what: str, why: str, saved: Path) -> None:
     damage(saved, what)
-    with pytest.raises(JudgeError, match=why) as caught:
+    with pytest.raises(FeatureExtractorError, match=why) as caught:
         feature_extractor.load(saved)
     assert str(saved) in str(caught.value)
 
@@ -168,7 +168,7 @@ def test_the_damage_above_is_all_that_is_wrong(saved: Path) -> None:
 
 
 def test_a_checkpoint_is_no_classifier_and_the_reverse(saved: Path, save_checkpoint: Callable[..., str]) -> None:
-    with pytest.raises(JudgeError, match="not a classifier"):
+    with pytest.raises(FeatureExtractorError, match="not a classifier"):
         feature_extractor.load(save_checkpoint())
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load(saved)
@@ -345,11 +345,11 @@ def test_the_norms_know_clean_images_at_the_end(network: Classifier) -> None:
     pictures = torch.randint(0, 256, (40, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     for norm in (module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)):
         norm.running_mean.fill_(7)
-    train.settle(network, pictures)
+    train.recalibrate_batchnorm(network, pictures)
     network.eval()
     norm, seen = network.groups[0].norms[1], []
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    network.judge(pictures)
+    network.extract(pictures)
     torch.testing.assert_close(seen[0].mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-2)
     torch.testing.assert_close(seen[0].var(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-2)
 

@@ -78,7 +78,7 @@ def test_the_samples_are_those_of_the_naive_loop(evaluation: list[str], evaluate
     expected = []
     for part in (range(5), range(5, 10), range(10, 15)):
         x = sample(source.network, schedule, (1, 8, 8), [3] * 5, part, [i % 3 for i in part], null_class=3)
-        expected.append(torch.cat(who.network.judge(to_uint8(x)), dim=1))
+        expected.append(torch.cat(who.network.extract(to_uint8(x)), dim=1))
     (path,) = tmp_path.glob("*.features")
     rows = torch.frombuffer(bytearray(path.read_bytes()[-15 * 15 * 4 :]), dtype=torch.float32).reshape(15, 15)
     torch.testing.assert_close(rows, torch.cat(expected), rtol=1e-3, atol=1e-3)
@@ -298,4 +298,4 @@ def test_guidance_needs_a_null_class(
 def test_bytes_are_judged_as_the_service_sends_them() -> None:
     x = torch.linspace(-1.5, 1.5, 64).reshape(1, 1, 8, 8)
     network = Classifier(ClassifierConfig(1, (8, 8), 2, width=3)).eval()
-    torch.testing.assert_close(network.judge(to_uint8(x))[1], network(from_uint8(to_uint8(x))))
+    torch.testing.assert_close(network.extract(to_uint8(x))[1], network(from_uint8(to_uint8(x))))

@@ -19,8 +19,8 @@ from training import gpu as training_gpu
 from training.data import Images
 from training.data.batches import Batches
 from training.loop import distributed
-from training.loop.distributed import Ranks
-from training.loop.optimizer import restore, step
+from training.loop.distributed import DistributedContext
+from training.loop.optimizer import rollback, step
 from training.loop.state import TrainState
 from training.loop.validation import chosen, validation_loss
 from training.run.config import TrainConfig, torch_device
@@ -41,7 +41,7 @@ def pictures(count: int = 64) -> Images:
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_batches_are_on_the_gpu(gpu: FakeCuda, device: str, resident: bool) -> None:
     config = TrainConfig(batch_size=8, use_labels=True, label_dropout=0.3, flip=True)
-    batches = Batches(pictures(), config, Ranks(), torch.device(device), resident)
+    batches = Batches(pictures(), config, DistributedContext(), torch.device(device), resident)
     gpu.waits.clear()
     for i in range(3):
         batch = batches[i]
@@ -105,7 +105,7 @@ def test_products_are_rounded_to_tf32_where_that_is_asked_for(gpu: FakeCuda, pre
     training_gpu.set_up(config, device)
     is_rounded = precision == "tf32"
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == is_rounded
-    assert ("TF32" in machine(device, Ranks())) == is_rounded
+    assert ("TF32" in machine(device, DistributedContext())) == is_rounded
 
 
 def test_tf32_is_refused_where_there_is_none(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,14 +133,14 @@ def test_no_step_of_training_waits_for_the_gpu(gpu: FakeCuda, name: str, monkeyp
     training_gpu.set_up(config, CUDA)
     assert torch.backends.cudnn.benchmark == config.channels_last
     images, diffusion = pictures(), GaussianDiffusion(config.diffusion()).to(CUDA)
-    batches, now = Batches(images, config, Ranks(), CUDA, True), TrainState(config, (3, 8, 8), 3, CUDA)
+    batches, now = Batches(images, config, DistributedContext(), CUDA, True), TrainState(config, (3, 8, 8), 3, CUDA)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     assert all(p.is_contiguous(memory_format=layout) for p in now.network.parameters() if p.dim() == 4)
     batches[0]  # copies the epoch's order
     gpu.waits.clear()
     with torch.no_grad():
         for i in range(2):
-            batch, before = batches[i], [tensor.clone() for tensor in now.passing()]
+            batch, before = batches[i], [tensor.clone() for tensor in now.buffers_changed()]
             assert batch.x0.is_contiguous(memory_format=layout)
             t, weights = now.timesteps(batch.u)
             with torch.autocast("cuda", torch.bfloat16, enabled=config.precision == "bf16"):
@@ -150,7 +150,7 @@ def test_no_step_of_training_waits_for_the_gpu(gpu: FakeCuda, name: str, monkeyp
             if now.importance:
                 now.importance.update(t, losses)
             finite = step(now.optimizer, 1e-3, config.grad_clip)
-            restore(now.passing(), before, finite)
+            rollback(now.buffers_changed(), before, finite)
             now.ema.update(finite)
             now.tally.add((losses * weights).mean(), finite)
     assert not gpu.waits
@@ -158,4 +158,4 @@ def test_no_step_of_training_waits_for_the_gpu(gpu: FakeCuda, name: str, monkeyp
         assert moments["exp_avg"].device == CUDA
     TrainState(config, (3, 8, 8), 3, CUDA).load_state_dict(now.state_dict())
     assert len(validation_loss(now.network.eval(), diffusion, chosen(images, CUDA), config.precision)) == 4
-    now.tally.read(Ranks(), 1)
+    now.tally.read(DistributedContext(), 1)

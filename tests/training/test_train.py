@@ -19,7 +19,7 @@ from training import data
 from training import train as module
 from training.data import Images
 from training.data.batches import Batches
-from training.loop.distributed import Ranks
+from training.loop.distributed import DistributedContext
 from training.loop.optimizer import step
 from training.loop.validation import chosen, validation_loss
 from training.run.config import TrainConfig
@@ -193,7 +193,7 @@ def many(count: int = 100) -> Images:
 
 
 def test_an_epoch_shows_every_image_once_in_its_own_order() -> None:
-    batches = Batches(many(), TrainConfig(batch_size=20, use_labels=True), Ranks(), torch.device("cpu"))
+    batches = Batches(many(), TrainConfig(batch_size=20, use_labels=True), DistributedContext(), torch.device("cpu"))
 
     def epoch(number: int) -> list[int]:
         shown = []

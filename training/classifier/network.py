@@ -100,7 +100,7 @@ class Classifier(nn.Module):
         return logits
 
     @torch.no_grad()
-    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N, C, H, W] → features [N, 4·width] and logits [N, num_classes], both float32, on its device."""
         x = from_uint8(images.to(self.head.weight.device)).contiguous(memory_format=torch.channels_last)
         features = self.features(x)

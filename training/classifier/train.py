@@ -34,9 +34,9 @@ from training.evaluation import feature_extractor
 from training.memory import memory_for
 from training.run.config import torch_device
 
-WHITENED = 5000  # images whose patches make the stem
+WHITENING_IMAGES = 5000  # images whose patches make the stem
 HEAD = 9  # the last layer's answers are divided by it, which slows it down beside the others
-SETTLED = 10_000  # images that the norms' statistics are of
+RECALIBRATION_IMAGES = 10_000  # images that the norms' statistics are of
 
 
 def augmented(images: Tensor, shift: int, mirrored: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def augmented(images: Tensor, shift: int, mirrored: Tensor) -> Tensor:
 
 def accuracy(network: Classifier, images: Images) -> float:
     """The share of `images` whose class the network, in eval mode, names."""
-    right = [network.judge(p.images)[1].argmax(1) == p.labels for p in parts(images, 500)]
+    right = [network.extract(p.images)[1].argmax(1) == p.labels for p in parts(images, 500)]
     return float(torch.cat(right).float().mean())
 
 
@@ -77,7 +77,7 @@ class Progress:
         torch.manual_seed(args.seed)
         config = ClassifierConfig(c, (h, w), len(training_set.class_names), args.width, args.depth)
         self.network = Classifier(config)
-        self.network.whiten(spread(training_set.images, WHITENED).cpu())
+        self.network.whiten(spread(training_set.images, WHITENING_IMAGES).cpu())
         self.network.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.network, args)
         self.ema = EMA(self.network, 1 - 1 / max(2, args.epochs * (len(training_set) // args.batch_size) // 15))
@@ -127,7 +127,7 @@ def make_optimizer(network: Classifier, args: argparse.Namespace) -> torch.optim
     return torch.optim.SGD(groups, momentum=0.85, nesterov=True)
 
 
-def share_of_rate(done: float) -> float:
+def lr_schedule(done: float) -> float:
     """The learning rate, of its peak, when a share `done` in [0, 1] of the steps is done: up from 0.2, down to 0.05."""
     return 0.2 + 0.8 * done / 0.25 if done < 0.25 else 1 - 0.95 * (done - 0.25) / 0.75
 
@@ -158,7 +158,7 @@ def train(args: argparse.Namespace, training_set: Images, device: torch.device, 
                     logits = network(x.contiguous(memory_format=torch.channels_last)) / HEAD
                 loss = F.cross_entropy(logits.float(), training_set.labels[which], label_smoothing=args.label_smoothing)
                 for group in now.optimizer.param_groups:
-                    group["lr"] = group["peak"] * share_of_rate((epoch * per_epoch + i) / total)
+                    group["lr"] = group["peak"] * lr_schedule((epoch * per_epoch + i) / total)
                 loss.backward()
                 now.optimizer.step()
                 now.optimizer.zero_grad()
@@ -170,12 +170,12 @@ def train(args: argparse.Namespace, training_set: Images, device: torch.device, 
             now.save(kept)
     network.load_state_dict(now.ema.weights)
     network.head.weight.data.div_(HEAD)
-    settle(network, spread(training_set.images, SETTLED))
+    recalibrate_batchnorm(network, spread(training_set.images, RECALIBRATION_IMAGES))
     return network.eval()
 
 
 @torch.no_grad()
-def settle(network: Classifier, images: Tensor) -> None:
+def recalibrate_batchnorm(network: Classifier, images: Tensor) -> None:
     """Sets the norms' statistics to those of `images`, uint8: training saw them moved, by other weights."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -183,7 +183,7 @@ def settle(network: Classifier, images: Tensor) -> None:
         norm.momentum = None  # the plain mean over batches
     network.train()
     for part in images.chunk(-(-len(images) // 500)):
-        network.judge(part)
+        network.extract(part)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

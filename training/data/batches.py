@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.images import from_uint8
 from training.data import DataError, Images
-from training.loop.distributed import Ranks
+from training.loop.distributed import DistributedContext
 from training.loop.gpu import layout
 from training.run.config import TrainConfig
 
@@ -36,7 +36,12 @@ class Batches:
     """
 
     def __init__(
-        self, images: Images, config: TrainConfig, ranks: Ranks, device: torch.device, resident: bool | None = None
+        self,
+        images: Images,
+        config: TrainConfig,
+        ranks: DistributedContext,
+        device: torch.device,
+        resident: bool | None = None,
     ) -> None:
         if config.batch_size > len(images):
             raise DataError(f"--batch_size {config.batch_size}, but only {len(images)} images to train on")
@@ -64,13 +69,13 @@ class Batches:
         pixels, y = self._next(iteration)
         x0 = from_uint8(pixels)
         if config.flip:
-            mirrored = ranks.share(torch.rand(n, device=device, generator=draw) < 0.5)
+            mirrored = ranks.shard(torch.rand(n, device=device, generator=draw) < 0.5)
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         if y is not None and config.label_dropout:
-            dropped = ranks.share(torch.rand(n, device=device, generator=draw) < config.label_dropout)
+            dropped = ranks.shard(torch.rand(n, device=device, generator=draw) < config.label_dropout)
             y = torch.where(dropped, self.null_class, y)
         u = torch.rand(n, device=device, generator=draw)
-        noise = ranks.share(torch.randn(n, *x0.shape[1:], device=device, generator=draw))
+        noise = ranks.shard(torch.randn(n, *x0.shape[1:], device=device, generator=draw))
         return Batch(x0.contiguous(memory_format=self._layout), y, noise.contiguous(memory_format=self._layout), u)
 
     def _next(self, iteration: int) -> tuple[Tensor, Tensor | None]:

@@ -25,12 +25,12 @@ from training.evaluation.inception import Inception
 FORMAT = "ddpm-serve-classifier/2"
 
 
-class JudgeError(ValueError):
+class FeatureExtractorError(ValueError):
     """The file cannot be used as a classifier; the message says why."""
 
 
 @dataclass(frozen=True)
-class Judge:
+class FeatureExtractor:
     """A network read from its file: in eval mode; `sha256` of the file; `accuracy` in [0, 1] on held-out images.
 
     Inception knows neither the classes nor the size of the images: it has no `class_names`, no `accuracy`, and any
@@ -73,8 +73,8 @@ def save(path: Path, network: Classifier, class_names: tuple[str, ...], provenan
     write_tensors(path, network.state_dict(), {"classifier": json.dumps(metadata, ensure_ascii=False)})
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
-    """Reads what `save` wrote, or Inception's .pth. Raises JudgeError with a sentence for anything else.
+def load(path: str | Path, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Reads what `save` wrote, or Inception's .pth. Raises FeatureExtractorError with a sentence for anything else.
 
     Executes nothing.
     """
@@ -85,34 +85,36 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Judge:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = json.loads((file.metadata() or {}).get("classifier", "{}"))
             if metadata.pop("format", None) != FORMAT:
-                raise JudgeError(f"not a classifier that this version reads ({FORMAT})")
+                raise FeatureExtractorError(f"not a classifier that this version reads ({FORMAT})")
             config = ClassifierConfig(**metadata.pop("network"))
             class_names = tuple(str(name) for name in metadata.pop("class_names"))
             if len(class_names) != config.num_classes or not 0 <= metadata["accuracy"] <= 1:
-                raise JudgeError("its metadata contradict themselves")
+                raise FeatureExtractorError("its metadata contradict themselves")
             with torch.device("meta"):
                 network = Classifier(config)
             expected = network.state_dict()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
-                raise JudgeError("its tensors are not those that its metadata describe")
+                raise FeatureExtractorError("its tensors are not those that its metadata describe")
             weights = {name: file.get_tensor(name).clone() for name in expected}
         for name, tensor in weights.items():
             if tensor.dtype != expected[name].dtype or not torch.isfinite(tensor).all():
-                raise JudgeError(f"tensor {name!r} is not of finite {expected[name].dtype} numbers")
+                raise FeatureExtractorError(f"tensor {name!r} is not of finite {expected[name].dtype} numbers")
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    except JudgeError as error:
-        raise JudgeError(f"{path}: {error}") from error
+    except FeatureExtractorError as error:
+        raise FeatureExtractorError(f"{path}: {error}") from error
     except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise JudgeError(f"{path} is not a readable classifier: {error}") from error
+        raise FeatureExtractorError(f"{path} is not a readable classifier: {error}") from error
     network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Judge(path, sha256, network, class_names, metadata["accuracy"], metadata)
+    return FeatureExtractor(path, sha256, network, class_names, metadata["accuracy"], metadata)
 
 
-def _inception(path: Path, device: torch.device | str) -> Judge:
+def _inception(path: Path, device: torch.device | str) -> FeatureExtractor:
     try:
         network, sha256 = inception.load(path)
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise JudgeError(str(error) if str(path) in str(error) else f"{path} cannot be read: {error}") from error
-    return Judge(path, sha256, network.to(device, memory_format=torch.channels_last), (), None, {})
+        raise FeatureExtractorError(
+            str(error) if str(path) in str(error) else f"{path} cannot be read: {error}"
+        ) from error
+    return FeatureExtractor(path, sha256, network.to(device, memory_format=torch.channels_last), (), None, {})

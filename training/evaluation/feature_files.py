@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model.atomic_write import atomic_write
 from training.data import Images
-from training.evaluation.feature_extractor import Judge
+from training.evaluation.feature_extractor import FeatureExtractor
 
 AT_ONCE = 500  # real images that the judge sees together
 
@@ -62,7 +62,7 @@ class FeatureFile:
         return torch.from_numpy(rows.astype(np.float32, copy=False)).reshape(-1, self.columns)
 
 
-def real_features(who: Judge, images: Images) -> Tensor:
+def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
     """What the judge says of every image of a split: features and logits, float32 [N, F + K] on the CPU, in order.
 
     It is kept in a file beside the judge's, one for each split: F + K numbers of four bytes for an image. Other images
@@ -72,9 +72,15 @@ def real_features(who: Judge, images: Images) -> Tensor:
     hashed = hashlib.sha256(str(tuple(images.images.shape)).encode())
     hashed.update(images.images.cpu().numpy())  # not copied: it may be a file that is mapped
     digest = hashed.hexdigest()
-    path = who.path.with_name(f"{who.path.stem}-{digest[:12]}.real")
-    shape = (len(images), who.size + len(who.class_names))
-    key = {"judge": who.sha256, "images": digest, "shape": shape, "torch": torch.__version__, "device": who.device.type}
+    path = extractor.path.with_name(f"{extractor.path.stem}-{digest[:12]}.real")
+    shape = (len(images), extractor.size + len(extractor.class_names))
+    key = {
+        "judge": extractor.sha256,
+        "images": digest,
+        "shape": shape,
+        "torch": torch.__version__,
+        "device": extractor.device.type,
+    }
     header = json.dumps(key).encode() + b"\n"
     try:
         with path.open("rb") as file:
@@ -86,7 +92,7 @@ def real_features(who: Judge, images: Images) -> Tensor:
         pass
     parts = images.images.split(AT_ONCE)
     bar = tqdm(parts, desc="real images", unit_scale=AT_ONCE, unit="image", leave=False)
-    rows = torch.cat([torch.cat(who.network.judge(part), dim=1).cpu() for part in bar])
+    rows = torch.cat([torch.cat(extractor.network.extract(part), dim=1).cpu() for part in bar])
     try:
         with atomic_write(path) as part:
             part.write_bytes(header + rows.numpy().astype("<f4", copy=False).tobytes())

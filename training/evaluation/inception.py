@@ -139,7 +139,7 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
     @torch.no_grad()
-    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N, C, H, W], grey ones as if in colour → features [N, 2048], and no logits, [N, 0]."""
         x = from_uint8(images.to(self.Conv2d_1a_3x3.conv.weight.device))
         features = self(x.expand(-1, 3, -1, -1))

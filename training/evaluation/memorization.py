@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.images import grid
 from training.data import Images
-from training.evaluation.feature_extractor import Judge
+from training.evaluation.feature_extractor import FeatureExtractor
 from training.evaluation.feature_files import real_features
 from training.evaluation.metrics import balanced
 from training.run.image_io import enlarged, save_png
@@ -67,7 +67,12 @@ def report(generated: Tensor, held_out: Tensor) -> dict[str, Any]:
 
 
 def compare(
-    who: Judge, train_set: Images, test_set: Images, samples: Tensor, num_classes: int | None, picture: Path
+    extractor: FeatureExtractor,
+    train_set: Images,
+    test_set: Images,
+    samples: Tensor,
+    num_classes: int | None,
+    picture: Path,
 ) -> dict[str, Any]:
     """The nearest train images of `samples` uint8 [N, C, H, W], and of as many held-out images; writes the picture.
 
@@ -75,8 +80,8 @@ def compare(
     picture has a row for each of the first samples: the sample, its nearest train images by pixels, those by features.
     """
     held_out, size = balanced(test_set, num_classes, len(samples)), samples[0].numel()
-    features = torch.cat([who.network.judge(part)[0].cpu() for part in samples.split(500)])
-    real = [real_features(who, images)[:, : who.size] for images in (train_set, test_set)]
+    features = torch.cat([extractor.network.extract(part)[0].cpu() for part in samples.split(500)])
+    real = [real_features(extractor, images)[:, : extractor.size] for images in (train_set, test_set)]
     spaces = {  # the samples', the held-out images' and the train images' places, and the unit of distance
         "pixels": (samples.flatten(1), test_set.images[held_out].flatten(1), train_set.images.flatten(1), size**0.5),
         "features": (features, real[1][held_out], real[0], 1.0),
@@ -84,8 +89,8 @@ def compare(
     result: dict[str, Any] = {"images": len(samples), "train_images": len(train_set)}
     columns = [samples[:SHOWN, None]]
     for name, (own, others, train, unit) in spaces.items():
-        distances, which = nearest(own.to(who.device), train)
-        theirs, _ = nearest(others.to(who.device), train, 1)
+        distances, which = nearest(own.to(extractor.device), train)
+        theirs, _ = nearest(others.to(extractor.device), train, 1)
         result[name] = report(distances[:, 0] / unit, theirs[:, 0] / unit)
         shown = train_set.images[which[:SHOWN]]
         columns += [torch.full_like(shown[:, :1], 255), shown]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.data import Images
 from training.evaluation import statistics
-from training.evaluation.feature_extractor import Judge
+from training.evaluation.feature_extractor import FeatureExtractor
 from training.evaluation.feature_files import real_features
 from training.evaluation.inception import Inception
 from training.evaluation.statistics import Moments
@@ -48,7 +48,9 @@ def compare(train: Tensor, all_train: Moments, features: Tensor, num_classes: in
     }
 
 
-def measure(who: Judge, train_set: Images, test_set: Images, rows: Tensor, num_classes: int | None) -> dict[str, Any]:
+def measure(
+    extractor: FeatureExtractor, train_set: Images, test_set: Images, rows: Tensor, num_classes: int | None
+) -> dict[str, Any]:
     """The numbers of samples, given as `rows` of features and logits, and of as many held-out images.
 
     Accuracy is that of all samples. A set is compared with others of its size: that of the smallest balanced split,
@@ -56,23 +58,26 @@ def measure(who: Judge, train_set: Images, test_set: Images, rows: Tensor, num_c
     """
     chosen, held_out = balanced(train_set, num_classes), balanced(test_set, num_classes)
     n = min(len(rows), len(chosen), len(held_out))
-    train, test = real_features(who, train_set)[chosen], real_features(who, test_set)[held_out[:n]]
-    all_train = Moments(who.size)
+    train, test = real_features(extractor, train_set)[chosen], real_features(extractor, test_set)[held_out[:n]]
+    all_train = Moments(extractor.size)
     for part in train.split(PART):
-        all_train.add(part[:, : who.size])
-    widths = [who.size, len(who.class_names)]
-    near = train[:n, : who.size].to(who.device)
-    sets = {name: x.to(who.device).split(widths, dim=1) for name, x in {"generated": rows, "test": test}.items()}
+        all_train.add(part[:, : extractor.size])
+    widths = [extractor.size, len(extractor.class_names)]
+    near = train[:n, : extractor.size].to(extractor.device)
+    sets = {name: x.to(extractor.device).split(widths, dim=1) for name, x in {"generated": rows, "test": test}.items()}
     result: dict[str, Any] = {"compared_images": n, "train_images": len(chosen)}
     for name, (features, logits) in sets.items():
         result[name] = compare(near, all_train, features[:n], num_classes)
-        if num_classes is not None and who.class_names:
-            labels = torch.arange(len(logits), device=who.device) % num_classes
+        if num_classes is not None and extractor.class_names:
+            labels = torch.arange(len(logits), device=extractor.device) % num_classes
             share, by_class = statistics.accuracy(logits, labels, num_classes)
-            result[name] |= {"accuracy": share, "accuracy_by_class": dict(zip(who.class_names, by_class, strict=True))}
+            result[name] |= {
+                "accuracy": share,
+                "accuracy_by_class": dict(zip(extractor.class_names, by_class, strict=True)),
+            }
     floor = result["test"]["frechet_distance"]
     result["frechet_ratio"] = result["generated"]["frechet_distance"] / floor if floor else None
-    return inception_names(result) if isinstance(who.network, Inception) else result
+    return inception_names(result) if isinstance(extractor.network, Inception) else result
 
 
 def inception_names(result: dict[str, Any]) -> dict[str, Any]:

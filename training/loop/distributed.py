@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """This process, number `rank` of `size`. Every method is called by all of them together."""
 
     rank: int = 0
@@ -50,7 +50,7 @@ class Ranks:
         dist.all_reduce(flags)
         return bool(flags)
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first process's `value`."""
         if self.size == 1:
             return value
@@ -58,15 +58,15 @@ class Ranks:
         dist.broadcast_object_list(values)
         return values[0]
 
-    def wrapped(self, network: nn.Module) -> nn.Module:
+    def wrap_ddp(self, network: nn.Module) -> nn.Module:
         """A network whose gradient is the mean over the processes, and whose weights are the first one's."""
         # Statistics of a batch norm are each process's own; the first one's are saved
         return DistributedDataParallel(network, broadcast_buffers=False) if self.size > 1 else network
 
 
-def unreduced(network: nn.Module, unreduced: bool) -> AbstractContextManager[None]:
+def no_sync(network: nn.Module, no_sync: bool) -> AbstractContextManager[None]:
     """Within it the gradient of a `wrapped` network stays this process's own: more parts of the batch follow."""
-    if unreduced and isinstance(network, DistributedDataParallel):
+    if no_sync and isinstance(network, DistributedDataParallel):
         context: AbstractContextManager[None] = network.no_sync()
         return context
     return nullcontext()
@@ -86,16 +86,16 @@ def own_device(name: str) -> torch.device:
 
 
 @contextmanager
-def joined(device_name: str) -> Iterator[tuple[Ranks, torch.device]]:
+def init_distributed(device_name: str) -> Iterator[tuple[DistributedContext, torch.device]]:
     """The processes that `torchrun` started, or this one alone, and its device (cuda:i for the i-th of a machine).
 
     Raises ValueError where the device cannot be had.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks(), torch_device(device_name)
+        yield DistributedContext(), torch_device(device_name)
         return
     device = own_device(device_name)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield Ranks(dist.get_rank(), dist.get_world_size()), device
+    yield DistributedContext(dist.get_rank(), dist.get_world_size()), device
     dist.destroy_process_group()  # not after an error: torchrun ends the others, who may wait for this one

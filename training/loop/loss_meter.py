@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.loop.distributed import Ranks
+from training.loop.distributed import DistributedContext
 
-SKIPPED_AT_MOST = 100  # in a row, when looked at
+MAX_CONSECUTIVE_SKIPS = 100  # in a row, when looked at
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Count:
     skipped: int
 
 
-class Tally:
+class LossMeter:
     """`numbers`, float64 [4]: sum of losses and steps since the last clearing; steps skipped in all, and in a row."""
 
     def __init__(self, device: torch.device) -> None:
@@ -33,10 +33,10 @@ class Tally:
         total, steps, all_skipped, in_a_row = self.numbers.unbind()
         self.numbers = torch.stack([total + counted, steps + taken, all_skipped + skipped, (in_a_row + 1) * skipped])
 
-    def read(self, ranks: Ranks, iteration: int) -> Count:
+    def read(self, ranks: DistributedContext, iteration: int) -> Count:
         """Waits for the device. All processes call it. Raises FloatingPointError where nothing but skips is left."""
         total, steps, skipped, in_a_row = ranks.mean(self.numbers).tolist()
-        if in_a_row >= SKIPPED_AT_MOST:
+        if in_a_row >= MAX_CONSECUTIVE_SKIPS:
             raise FloatingPointError(
                 f"the gradient was not finite in the last {in_a_row:.0f} steps, at iteration {iteration}; what was "
                 "saved before is good. Try a lower --learning_rate, --warmup, --grad_clip 1, or --precision fp32"

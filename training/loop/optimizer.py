@@ -66,7 +66,7 @@ def step(optimizer: Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor
 
 
 @torch.no_grad()
-def restore(tensors: Iterable[Tensor], before: Iterable[Tensor], finite: Tensor) -> None:
+def rollback(tensors: Iterable[Tensor], before: Iterable[Tensor], finite: Tensor) -> None:
     """Puts `tensors` back to what they were `before`, unless the step was finite (bool [])."""
     for tensor, old in zip(tensors, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))

@@ -13,7 +13,7 @@ from model.nn.ema import EMA
 from model.nn.unet import UNet
 from training.loop.gpu import layout
 from training.loop.lognormal import LOGNORMAL, LogNormal
-from training.loop.loss_meter import Tally
+from training.loop.loss_meter import LossMeter
 from training.loop.optimizer import load_state, make_optimizer
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS, LossSecondMoment
 from training.run.config import LOSS_AWARE, TrainConfig
@@ -37,7 +37,7 @@ class TrainState:
         if config.timestep_sampler == LOGNORMAL:
             alphas_cumprod = GaussianDiffusion(config.diffusion()).alphas_cumprod
             self._lognormal = LogNormal(alphas_cumprod, config.noise_mean, config.noise_std, device)
-        self.tally = Tally(device)
+        self.tally = LossMeter(device)
         self.iteration, self.images_seen, self.best = 0, 0, math.inf
         self._sampler, self._num_timesteps = config.timestep_sampler, config.num_timesteps
 
@@ -49,7 +49,7 @@ class TrainState:
             return self._lognormal.draw(u), torch.ones_like(u)
         return TIMESTEP_SAMPLERS[self._sampler](u, self._num_timesteps), torch.ones_like(u)
 
-    def passing(self) -> list[Tensor]:
+    def buffers_changed(self) -> list[Tensor]:
         """What a forward pass and its losses change, besides the gradient: a step that does not count undoes it."""
         return [*self.network.buffers(), *(self.importance.state_dict().values() if self.importance else ())]
 

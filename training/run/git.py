@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from training.loop.distributed import Ranks
+from training.loop.distributed import DistributedContext
 
 
 def git_revision() -> str | None:
@@ -25,7 +25,7 @@ def git_revision() -> str | None:
         return None
 
 
-def machine(device: torch.device, ranks: Ranks) -> str:
+def machine(device: torch.device, ranks: DistributedContext) -> str:
     """For provenance."""
     devices = f"{ranks.size} × {device.type}" if ranks.size > 1 else device.type
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:

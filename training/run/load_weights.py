@@ -25,7 +25,7 @@ from model.sampling.schedule import SamplingParams
 from training.cli.options import expanded, numbers, one_of, written
 from training.run.config import TrainConfig
 
-Told = Mapping[str, Any]
+CliOverrides = Mapping[str, Any]
 """Options of TrainConfig that were given, which a file may not know."""
 
 
@@ -55,7 +55,7 @@ def is_original(path: Path) -> bool:
     return path.suffix in (".pth", ".pt") and not path.name.startswith("state-")
 
 
-def load_original(path: Path, told: Told) -> Original:
+def load_original(path: Path, told: CliOverrides) -> Original:
     """What the file does not know, activation, dropout, loss, and instance from group norm, is as `told`.
 
     Raises UnsupportedCheckpointError with a sentence for other files.
@@ -78,7 +78,7 @@ def load_original(path: Path, told: Told) -> Original:
     return Original(found.weights, averaged, unet, diffusion)
 
 
-def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
+def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> tuple[Checkpoint, str]:
     """A network to sample from, and which weights it has, in words.
 
     `weights` is "ema" (the first average), "raw", or the name of an average, such as "0.999" or "power-0.1". A run's
@@ -110,7 +110,7 @@ def load(name: str, weights: str, told: Told, device: torch.device) -> tuple[Che
     return _of_state(state, served.config, index, device), f"ema of decay {decays[index]}"
 
 
-def _of_original(path: Path, weights: str, told: Told, device: torch.device) -> tuple[Checkpoint, str]:
+def _of_original(path: Path, weights: str, told: CliOverrides, device: torch.device) -> tuple[Checkpoint, str]:
     if weights not in ("ema", "raw"):
         raise CheckpointError(f"{path} has no weights {weights!r}: it has ema and raw")
     found = load_original(path, told)
@@ -180,7 +180,7 @@ def known(config: CheckpointConfig) -> dict[str, Any]:
     }
 
 
-def check(config: CheckpointConfig, told: Told, decays: tuple[float, ...]) -> None:
+def check(config: CheckpointConfig, told: CliOverrides, decays: tuple[float, ...]) -> None:
     """Raises ValueError that names every option that contradicts the checkpoint, or about which it says nothing."""
     has = known(config)
     if decays:

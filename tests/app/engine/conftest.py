@@ -16,7 +16,7 @@ from torch import Tensor
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.request import OutputStream, Request, Sample
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from app.metrics import EngineCollector, EngineMetrics
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
@@ -39,7 +39,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-class HeldRunner(Runner):
+class HeldRunner(ModelRunner):
     """The real runner. `hold()` stops it before its next step until `release(k)` lets k steps pass (or `free()` all);
     `fail` decides, from the samples of a step, whether it raises; `poison` which samples turn to NaN."""
 
@@ -179,9 +179,9 @@ def record_by_repeating(run: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def graphed(checkpoint: Checkpoint, chunk: int) -> Runner:
+def graphed(checkpoint: Checkpoint, chunk: int) -> ModelRunner:
     """On the CPU, as on a GPU."""
-    runner = Runner(checkpoint, torch.device("cpu"), chunk)
+    runner = ModelRunner(checkpoint, torch.device("cpu"), chunk)
     runner._record = record_by_repeating
     return runner
 
@@ -200,14 +200,14 @@ def samples(ask: Callable[..., Request]) -> Iterator[Callable[[], list[Sample]]]
     loop.close()
 
 
-def state(runner: Runner, sample: Sample) -> Tensor:
+def state(runner: ModelRunner, sample: Sample) -> Tensor:
     """A copy of its x, wherever that is."""
     x = sample.x if runner._graphs is None else runner._graphs.slots.x_of(sample)
     assert x is not None
     return x.clone()
 
 
-def finish(runner: Runner, samples: list[Sample]) -> list[Tensor]:
+def finish(runner: ModelRunner, samples: list[Sample]) -> list[Tensor]:
     """Steps them together, each until it is done."""
     runner.start(samples)
     while left := [s for s in samples if not s.finished]:

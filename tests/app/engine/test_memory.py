@@ -16,9 +16,9 @@ from tests.app.engine.conftest import HeldRunner
 
 PAGES = """
 import resource, torch
-from app.engine.memory import keep_freed_memory, resident_bytes, return_freed_memory
+from app.engine.memory import tune_malloc, resident_bytes, trim_malloc
 if {kept}:
-    keep_freed_memory()
+    tune_malloc()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def churn():
@@ -30,7 +30,7 @@ def taken():
     return faults() - before
 counts = [taken() for _ in range(6)]
 full = resident_bytes()
-return_freed_memory()
+trim_malloc()
 print(*counts, full - resident_bytes())
 """
 

@@ -15,7 +15,7 @@ import torch
 
 from app.engine.instance import ModelInstance
 from app.engine.request import OutputStream, Request, Sample
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from app.main import log_device
 from app.settings import Settings
 from model.checkpoint import Checkpoint, CheckpointConfig
@@ -49,7 +49,7 @@ def checkpoint_of(config: UNetConfig) -> Checkpoint:
 class Asked:
     """Makes samples of requests for one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, runner: Runner) -> None:
+    def __init__(self, checkpoint: Checkpoint, runner: ModelRunner) -> None:
         self.loop, self.checkpoint = asyncio.new_event_loop(), checkpoint
         self.served = ModelInstance(checkpoint, runner, 0)
         self.guided = {"guidance_scale": 2.5} if checkpoint.config.unet.null_class else {}
@@ -60,12 +60,14 @@ class Asked:
         return Request(schedule, 5, 0, n, classes, math.inf, OutputStream(self.loop), self.served.name).samples
 
 
-def served(gpu: FakeCuda, config: UNetConfig, precision: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Runner, Asked]:
+def served(
+    gpu: FakeCuda, config: UNetConfig, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ModelRunner, Asked]:
     """Warmed up, with eight slots; a recording that fails is a failure of the test."""
     monkeypatch.setattr("app.engine.runner.slots_for", lambda shape, chunk: 8)
     gpu.nonzero = None if config.null_class else 0
     checkpoint = checkpoint_of(config)
-    runner = Runner(checkpoint, CUDA, CHUNK, precision=precision)
+    runner = ModelRunner(checkpoint, CUDA, CHUNK, precision=precision)
     runner._record = gpu.record
     runner.warm_up(CHUNK)
     return runner, Asked(checkpoint, runner)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.engine.request import Request, Sample
-from app.engine.runner import Runner, best_chunk
+from app.engine.runner import ModelRunner, default_micro_batch_size
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
 from model.nn.unet import UNet
@@ -21,13 +21,13 @@ from model.sampling.step import sample
 CPU = torch.device("cpu")
 
 
-def finish(runner: Runner, samples: list[Sample]) -> None:
+def finish(runner: ModelRunner, samples: list[Sample]) -> None:
     """Steps them together, each until it is done."""
     runner.start(samples)
     finish_started(runner, samples)
 
 
-def finish_started(runner: Runner, samples: list[Sample]) -> None:
+def finish_started(runner: ModelRunner, samples: list[Sample]) -> None:
     while left := [s for s in samples if not s.finished]:
         assert runner.step(left) == []
 
@@ -45,7 +45,7 @@ def mixed(ask: Callable[..., Request]) -> list[Request]:
 
 
 def test_mixed_samplers_in_one_batch_equal_the_naive_loop(checkpoint: Checkpoint, mixed: list[Request]) -> None:
-    runner = Runner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, chunk=4)
     finish(runner, [s for request in mixed for s in request.samples])
     for request in mixed:
         indices = range(request.index, request.index + request.n)
@@ -67,7 +67,7 @@ def test_mixed_samplers_in_one_batch_equal_the_naive_loop(checkpoint: Checkpoint
 def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
     checkpoint: Checkpoint, mixed: list[Request], ask: Callable[..., Request], chunk: int
 ) -> None:
-    runner = Runner(checkpoint, CPU, chunk)
+    runner = ModelRunner(checkpoint, CPU, chunk)
     together = [s for request in mixed for s in request.samples]
     finish(runner, together[::-1])
     loop = asyncio.new_event_loop()
@@ -84,7 +84,7 @@ def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
 def test_a_step_that_raises_changes_nothing(
     checkpoint: Checkpoint, mixed: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = Runner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, chunk=4)
     samples = mixed[0].samples
     runner.start(samples)
     before = [(s.step, s.x.clone()) for s in samples if s.x is not None]
@@ -98,7 +98,7 @@ def test_a_step_that_raises_changes_nothing(
 def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
     checkpoint: Checkpoint, mixed: list[Request]
 ) -> None:
-    runner = Runner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, chunk=4)
     samples = mixed[0].samples
     runner.start(samples)
     assert samples[1].x is not None
@@ -107,7 +107,7 @@ def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
 
 
 def test_read_gives_the_state_or_the_prediction_as_pictures(checkpoint: Checkpoint, mixed: list[Request]) -> None:
-    runner = Runner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, chunk=4)
     samples = mixed[0].samples
     runner.start(samples)
     runner.step(samples)
@@ -122,7 +122,7 @@ def test_the_thread_that_warms_up_gets_the_threads_of_the_network(checkpoint: Ch
     seen: list[int] = []
 
     def warm_up() -> None:
-        Runner(checkpoint, CPU, chunk=4, threads=3).warm_up(4)
+        ModelRunner(checkpoint, CPU, chunk=4, threads=3).warm_up(4)
         seen.append(torch.get_num_threads())
 
     thread = threading.Thread(target=warm_up)
@@ -143,7 +143,7 @@ def both_runtimes() -> list[object]:
 def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
     checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
 ) -> None:
-    runner = Runner(checkpoint, CPU, 4, 1, runtime, precision)
+    runner = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)
     runner.warm_up(4)
     together = [s for request in mixed for s in request.samples]
     runner.start(together)
@@ -151,7 +151,7 @@ def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
     while left := [s for s in early if not s.finished]:
         runner.step([*left, *late[:1]] if not late[0].finished else left)
     finish_started(runner, late)
-    again = Runner(checkpoint, CPU, 4, 1, runtime, precision)  # that of a restarted server
+    again = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)  # that of a restarted server
     again.warm_up(4)
     for s in together:
         r = s.request
@@ -166,7 +166,7 @@ def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
 def test_runtimes_and_precisions_make_the_same_images_but_for_rounding(
     checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
 ) -> None:
-    runner = Runner(checkpoint, CPU, 4, 1, runtime, precision)
+    runner = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)
     runner.warm_up(4)
     samples = mixed[1].samples
     finish(runner, samples)
@@ -185,7 +185,7 @@ def test_runtimes_and_precisions_make_the_same_images_but_for_rounding(
 
 def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint) -> None:
     """Here an even number of rows does: they are filled up to the next that agrees with the chunk."""
-    runner = Runner(checkpoint, CPU, chunk=5)
+    runner = ModelRunner(checkpoint, CPU, chunk=5)
     network, ran = runner._network, []
 
     def fussy(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
@@ -203,14 +203,14 @@ def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint)
 
 
 def test_a_small_network_gets_more_rows_in_a_call(checkpoint: Checkpoint) -> None:
-    assert best_chunk(checkpoint.network, CPU) == 32
+    assert default_micro_batch_size(checkpoint.network, CPU) == 32
     with torch.device("meta"):
         large = UNet(replace(checkpoint.config.unet, base_channels=128, channel_mults=(1, 2, 4)))
-    assert best_chunk(large, CPU) == 8
-    assert best_chunk(large, torch.device("cuda")) == 256
+    assert default_micro_batch_size(large, CPU) == 8
+    assert default_micro_batch_size(large, torch.device("cuda")) == 256
 
 
 def test_a_runtime_that_is_not_there_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what makes an import fail
     with pytest.raises(ValueError, match=r"pip install 'ddpm-serve\[openvino\]'"):
-        Runner(checkpoint, CPU, 4, 1, "openvino")
+        ModelRunner(checkpoint, CPU, 4, 1, "openvino")

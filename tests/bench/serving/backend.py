@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.engine.memory import keep_freed_memory
+from app.engine.memory import tune_malloc
 from model import checkpoint
 from model.backends.compile import best_precision, compile_for_inference
 from model.images import grid, to_uint8
@@ -40,7 +40,7 @@ class Backend:
 
     def __init__(self, told: Settings) -> None:
         torch.set_num_threads(1)
-        keep_freed_memory()
+        tune_malloc()
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(told.threads,))
         self.told, self.checkpoint = told, checkpoint.load(told.checkpoint)
         self.precision = best_precision(CPU)

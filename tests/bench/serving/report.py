@@ -32,7 +32,7 @@ TITLES = {
 }
 BARS = {"p50": ("median latency", 0.5), "slow95": ("p95 slowdown", 0.25), "p95": ("p95 latency", 1.0)}
 
-Traces = dict[str, list[Arrival]]
+TracingMiddleware = dict[str, list[Arrival]]
 Results = dict[str, Any]
 
 
@@ -154,14 +154,14 @@ def _steady(step_ms: Sequence[Sequence[float]], calls: Sequence[Sequence[float]]
 """
 
 
-def _summaries(results: Results, traces: Traces, name: str) -> dict[str, list[dict[str, float]]]:
+def _summaries(results: Results, traces: TracingMiddleware, name: str) -> dict[str, list[dict[str, float]]]:
     """By contender, of each of its rounds."""
     alone = results["naive"]["alone_s"]
     found = {who: turns(results, who, name) for who in CONTENDERS}
     return {who: [summary(traces[name], turn[name], alone) for turn in ran] for who, ran in found.items() if ran}
 
 
-def _bar(results: Results, traces: Traces) -> str:
+def _bar(results: Results, traces: TracingMiddleware) -> str:
     lines = []
     for name in MIXED:
         rounds = _summaries(results, traces, name)
@@ -205,7 +205,7 @@ def _verdict(met: bool) -> str:
     return "met" if met else "**not met**"
 
 
-def _workload(results: Results, traces: Traces, name: str) -> str:
+def _workload(results: Results, traces: TracingMiddleware, name: str) -> str:
     summaries = _summaries(results, traces, name)
 
     def cells(who: str, _: list[Results]) -> list[str]:
@@ -218,7 +218,7 @@ def _workload(results: Results, traces: Traces, name: str) -> str:
     return table(head, rows(results, name, cells, 7))
 
 
-def _own(results: Results, traces: Traces) -> str:
+def _own(results: Results, traces: TracingMiddleware) -> str:
     parts = []
     for kind in MIXED:
 
@@ -239,7 +239,7 @@ def _own(results: Results, traces: Traces) -> str:
     return "\n\n".join(["## Each at 75 % of its own capacity", note, *parts])
 
 
-def _bursts(results: Results, traces: Traces) -> str:
+def _bursts(results: Results, traces: TracingMiddleware) -> str:
     summaries = _summaries(results, traces, "bursts")
 
     def cells(who: str, _: list[Results]) -> list[str]:
@@ -252,7 +252,7 @@ def _bursts(results: Results, traces: Traces) -> str:
     return f"## Bursts\n\n{note}\n\n{table(head, rows(results, 'bursts', cells, 4))}"
 
 
-def _overload(results: Results, traces: Traces) -> str:
+def _overload(results: Results, traces: TracingMiddleware) -> str:
     where, capacity = results["circumstances"], results["naive"]["capacity"]
     late, until = where["deadline_s"], where["overload_s"]
     levels = [name for name in traces if any(turns(results, who, name) for who in CONTENDERS) and "overload" in name]

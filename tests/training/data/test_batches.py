@@ -5,7 +5,7 @@ import torch
 
 from training.data import DataError, Images
 from training.data.batches import Batch, Batches, fits
-from training.loop.distributed import Ranks
+from training.loop.distributed import DistributedContext
 from training.run.config import TrainConfig
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ def equal(a: Batch, b: Batch) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_the_batch_that_one_would_see(size: int) -> None:
-    whole = Batches(pictures(), CONFIG, Ranks(), CPU)
-    parts = [Batches(pictures(), CONFIG, Ranks(rank, size), CPU) for rank in range(size)]
+    whole = Batches(pictures(), CONFIG, DistributedContext(), CPU)
+    parts = [Batches(pictures(), CONFIG, DistributedContext(rank, size), CPU) for rank in range(size)]
     for i in range(20):
         one, several = whole[i], [batches[i] for batches in parts]
         x0, y, noise = (torch.cat([getattr(p, name) for p in several]) for name in ("x0", "y", "noise"))
@@ -39,7 +39,7 @@ def test_processes_share_the_batch_that_one_would_see(size: int) -> None:
 
 def test_processes_drop_out_differently_and_one_process_always_the_same() -> None:
     def dropped(rank: int, size: int, iteration: int) -> list[float]:
-        Batches(pictures(), CONFIG, Ranks(rank, size), CPU)[iteration]
+        Batches(pictures(), CONFIG, DistributedContext(rank, size), CPU)[iteration]
         return torch.rand(4).tolist()
 
     assert dropped(0, 1, 5) == dropped(0, 1, 5) == dropped(0, 2, 5)
@@ -48,23 +48,23 @@ def test_processes_drop_out_differently_and_one_process_always_the_same() -> Non
 
 
 def test_a_batch_depends_on_seed_and_iteration_alone() -> None:
-    batches = Batches(pictures(), CONFIG, Ranks(), CPU)
+    batches = Batches(pictures(), CONFIG, DistributedContext(), CPU)
     first = batches[3]
     batches[40]
     torch.manual_seed(7)
     assert equal(batches[3], first)
     assert not equal(batches[4], first)
-    other = Batches(pictures(), replace(CONFIG, seed=1), Ranks(), CPU)[3]
+    other = Batches(pictures(), replace(CONFIG, seed=1), DistributedContext(), CPU)[3]
     assert not torch.equal(other.noise, first.noise)
     assert not torch.equal(other.x0, first.x0)
 
 
 def test_images_that_do_not_fit_are_copied_and_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device here is the CPU's stand-in for a GPU: what is elsewhere comes by way of pinned memory."""
-    resident = Batches(pictures(), CONFIG, Ranks(), CPU)[2]
+    resident = Batches(pictures(), CONFIG, DistributedContext(), CPU)[2]
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(len(tensor)), tensor)[1])
-    away = Batches(pictures(), CONFIG, Ranks(), torch.device("cpu", 0), resident=False)
+    away = Batches(pictures(), CONFIG, DistributedContext(), torch.device("cpu", 0), resident=False)
     assert equal(away[2], resident)
     assert pinned == [12, 12]
 
@@ -87,4 +87,4 @@ def test_a_gpu_holds_at_most_half_of_its_free_memory(monkeypatch: pytest.MonkeyP
 def test_a_batch_that_cannot_be_had_is_refused(batch_size: int, accumulate: int, processes: int, message: str) -> None:
     config = TrainConfig(batch_size=batch_size, accumulate=accumulate)
     with pytest.raises((DataError, ValueError), match=message):
-        Batches(pictures(), config, Ranks(0, processes), CPU)
+        Batches(pictures(), config, DistributedContext(0, processes), CPU)

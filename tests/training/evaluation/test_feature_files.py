@@ -170,7 +170,7 @@ def test_the_judge_sees_real_images_once_for_all_evaluations(
 
 def test_real_features_are_those_of_every_image_in_order(save_judge: Callable[..., str], tmp_path: Path) -> None:
     who, images = feature_extractor.load(save_judge()), split()
-    expected = torch.cat(who.network.judge(images.images), dim=1)
+    expected = torch.cat(who.network.extract(images.images), dim=1)
     for _ in range(2):  # made, and read
         torch.testing.assert_close(real_features(who, images), expected)
     assert [p.name[:6] for p in tmp_path.glob("*.real*")] == ["judge-"]
@@ -198,7 +198,7 @@ def test_real_features_of_something_else_are_made_anew(
         case "empty":
             kept.write_bytes(b"")
     reads = Reads(monkeypatch)
-    expected = torch.cat(who.network.judge(images.images), dim=1)
+    expected = torch.cat(who.network.extract(images.images), dim=1)
     reads.images = 0
     torch.testing.assert_close(real_features(who, images), expected)
     assert reads.images == len(images)

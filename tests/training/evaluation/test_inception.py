@@ -52,10 +52,10 @@ def test_features_are_of_bytes_grey_or_in_colour(
     monkeypatch.setattr(inception, "SIDE", 75)
     network = inception.from_state(weights)
     images = torch.randint(0, 256, (2, 1, 8, 10), dtype=torch.uint8)
-    features, logits = network.judge(images)
+    features, logits = network.extract(images)
     assert features.shape == (2, 2048)
     assert logits.shape == (2, 0)
-    torch.testing.assert_close(network.judge(images.expand(-1, 3, -1, -1))[0], features)
+    torch.testing.assert_close(network.extract(images.expand(-1, 3, -1, -1))[0], features)
     torch.testing.assert_close(network(images.expand(-1, 3, -1, -1) / 127.5 - 1), features)
     assert not torch.equal(features[0], features[1])
 

@@ -30,11 +30,11 @@ def test_only_as_many_rows_of_each_set_are_compared_as_the_smallest_has(save_jud
     """Against numbers worked out here from the sets that are meant: 9 held-out images, of 60 to train on."""
     who, train, test = feature_extractor.load(save_judge()), noise(60, 0), noise(9, 1)
     assert isinstance(who.network, Classifier)
-    rows = torch.cat(who.network.judge(noise(30, 2).images), dim=1)
+    rows = torch.cat(who.network.extract(noise(30, 2).images), dim=1)
     found = metrics.measure(who, train, test, rows, 3)
     assert (found["compared_images"], found["train_images"]) == (9, 60)
-    every = who.network.judge(train.images[balanced(train, 3)])[0]
-    held_out = who.network.judge(test.images[balanced(test, 3)])[0]
+    every = who.network.extract(train.images[balanced(train, 3)])[0]
+    held_out = who.network.extract(test.images[balanced(test, 3)])[0]
     size = who.size
     for name, features in {"generated": rows[:9, :size], "test": held_out}.items():
         expected = compare(every[:9], Moments(size).add(every), features, 3)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from training.loop import distributed
-from training.loop.distributed import Ranks, joined
+from training.loop.distributed import DistributedContext, init_distributed
 from training.run.config import TrainConfig
 from training.train import train
 
@@ -150,22 +150,22 @@ def test_each_process_has_a_gpu_of_its_own(name: str, why: str, monkeypatch: pyt
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(distributed, "torch_device", torch.device)  # as if there were GPUs
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=why), joined(name):
+    with pytest.raises(ValueError, match=why), init_distributed(name):
         pass
 
 
 def test_alone_there_is_nobody_to_wait_for() -> None:
-    with joined("cpu") as (ranks, device):
-        assert (ranks, device) == (Ranks(0, 1), torch.device("cpu"))
+    with init_distributed("cpu") as (ranks, device):
+        assert (ranks, device) == (DistributedContext(0, 1), torch.device("cpu"))
         x = torch.arange(4.0)
-        assert torch.equal(ranks.share(x), x)
+        assert torch.equal(ranks.shard(x), x)
         assert torch.equal(ranks.mean(x), x)
-        assert ranks.from_first("a") == "a"
+        assert ranks.broadcast("a") == "a"
         assert (ranks.any(True), ranks.any(False)) == (True, False)
         network = torch.nn.Linear(1, 1)
-        assert ranks.wrapped(network) is network
+        assert ranks.wrap_ddp(network) is network
 
 
 def test_every_image_has_one_process() -> None:
-    parts = [Ranks(rank, 3).share(torch.arange(12)).tolist() for rank in range(3)]
+    parts = [DistributedContext(rank, 3).share(torch.arange(12)).tolist() for rank in range(3)]
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

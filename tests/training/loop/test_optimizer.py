@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.nn.unet import UNet
-from training.loop.optimizer import load_state, make_optimizer, restore, step
+from training.loop.optimizer import load_state, make_optimizer, rollback, step
 from training.run.config import TrainConfig
 
 
@@ -88,10 +88,10 @@ def test_what_a_skipped_step_changed_is_put_back() -> None:
     for tensor in tensors:
         tensor.add_(1)
     tensors[0][0] = torch.nan
-    restore(tensors, before, torch.tensor(False))
+    rollback(tensors, before, torch.tensor(False))
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
     tensors[0].add_(1)
-    restore(tensors, before, torch.tensor(True))
+    rollback(tensors, before, torch.tensor(True))
     assert tensors[0].tolist() == [2, 2]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from app.engine.knee import SECONDS, knee
+from app.engine.autotune import SECONDS, autotune_batch_size
 
 
 class Device:
@@ -22,7 +22,7 @@ class Device:
 
 
 def measured(device: Device, chunk: int = 8, kind: str = "cpu") -> tuple[int, int]:
-    steps = knee(device.run, chunk, kind, lambda: device.now)
+    steps = autotune_batch_size(device.run, chunk, kind, lambda: device.now)
     portions = 0
     while True:
         try:

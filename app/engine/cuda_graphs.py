@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.batch import Batch, Ints
-from app.engine.slots import Slots, x0_row, x_row
+from app.engine.latent_pool import LatentPool, x0_row, x_row
 from model.backends.cuda import Record
 from model.diffusion import Network
 from model.nn.config import UNetConfig
@@ -28,7 +28,7 @@ START, SILENT, NOISY = "start", "silent", "noisy"
 Bools = NDArray[np.bool_]
 
 
-class Graphs:
+class CUDAGraphRunner:
     """Steps of samples in `slots`, by a graph for each number of network rows and each kind of step.
 
     A graph gathers the states, draws the noise (in steps of the kind NOISY; it costs a small network's step much), runs
@@ -39,7 +39,13 @@ class Graphs:
     """
 
     def __init__(
-        self, network: Network, config: UNetConfig, sizes: list[int], slots: Slots, record: Record, device: torch.device
+        self,
+        network: Network,
+        config: UNetConfig,
+        sizes: list[int],
+        slots: LatentPool,
+        record: Record,
+        device: torch.device,
     ) -> None:
         """`sizes`: the numbers of rows, ascending."""
         self._network, self._config, self._sizes, self.slots, self._record = network, config, sizes, slots, record
@@ -205,7 +211,7 @@ Update = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A step without graphs: of a batch and its x, x0_prev and x0_prev2 → x_next, x0."""
 
 
-def agree(graphs: Graphs, config: UNetConfig, rows: int, last_timestep: int, update: Update) -> bool:
+def agree(graphs: CUDAGraphRunner, config: UNetConfig, rows: int, last_timestep: int, update: Update) -> bool:
     """Whether made-up samples that fill `rows` rows of the network come out of `update` the same, to the bit.
 
     They take a step of each kind and one more, so that every slot is written to in every place, from x_T on, and have

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.graphs import parts
+from app.engine.cuda_graphs import parts
 from app.engine.instance import ModelInstance
+from app.engine.latent_pool import BYTES, MOST, LatentPool, pool_size, x0_row, x_row
 from app.engine.request import Request, RequestStatus, Sample
-from app.engine.runner import Runner
-from app.engine.slots import BYTES, MOST, Slots, slots_for, x0_row, x_row
+from app.engine.runner import ModelRunner
 from app.errors import Cancelled, StepFailed
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import DiffusionConfig
@@ -43,14 +43,14 @@ Ask = Callable[..., Request]
 
 
 @pytest.fixture
-def plain(checkpoint: Checkpoint) -> Runner:
-    runner = Runner(checkpoint, CPU, 4)
+def plain(checkpoint: Checkpoint) -> ModelRunner:
+    runner = ModelRunner(checkpoint, CPU, 4)
     runner.warm_up(4)
     return runner
 
 
 @pytest.fixture
-def runner(checkpoint: Checkpoint) -> Runner:
+def runner(checkpoint: Checkpoint) -> ModelRunner:
     runner = graphed(checkpoint, 4)
     runner.warm_up(4)
     assert runner._graphs is not None
@@ -58,27 +58,27 @@ def runner(checkpoint: Checkpoint) -> Runner:
 
 
 @pytest.fixture
-def narrow(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Runner:
+def narrow(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     """With 8 slots."""
-    monkeypatch.setattr("app.engine.slots.MOST", 8)
+    monkeypatch.setattr("app.engine.latent_pool.MOST", 8)
     runner = graphed(checkpoint, 4)
     runner.warm_up(4)
     assert slots(runner).count == 8
     return runner
 
 
-def slots(runner: Runner) -> Slots:
+def slots(runner: ModelRunner) -> LatentPool:
     assert runner._graphs is not None
     return runner._graphs.slots
 
 
-def states(runner: Runner, sample: Sample) -> list[torch.Tensor]:
+def states(runner: ModelRunner, sample: Sample) -> list[torch.Tensor]:
     return [slots(runner).x_of(sample).clone(), *(slots(runner).x0_of(sample, ago).clone() for ago in (0, 1))]
 
 
 @pytest.mark.slow
 def test_in_slots_all_samplers_make_the_images_of_the_naive_loop(
-    checkpoint: Checkpoint, runner: Runner, plain: Runner, samples: Samples
+    checkpoint: Checkpoint, runner: ModelRunner, plain: ModelRunner, samples: Samples
 ) -> None:
     found = samples()
     finished = finish(runner, found)
@@ -97,7 +97,7 @@ def test_in_slots_all_samplers_make_the_images_of_the_naive_loop(
 @pytest.mark.slow
 @pytest.mark.parametrize("room", ["for all", "for eight"])
 def test_who_comes_when_and_with_whom_changes_no_image(
-    plain: Runner, runner: Runner, narrow: Runner, samples: Samples, room: str
+    plain: ModelRunner, runner: ModelRunner, narrow: ModelRunner, samples: Samples, room: str
 ) -> None:
     runner = narrow if room == "for eight" else runner
     expected = finish(plain, samples())
@@ -118,7 +118,7 @@ def test_who_comes_when_and_with_whom_changes_no_image(
 
 @pytest.mark.slow
 def test_a_batch_that_has_more_samples_than_slots_runs_without_them(
-    narrow: Runner, plain: Runner, samples: Samples
+    narrow: ModelRunner, plain: ModelRunner, samples: Samples
 ) -> None:
     crowd = samples()
     narrow.start(crowd[:4])
@@ -132,7 +132,7 @@ def test_a_batch_that_has_more_samples_than_slots_runs_without_them(
     assert equal([state(narrow, sample) for sample in crowd], finish(plain, samples()))
 
 
-def test_a_warm_up_of_more_rows_than_slots_runs_as_such_a_batch_would(narrow: Runner) -> None:
+def test_a_warm_up_of_more_rows_than_slots_runs_as_such_a_batch_would(narrow: ModelRunner) -> None:
     """Or the knee would be told of a speed that is not there."""
     graphs = narrow._graphs
     assert graphs is not None
@@ -146,14 +146,14 @@ def test_a_warm_up_of_more_rows_than_slots_runs_as_such_a_batch_would(narrow: Ru
 def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoint, samples: Samples) -> None:
     """The table's rows from earlier steps among them: written again, they would bring back old states."""
 
-    def fussy(runner: Runner) -> Runner:
+    def fussy(runner: ModelRunner) -> ModelRunner:
         network = runner._network
         runner._network = lambda x, t, y: network(x, t, y) + (1e-6 if 1 < len(x) < 8 else 0)
         runner.warm_up(8)
         assert runner.sizes == [1, 8]
         return runner
 
-    runner, plain = fussy(graphed(checkpoint, 8)), fussy(Runner(checkpoint, CPU, 8))
+    runner, plain = fussy(graphed(checkpoint, 8)), fussy(ModelRunner(checkpoint, CPU, 8))
     assert runner._graphs is not None
     expected = finish(plain, samples())
     crowd, chance = samples(), random.Random(2)
@@ -166,7 +166,12 @@ def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoin
 
 
 def test_a_dynamic_limit_is_for_steps_without_graphs_and_the_others_come_back(
-    checkpoint: Checkpoint, runner: Runner, plain: Runner, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
+    checkpoint: Checkpoint,
+    runner: ModelRunner,
+    plain: ModelRunner,
+    samples: Samples,
+    ask: Ask,
+    loop: asyncio.AbstractEventLoop,
 ) -> None:
     schedule = make_schedule(checkpoint.diffusion, "ddim", 3, limit="dynamic")
 
@@ -211,7 +216,7 @@ def test_every_kind_of_network_runs_in_slots(
             crowd += request.samples
         return crowd
 
-    runner, plain = graphed(other, 4), Runner(other, CPU, 4)
+    runner, plain = graphed(other, 4), ModelRunner(other, CPU, 4)
     runner.warm_up(4)
     plain.warm_up(4)
     assert runner._graphs is not None
@@ -222,7 +227,7 @@ def test_every_kind_of_network_runs_in_slots(
 def test_a_guided_sample_that_does_not_fit_into_a_call_runs_without_graphs(
     checkpoint: Checkpoint, samples: Samples
 ) -> None:
-    runner, plain = graphed(checkpoint, 1), Runner(checkpoint, CPU, 1)
+    runner, plain = graphed(checkpoint, 1), ModelRunner(checkpoint, CPU, 1)
     runner.warm_up(1)
     plain.warm_up(1)
     assert runner._graphs is not None
@@ -234,7 +239,9 @@ def test_a_guided_sample_that_does_not_fit_into_a_call_runs_without_graphs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["host", "second part", "copy"])
-def test_a_step_that_raises_changes_nothing(runner: Runner, plain: Runner, samples: Samples, where: str) -> None:
+def test_a_step_that_raises_changes_nothing(
+    runner: ModelRunner, plain: ModelRunner, samples: Samples, where: str
+) -> None:
     crowd = samples()
     runner.start(crowd)
     assert runner.step(crowd) == []
@@ -268,7 +275,9 @@ def test_a_step_that_raises_changes_nothing(runner: Runner, plain: Runner, sampl
 
 
 @pytest.mark.slow
-def test_noise_that_could_not_be_drawn_is_drawn_again(runner: Runner, plain: Runner, samples: Samples) -> None:
+def test_noise_that_could_not_be_drawn_is_drawn_again(
+    runner: ModelRunner, plain: ModelRunner, samples: Samples
+) -> None:
     crowd = samples()
     assert runner._graphs is not None
     with pytest.MonkeyPatch.context() as patch:
@@ -297,7 +306,7 @@ def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
     assert all(state(runner, s).isfinite().all() for s in crowd if s not in (crowd[4], crowd[13]))
 
 
-def test_pictures_are_of_the_slots(runner: Runner, plain: Runner, samples: Samples) -> None:
+def test_pictures_are_of_the_slots(runner: ModelRunner, plain: ModelRunner, samples: Samples) -> None:
     crowd, others = samples(), samples()
     for each, those in ((runner, crowd), (plain, others)):
         each.start(those)
@@ -324,7 +333,9 @@ def test_places_of_a_slot_are_its_own_and_no_step_writes_what_it_or_the_next_rea
 
 
 @pytest.mark.slow
-def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(narrow: Runner, samples: Samples) -> None:
+def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(
+    narrow: ModelRunner, samples: Samples
+) -> None:
     crowd = samples()[6:]
     narrow.start(crowd)
     assert {sample.slot for sample in crowd} == set(range(8))
@@ -346,7 +357,7 @@ def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(na
 
 
 @pytest.mark.slow
-def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: Runner, samples: Samples) -> None:
+def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: ModelRunner, samples: Samples) -> None:
     crowd = samples()
     first, second = crowd[:8], crowd[8:]
     narrow.start(first)
@@ -361,11 +372,11 @@ def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: Runner
 
 
 def test_slots_take_no_more_memory_than_they_may_but_a_call_always_fits() -> None:
-    assert slots_for((3, 32, 32), 256) == MOST
-    large = slots_for((3, 256, 256), 4)
+    assert pool_size((3, 32, 32), 256) == MOST
+    large = pool_size((3, 256, 256), 4)
     assert 5 * 4 * 3 * 256 * 256 * (large + 1) <= BYTES < 5 * 4 * 3 * 256 * 256 * (large + 2)
-    assert slots_for((3, 2048, 2048), 1) >= 1
-    assert slots_for((3, 4096, 4096), 7) == 7
+    assert pool_size((3, 2048, 2048), 1) >= 1
+    assert pool_size((3, 4096, 4096), 7) == 7
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 8])
@@ -394,7 +405,11 @@ def held(checkpoint: Checkpoint) -> HeldRunner:
 def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
     checkpoint: Checkpoint, held: HeldRunner, ask: Ask, metrics: Metrics
 ) -> None:
-    reference, served, second = Runner(checkpoint, CPU, 4), ModelInstance(checkpoint, held, 8), graphed(checkpoint, 4)
+    reference, served, second = (
+        ModelRunner(checkpoint, CPU, 4),
+        ModelInstance(checkpoint, held, 8),
+        graphed(checkpoint, 4),
+    )
     newcomer = ModelInstance(checkpoint, second, 8)
     reference.warm_up(4)
     engine = TestedEngine(metrics, max_pending_nfe=100_000)
@@ -453,7 +468,12 @@ def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
 
 
 def test_a_dynamic_limit_moves_no_sample_of_others(
-    runner: Runner, plain: Runner, checkpoint: Checkpoint, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
+    runner: ModelRunner,
+    plain: ModelRunner,
+    checkpoint: Checkpoint,
+    samples: Samples,
+    ask: Ask,
+    loop: asyncio.AbstractEventLoop,
 ) -> None:
     others, request = samples(), ask(loop, seed=9, n=2)
     request.schedule = make_schedule(checkpoint.diffusion, "ddim", 12, limit="dynamic")
@@ -476,7 +496,7 @@ def test_a_dynamic_limit_moves_no_sample_of_others(
 
 
 def test_of_dynamic_and_other_samples_the_broken_ones_are_told(
-    runner: Runner, checkpoint: Checkpoint, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
+    runner: ModelRunner, checkpoint: Checkpoint, samples: Samples, ask: Ask, loop: asyncio.AbstractEventLoop
 ) -> None:
     others, request = samples()[:3], ask(loop, seed=9, n=2)
     request.schedule = make_schedule(checkpoint.diffusion, "ddim", 12, limit="dynamic")
@@ -489,7 +509,9 @@ def test_of_dynamic_and_other_samples_the_broken_ones_are_told(
     assert set(map(id, runner.step(crowd))) == {id(others[1]), id(request.samples[1])}
 
 
-def test_a_warm_up_is_of_noise_in_places_that_no_sample_has(runner: Runner, samples: Samples, plain: Runner) -> None:
+def test_a_warm_up_is_of_noise_in_places_that_no_sample_has(
+    runner: ModelRunner, samples: Samples, plain: ModelRunner
+) -> None:
     """Zeros, or one place for all, would take a GPU less time than samples do."""
     graphs, seen = runner._graphs, list[torch.Tensor]()
     assert graphs is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.engine.request import Sample
 
-MOST = 1024  # slots: as many rows as a batch is given on a GPU where nobody says how many; see `app.engine.knee`
+MOST = 1024  # slots: as many rows as a batch is given on a GPU where nobody says how many; see `app.engine.autotune`
 BYTES = 2**29  # of both tables, where that is room for a call of the network
 
 Number = TypeVar("Number", int, NDArray[np.int64])
@@ -29,12 +29,12 @@ def x0_row(slot: Number, step: Number) -> Number:
     return 3 * slot + step % 3
 
 
-def slots_for(shape: tuple[int, ...], chunk: int) -> int:
+def pool_size(shape: tuple[int, ...], chunk: int) -> int:
     """How many samples of such images [C, H, W] have a slot, at least a call of the network's `chunk`."""
     return max(chunk, min(MOST, BYTES // (5 * 4 * math.prod(shape)) - 1))
 
 
-class Slots:
+class LatentPool:
     """The states of at most `count` samples: x float32 [2·(count + 1), C, H, W] and x0 [3·(count + 1), C, H, W].
 
     A step writes beside what it reads, and which row is which follows from the sample's step. So a step is committed

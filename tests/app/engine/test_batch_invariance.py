@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engine.sizes import agreeing, candidates, gpu_chunk
+from app.engine.batch_invariance import candidate_batch_sizes, gpu_micro_batch_size, largest_invariant_set
 
 
 @pytest.mark.parametrize(
@@ -12,15 +12,15 @@ from app.engine.sizes import agreeing, candidates, gpu_chunk
     [((28, 28), 256), ((32, 32), 256), ((33, 32), 128), ((64, 64), 64), ((256, 256), 4), ((4096, 4096), 1)],
 )
 def test_the_larger_the_images_the_fewer_at_once_on_a_gpu(image_size: tuple[int, int], rows: int) -> None:
-    assert gpu_chunk(image_size) == rows
+    assert gpu_micro_batch_size(image_size) == rows
 
 
 def test_a_cpu_tries_every_number_or_every_fourth_and_a_gpu_powers_of_two() -> None:
-    assert candidates(5, "cpu") == [5, 4, 3, 2, 1]
-    assert candidates(26, "cpu") == [26, 24, 20, *range(16, 0, -1)]
-    assert candidates(256, "cuda") == [256, 128, 64, 32, 16, 8, 4, 2, 1]
-    assert candidates(100, "cuda") == [100, 64, 32, 16, 8, 4, 2, 1]
-    assert candidates(1, "cpu") == candidates(1, "cuda") == [1]
+    assert candidate_batch_sizes(5, "cpu") == [5, 4, 3, 2, 1]
+    assert candidate_batch_sizes(26, "cpu") == [26, 24, 20, *range(16, 0, -1)]
+    assert candidate_batch_sizes(256, "cuda") == [256, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert candidate_batch_sizes(100, "cuda") == [100, 64, 32, 16, 8, 4, 2, 1]
+    assert candidate_batch_sizes(1, "cpu") == candidate_batch_sizes(1, "cuda") == [1]
 
 
 def outs(*alike: list[int]) -> dict[int, Tensor]:
@@ -46,8 +46,8 @@ def outs(*alike: list[int]) -> dict[int, Tensor]:
 def test_the_largest_that_agrees_with_one_that_a_single_image_can_be_filled_up_to(
     alike: list[list[int]], expected: list[int]
 ) -> None:
-    assert agreeing(outs(*alike)) == expected
+    assert largest_invariant_set(outs(*alike)) == expected
 
 
 def test_numbers_that_are_not_finite_are_like_no_others() -> None:
-    assert agreeing({n: torch.full((n, 1), torch.nan) for n in (4, 2, 1)}) == [4]
+    assert largest_invariant_set({n: torch.full((n, 1), torch.nan) for n in (4, 2, 1)}) == [4]

@@ -25,7 +25,7 @@ SECONDS = 4.0  # that it may take; larger batches are not tried where they would
 TOO_SHORT_S = 2e-4  # such a call tells of the clock, not of the network
 
 
-def knee(
+def autotune_batch_size(
     run: Callable[[int], None], chunk: int, device: str, clock: Callable[[], float] = time.monotonic
 ) -> Generator[None, None, tuple[int, int]]:
     """Returns the usual rows and the most. `run` is one call with so many; it yields after each.

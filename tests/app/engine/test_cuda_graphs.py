@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.engine.instance import ModelInstance
 from app.engine.request import Request, Sample
-from app.engine.runner import Runner
+from app.engine.runner import ModelRunner
 from model.backends.cuda import CudaRecorder
 from model.checkpoint import Checkpoint
 from model.sampling.noise import normals_of
@@ -31,7 +31,7 @@ Samples = Callable[[], list[Sample]]
 
 @pytest.mark.slow
 def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Samples) -> None:
-    runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
+    runner, plain = graphed(checkpoint, 8), ModelRunner(checkpoint, CPU, 8)
     runner.warm_up(8)
     plain.warm_up(8)
     assert runner._graphs is not None
@@ -41,7 +41,7 @@ def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Sample
 
 @pytest.mark.slow
 def test_nothing_but_graphs_runs_and_noise_only_where_it_is_needed(checkpoint: Checkpoint, samples: Samples) -> None:
-    runner = Runner(checkpoint, CPU, 8)
+    runner = ModelRunner(checkpoint, CPU, 8)
     network = runner._network
     recorded: list[str] = []
     replayed: list[str] = []
@@ -88,9 +88,9 @@ def skewed_step(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "noise": lambda patch: patch.setattr("app.engine.graphs.normals_of", skewed(normals_of)),
-    "guidance": lambda patch: patch.setattr("app.engine.graphs.apply_cfg", lambda out, u, g: out),
-    "update": lambda patch: patch.setattr("app.engine.graphs.apply_step", skewed_step),
+    "noise": lambda patch: patch.setattr("app.engine.cuda_graphs.normals_of", skewed(normals_of)),
+    "guidance": lambda patch: patch.setattr("app.engine.cuda_graphs.apply_cfg", lambda out, u, g: out),
+    "update": lambda patch: patch.setattr("app.engine.cuda_graphs.apply_step", skewed_step),
 }
 
 
@@ -104,7 +104,7 @@ def test_without_graphs_all_runs_as_ever_and_says_so_once(
     how: str,
     after: int,
 ) -> None:
-    runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
+    runner, plain = graphed(checkpoint, 8), ModelRunner(checkpoint, CPU, 8)
     plain.warm_up(8)
     recorded = 0
 
@@ -152,7 +152,7 @@ CUDNN = "GET was unable to find an engine to execute this computation"  # where 
 def test_what_does_not_fit_into_the_memory_is_not_used(
     checkpoint: Checkpoint, samples: Samples, error: Exception
 ) -> None:
-    runner, plain = graphed(checkpoint, 8), Runner(checkpoint, CPU, 8)
+    runner, plain = graphed(checkpoint, 8), ModelRunner(checkpoint, CPU, 8)
     plain.warm_up(8)
     network = runner._network
 
@@ -203,13 +203,13 @@ def test_numbers_of_rows_where_a_rows_bits_depend_on_its_place_do_not_run(checkp
 
 
 @pytest.fixture
-def gpu(checkpoint: Checkpoint) -> Callable[[], Runner]:
-    return lambda: Runner(checkpoint, CUDA, 64, precision="bf16")
+def gpu(checkpoint: Checkpoint) -> Callable[[], ModelRunner]:
+    return lambda: ModelRunner(checkpoint, CUDA, 64, precision="bf16")
 
 
 @cuda
 def test_on_a_gpu_every_number_of_rows_has_a_graph_and_no_image_depends_on_its_mates(
-    gpu: Callable[[], Runner], samples: Samples, caplog: pytest.LogCaptureFixture
+    gpu: Callable[[], ModelRunner], samples: Samples, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner, again = gpu(), gpu()  # that of a restarted server
     with caplog.at_level(logging.WARNING):
@@ -228,7 +228,7 @@ def test_on_a_gpu_every_number_of_rows_has_a_graph_and_no_image_depends_on_its_m
 
 @cuda
 def test_on_a_gpu_a_graph_that_has_no_memory_is_done_without(
-    gpu: Callable[[], Runner], samples: Samples, caplog: pytest.LogCaptureFixture
+    gpu: Callable[[], ModelRunner], samples: Samples, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner, sound = gpu(), gpu()
     real, hoarded = CudaRecorder(), []
@@ -254,7 +254,7 @@ def test_on_a_gpu_a_graph_that_has_no_memory_is_done_without(
 
 @cuda
 def test_on_a_gpu_a_newcomer_is_captured_while_others_are_served_and_loaded(
-    checkpoint: Checkpoint, gpu: Callable[[], Runner], ask: Ask, metrics: Metrics
+    checkpoint: Checkpoint, gpu: Callable[[], ModelRunner], ask: Ask, metrics: Metrics
 ) -> None:
     first, second = (ModelInstance(checkpoint, gpu(), 16) for _ in range(2))
     engine, stop = TestedEngine(metrics, max_pending_nfe=1_000_000), threading.Event()

@@ -17,13 +17,13 @@ ALL = 16  # rows up to which a CPU tries all numbers: of more, few are filled up
 SINGLE = 32  # rows, at most, that a single image is filled up to where others agree on larger numbers only
 
 
-def gpu_chunk(image_size: tuple[int, int]) -> int:
+def gpu_micro_batch_size(image_size: tuple[int, int]) -> int:
     """The most rows of a call where nobody says how many, a power of two; image_size is (height, width)."""
     fit = GPU_POSITIONS // math.prod(image_size)
     return min(GPU_CHUNK, 1 << max(fit.bit_length() - 1, 0))
 
 
-def candidates(chunk: int, device: str) -> list[int]:
+def candidate_batch_sizes(chunk: int, device: str) -> list[int]:
     """What is tried, largest first: all numbers, of the large ones every fourth; on a GPU, where each costs a graph,
     powers of two."""
     if device != "cuda":
@@ -31,7 +31,7 @@ def candidates(chunk: int, device: str) -> list[int]:
     return [chunk] + [2**i for i in range(chunk.bit_length(), -1, -1) if 2**i < chunk]
 
 
-def agreeing(outs: dict[int, Tensor]) -> list[int]:
+def largest_invariant_set(outs: dict[int, Tensor]) -> list[int]:
     """Those that agree with one another, ascending; `outs` has the last rows of one batch, in each number.
 
     Of all such sets the one with the largest number, if a single image fits into `SINGLE` rows there.
