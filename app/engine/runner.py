@@ -42,8 +42,8 @@ class ModelRunner:
 
     The U-Net runs on `chunk` rows, or on fewer where that gives the same bits. The first warm-up finds out which
     numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a GPU each number
-    that agrees gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps that
-    are not among those run without, to the same bits. Runtime and precision are those of all batches.
+    that agrees gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps
+    that are not among those run without, to the same bits. Runtime and precision are those of all batches.
     """
 
     def __init__(
