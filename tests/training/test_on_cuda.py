@@ -15,10 +15,10 @@ from model.nn.config import UNetConfig
 from model.nn.ema import EMA
 from tests.fake_cuda import CUDA, FakeCuda, fake_cuda
 from tests.networks import randomised
-from training import gpu as training_gpu
 from training.data import Images
 from training.data.batches import Batches
 from training.loop import distributed
+from training.loop import gpu as training_gpu
 from training.loop.distributed import DistributedContext
 from training.loop.optimizer import rollback, step
 from training.loop.state import TrainState
