@@ -63,7 +63,6 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
         keep_freed_memory()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
-    log_device(settings.device, device, runtime, precision)
 
     def make(checkpoint: Checkpoint) -> Served:
         chunk = settings.chunk_rows or best_chunk(checkpoint.network, device)
@@ -80,6 +79,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = Runner) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        log_device(settings.device, device, runtime, precision)
         engine.start()
         tasks = [asyncio.create_task(watch) for watch in (keys.watch(), served.watch(), _watch(engine), pulse.beat())]
         yield
