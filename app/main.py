@@ -82,6 +82,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        log_device(settings.device, device, runtime, precision)
         engine.start()
         tasks = [
             asyncio.create_task(watch)
