@@ -19,7 +19,7 @@ from training.data.picture import Encoded, Look
 from training.data.splits import Split
 from training.data.walk import counted
 
-SHARE = 0.7  # of the free memory that images may take
+SHARE = 0.7  # of the free memory that images may take: a network needs some, too
 SECONDS_PER_PICTURE, SECONDS_PER_PIXEL = 1e-4, 1e-8  # roughly, to decode one
 KEEP_ABOVE_S = 2.0  # what takes longer is kept
 LISTED = 1000  # broken images
@@ -60,8 +60,10 @@ class Reader:
         looks = self._looks()
         layout = self._layout(looks)
         size = self._count * int(np.prod(layout.shape))
-        if size > memory.free_addresses():
-            raise DataError(f"{self._needs(layout)}, more than `ulimit -v` leaves: choose a smaller --image_size")
+        if size > SHARE * memory.free_addresses():
+            raise DataError(
+                f"{self._needs(layout)}, more than `ulimit -v` leaves for them: choose a smaller --image_size"
+            )
         is_large = size > SHARE * memory.free_bytes()
         if is_large and not cache:
             raise DataError(
