@@ -17,8 +17,9 @@ from training.data.images import DataError
 from training.data.options import LoadOptions
 from training.data.picture import Encoded, Look
 from training.data.splits import Split
+from training.data.walk import counted
 
-SHARE = 0.7  # of the free memory that images may take
+SHARE = 0.7  # of the free memory that images may take: a network needs some, too
 SECONDS_PER_PICTURE, SECONDS_PER_PIXEL = 1e-4, 1e-8  # roughly, to decode one
 KEEP_ABOVE_S = 2.0  # what takes longer is kept
 LISTED = 1000  # broken images
@@ -59,8 +60,10 @@ class Reader:
         looks = self._looks()
         layout = self._layout(looks)
         size = self._count * int(np.prod(layout.shape))
-        if size > memory.free_addresses():
-            raise DataError(f"{self._needs(layout)}, more than `ulimit -v` leaves: choose a smaller --image_size")
+        if size > SHARE * memory.free_addresses():
+            raise DataError(
+                f"{self._needs(layout)}, more than `ulimit -v` leaves for them: choose a smaller --image_size"
+            )
         is_large = size > SHARE * memory.free_bytes()
         if is_large and not cache:
             raise DataError(
@@ -116,7 +119,7 @@ class Reader:
     def _loaded(self, found: Pixels) -> Pixels:
         """In memory, if they fit."""
         if found.left_out:
-            self._say(f"{len(found.left_out):,} broken images are left out, as before")
+            self._say(f"left out as before: {counted(len(found.left_out), 'broken image')}")
         if found.array.nbytes > SHARE * memory.free_bytes():
             self._say(f"the images ({_gigabytes(found.array.nbytes)}) do not fit into memory: mapped from {found.file}")
             return found
@@ -157,9 +160,9 @@ class Reader:
             )
         is_grey = all(look.is_grey for look in of_train)
         if is_grey and (coloured := sum(not look.is_grey for look in looks.values())):
-            self._say(f"{coloured:,} held-out images are in colour and become grey, as those to train on are")
+            self._say(f"{counted(coloured, 'held-out image')} in colour made grey, as those to train on are")
         if animated := sum(look.is_animated for look in looks.values()):
-            self._say(f"{animated:,} images have several frames or pages, of which the first is taken")
+            self._say(f"only the first frame or page is taken of {counted(animated, 'image')}")
         return Layout((1 if is_grey else 3, height, width), self._white(looks))
 
     def _white(self, looks: dict[int, Look]) -> int:
@@ -171,7 +174,9 @@ class Reader:
         bits = self._options.grey_bits or used + used % 2
         if bits != 16:
             what = "by --grey_bits" if self._options.grey_bits else "if that is wrong, say --grey_bits 16"
-            self._say(f"{len(levels):,} greys of 16 bits, up to level {max(levels)}: scaled as {bits} bits ({what})")
+            self._say(
+                f"{counted(len(levels), 'grey')} of 16 bits, up to level {max(levels)}: scaled as {bits} bits ({what})"
+            )
         return int(2**bits - 1)
 
     def _decoded(self, layout: Layout, array: np.ndarray[Any, Any]) -> Pixels:
@@ -191,7 +196,9 @@ class Reader:
         if not self._options.skip_broken or len(left_out) == self._count:
             self._refuse()
         lines = [self._broken[place] for place in left_out]
-        self._say(f"{len(lines):,} broken images are left out: {'; '.join(lines[:20])}" + "; …" * (len(lines) > 20))
+        self._say(
+            f"left out {counted(len(lines), 'broken image')}: {'; '.join(lines[:20])}" + "; …" * (len(lines) > 20)
+        )
         good = [place for place in range(self._count) if place not in self._broken]
         for new, old in enumerate(good):  # in place: there may be no memory for a second one
             if new != old:

@@ -156,7 +156,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_options: Options, capsys: pytest.C
 def test_ctrl_c_before_the_first_step_is_no_traceback(
     command_line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "load", interrupt)
