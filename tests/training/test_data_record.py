@@ -170,6 +170,18 @@ def test_data_that_moved_along_with_the_run_are_found(
     assert go_on(moved, capsys) == ""
 
 
+def test_a_run_that_moved_alone_finds_its_data(
+    tiny_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = train(TrainConfig(**tiny_options | {"dataset": "pictures", "iterations": 2}))
+    monkeypatch.chdir("/")
+    moved = tmp_path / "archive" / "2026" / run.name
+    moved.parent.mkdir(parents=True)
+    run.rename(moved)
+    assert go_on(moved, capsys) == ""
+
+
 def test_data_that_are_gone_are_told_at_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
