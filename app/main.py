@@ -74,7 +74,6 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     metrics = Metrics()
     engine = Engine(metrics.engine, max_pending_nfe=settings.max_pending_nfe, step_timeout_s=settings.step_timeout_s)
     served = ModelRegistry(settings, metrics, engine, make)
-    log_device(settings.device, device, runtime, precision)
     metrics.bind_engine(engine.status)
     loop_monitor = EventLoopMonitor(metrics)
     metrics.pending_nfe_limit.set(settings.max_pending_nfe)

@@ -132,18 +132,8 @@ def build_request(
 
 def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
     """The checkpoint's settings with what a client asked for in their place. Raises InvalidRequest."""
-    interval = asked.guidance_interval
     try:
-        sampling = config.sampling.with_overrides(
-            config.diffusion.num_timesteps,
-            sampler=asked.sampler,
-            steps=asked.steps,
-            eta=asked.eta,
-            guidance_scale=asked.guidance_scale,
-            guidance_interval=None if interval is None else (interval[0], interval[1]),
-            spacing=asked.spacing,
-            limit=asked.limit,
-        )
+        sampling = config.sampling.with_overrides(config.diffusion.num_timesteps, **asked.overrides())
     except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
     if sampling.guidance_scale != 1 and not config.unet.null_class:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from dataclasses import Field as DataclassField
+from dataclasses import fields
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from app.errors import InvalidRequest
 from app.settings import Settings
-from model.sampling.schedule import THRESHOLDING
-from model.sampling.solvers import SAMPLERS
-from model.sampling.timestep_spacing import SPACINGS
+from model.sampling.schedule import SamplingParams
 
 
 def _numbers(value: Any) -> Any:
@@ -35,8 +36,32 @@ Interval = Annotated[list[float], Field(min_length=2, max_length=2), BeforeValid
 Format = Literal["sse", "multipart", "gif", "webp"]
 
 
-class Sampling(BaseModel):
-    """What to sample, and how. Left out, the sampler's settings are the checkpoint's own defaults."""
+SETTINGS = fields(SamplingParams)
+TYPES: dict[str, Any] = get_type_hints(SamplingParams)
+OF_REQUESTS: dict[str, dict[str, Any]] = {  # where they say something else than the settings of a checkpoint
+    "sampler": {"description": "left out, the checkpoint's"},
+    "steps": {"description": "denoising steps; with a sampler that is not the checkpoint's, GET /models says how many"},
+    "guidance_scale": {"bounds": (0, 20)},
+}
+
+
+def _optional(setting: DataclassField[Any]) -> tuple[Any, Any]:
+    """A setting that a request may leave out, as pydantic's `create_model` takes a field."""
+    told: dict[str, Any] = {**setting.metadata, **OF_REQUESTS.get(setting.name, {})}
+    kind: Any = TYPES[setting.name]
+    if told["bounds"]:
+        low, high = told["bounds"]
+        kind = Annotated[kind, Field(ge=low, le=high if math.isfinite(high) else None)]
+    if TYPES[setting.name] is int:
+        kind = Annotated[kind, Whole]
+    elif TYPES[setting.name] == tuple[float, float]:
+        kind = Interval
+    extra: dict[str, Any] | None = {"enum": list(told["choices"])} if told["choices"] else None
+    return kind | None, Field(None, description=told["description"], json_schema_extra=extra)
+
+
+class _Wanted(BaseModel):
+    """The fields of a request that come before its sampler's settings."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -53,28 +78,20 @@ class Sampling(BaseModel):
     index: Annotated[int, Whole] = Field(
         0, ge=0, lt=2**31, description="place of the first image in its seed's sequence"
     )
-    sampler: str | None = Field(
-        None, description="left out, the checkpoint's", json_schema_extra={"enum": list(SAMPLERS)}
-    )
-    steps: Annotated[int, Field(ge=1), Whole] | None = Field(
-        None,
-        description="denoising steps; with a sampler that is not the checkpoint's, GET /models says how many",
-    )
-    eta: float | None = Field(None, ge=0, le=1, description="ddim's noise: 0 deterministic, 1 ancestral")
-    guidance_scale: float | None = Field(None, ge=0, le=20, description="classifier-free guidance; 1 for none")
-    guidance_interval: Interval | None = Field(
-        None, description="where guidance acts, from one level of noise to another: 0 is the finished image, 1 is noise"
-    )
-    spacing: str | None = Field(
-        None, description="which timesteps the steps visit", json_schema_extra={"enum": list(SPACINGS)}
-    )
-    limit: str | None = Field(
-        None,
-        description="what keeps the predicted image within black and white at every step: "
-        "nothing, clamping, or scaling by its own 99.5 % quantile",
-        json_schema_extra={"enum": list(THRESHOLDING)},
-    )
+
+
+OPTIONAL: dict[str, Any] = {setting.name: _optional(setting) for setting in SETTINGS}
+_WithSettings: Any = create_model("_WithSettings", __base__=_Wanted, **OPTIONAL)
+
+
+class Sampling(_WithSettings):
+    """What to sample, and how. Left out, the sampler's settings are the checkpoint's own defaults."""
+
     timeout_s: float | None = Field(None, gt=0, description="seconds in which an answer is wanted")
+
+    def overrides(self) -> dict[str, Any]:
+        """The sampler's settings, for `SamplingParams.with_overrides`; None where the checkpoint's own are wanted."""
+        return {setting.name: getattr(self, setting.name) for setting in SETTINGS}
 
     def check(self, settings: Settings) -> None:
         """Raises InvalidRequest where a configured limit is passed."""
@@ -83,9 +100,9 @@ class Sampling(BaseModel):
             value = getattr(self, name)
             if value is not None and value > limit:
                 raise InvalidRequest(f"{name} must not be more than {limit:g}", param=name)
-        for name, valid in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("limit", THRESHOLDING)):
-            value = getattr(self, name)
-            if value is not None and value not in valid:
+        for setting in SETTINGS:
+            name, valid, value = setting.name, setting.metadata["choices"], getattr(self, setting.name)
+            if valid and value is not None and value not in valid:
                 raise InvalidRequest(f"{name} must be one of {', '.join(valid)}, not {value!r:.80}", param=name)
 
 
@@ -135,18 +152,20 @@ class GeneratedImage(BaseModel):
     class_name: str | None
 
 
-class GenerateResponse(BaseModel):
-    """Response of POST /generate as application/json."""
+class _Made(BaseModel):
+    """The fields of a response that come before its sampler's settings."""
 
     model: str
     checkpoint: str = Field(description="SHA-256 of the checkpoint's file")
-    sampler: str
-    steps: int
-    eta: float
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    spacing: str
-    limit: str
+
+
+REQUIRED: dict[str, Any] = {name: (kind, ...) for name, kind in TYPES.items()}
+_MadeWithSettings: Any = create_model("_MadeWithSettings", __base__=_Made, **REQUIRED)
+
+
+class GenerateResponse(_MadeWithSettings):
+    """Response of POST /generate as application/json."""
+
     images: list[GeneratedImage]
 
 

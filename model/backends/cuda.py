@@ -1,7 +1,7 @@
 """The U-Net on a GPU: PyTorch's own kernels, and how calls of them are recorded as CUDA graphs.
 
 A small batch takes the GPU less time than Python needs to launch its kernels, one by one. A graph has them all, for one
-number of rows, and is one launch (PyTorch's notes on CUDA, "CUDA Graphs", whose rules are followed here).
+number of rows, and is one launch (PyTorch's notes on CUDA, "CUDA CUDAGraphRunner", whose rules are followed here).
 """
 
 from __future__ import annotations

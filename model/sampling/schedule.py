@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.diffusion import VARIANCES, GaussianDiffusion, Table, one_of
 from model.sampling.solvers import SAMPLERS
-from model.sampling.timestep_spacing import LAMBDA_MIN_CLIPPED, Timesteps, make_timesteps
+from model.sampling.timestep_spacing import LAMBDA_MIN_CLIPPED, SPACINGS, Timesteps, make_timesteps
 
 COEFFICIENTS = ("g", "p", "q", "limit", "a", "b", "c", "d", "k", "s")
 THRESHOLDING = ("none", "clamp", "dynamic")  # of x0; the column holds the place in this list
@@ -45,63 +47,84 @@ class InvalidSamplingParams(ValueError):
         self.field = field
 
 
+def _setting(
+    default: Any, description: str, choices: Collection[str] | None = None, bounds: tuple[float, float] | None = None
+) -> Any:
+    metadata = {"description": description, "choices": choices and tuple(choices), "bounds": bounds}
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a checkpoint is sampled when a request does not say; the arguments of `make_schedule`."""
+    """How a checkpoint is sampled when a request does not say; the arguments of `make_schedule`.
 
-    sampler: str = "ddim"
-    steps: int = 50
-    eta: float = 0.0
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    spacing: str = "trailing"
-    limit: str = "clamp"
+    The fields of requests, responses and headers and the options of command lines follow from these: `metadata` of each
+    has its `description`, and the `choices` or `bounds` of its value, or None.
+    """
+
+    sampler: str = _setting("ddim", "", SAMPLERS)
+    steps: int = _setting(50, "denoising steps", bounds=(1, math.inf))
+    eta: float = _setting(0.0, "ddim's noise: 0 deterministic, 1 ancestral", bounds=(0, 1))
+    guidance_scale: float = _setting(1.0, "classifier-free guidance; 1 for none")
+    guidance_interval: tuple[float, float] = _setting(
+        (0.0, 1.0), "where guidance acts, from one level of noise to another: 0 is the finished image, 1 is noise"
+    )
+    spacing: str = _setting("trailing", "which timesteps the steps visit", SPACINGS)
+    limit: str = _setting(
+        "clamp",
+        "what keeps the predicted image within black and white at every step: "
+        "nothing, clamping, or scaling by its own 99.5 % quantile",
+        THRESHOLDING,
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON has lists only
 
-    def with_overrides(
-        self,
-        num_timesteps: int,
-        *,
-        sampler: str | None = None,
-        steps: int | None = None,
-        eta: float | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        spacing: str | None = None,
-        limit: str | None = None,
-    ) -> SamplingParams:
+    def with_overrides(self, num_timesteps: int, **given: Any) -> SamplingParams:
         """These settings with what somebody asked for in their place; None is not asked for.
 
         Steps, eta and spacing are the sampler's: with another one they are `DEFAULT_STEPS`, at most `num_timesteps`
         (T), 0 and trailing. Without guidance there is no interval of it. Raises InvalidSamplingParams where they
         contradict each other.
         """
-        own = self if sampler in (None, self.sampler) else None
-        sampler = sampler or self.sampler
+        given = {name: value for name, value in given.items() if value is not None}
+        sampler = given.get("sampler", self.sampler)
         one_of("sampler", sampler, SAMPLERS)
-        if eta and sampler != "ddim":
+        if given.get("eta") and sampler != "ddim":
             raise InvalidSamplingParams("eta", f"belongs to the ddim sampler; {sampler} takes none")
-        if steps is None:
-            steps = own.steps if own else min(DEFAULT_STEPS[sampler], num_timesteps)
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        interval = self.guidance_interval if guidance_interval is None else guidance_interval
-        if scale == 1:
-            if guidance_interval not in (None, (0, 1)):
-                raise InvalidSamplingParams(
-                    "guidance_interval", "says where guidance acts: it needs a guidance_scale besides 1"
-                )
-            interval = (0.0, 1.0)
-        return SamplingParams(
-            sampler,
-            steps,
-            (own.eta if own else 0.0) if eta is None else eta,
-            scale,
-            interval,
-            (own.spacing if own else "trailing") if spacing is None else spacing,
-            self.limit if limit is None else limit,
-        )
+        settings = self
+        if sampler != self.sampler:
+            plain = SamplingParams(sampler, min(DEFAULT_STEPS[sampler], num_timesteps))
+            settings = replace(self, sampler=sampler, steps=plain.steps, eta=plain.eta, spacing=plain.spacing)
+        settings = replace(settings, **given)
+        if settings.guidance_scale != 1:
+            return settings
+        if "guidance_interval" in given and settings.guidance_interval != (0, 1):
+            raise InvalidSamplingParams(
+                "guidance_interval", "says where guidance acts: it needs a guidance_scale besides 1"
+            )
+        return replace(settings, guidance_interval=(0.0, 1.0))
+
+    def check(self) -> None:
+        """Raises ValueError where a value is none of the choices, InvalidSamplingParams where it is out of bounds."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.metadata["choices"]:
+                one_of(setting.name, value, setting.metadata["choices"])
+            low, high = setting.metadata["bounds"] or (-math.inf, math.inf)
+            if math.isfinite(high) and not low <= value <= high:  # of steps T is the bound
+                raise InvalidSamplingParams(setting.name, f"must be between {low} and {high}, not {value}")
+        if not math.isfinite(self.guidance_scale):
+            raise InvalidSamplingParams("guidance_scale", f"must be finite, not {self.guidance_scale}")
+        if len(self.guidance_interval) != 2:
+            raise InvalidSamplingParams(
+                "guidance_interval", f"must be two numbers, lower end first, not {len(self.guidance_interval)}"
+            )
+        start, end = self.guidance_interval
+        if not 0 <= start <= end <= 1:
+            raise InvalidSamplingParams(
+                "guidance_interval", f"must be within 0 and 1, lower end first, not {start}, {end}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +153,10 @@ def make_schedule(
     sampler: str,
     steps: int,
     *,
-    eta: float = 0.0,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    spacing: str = "trailing",
-    limit: str = "clamp",
     variance: str | None = None,
+    **settings: Any,
 ) -> SamplingSchedule:
-    """The table of `sampler` over `steps` timesteps.
+    """The table of `sampler` over `steps` timesteps; `settings` are the other fields of `SamplingParams`.
 
     `eta` in [0, 1] is ddim's. `guidance_scale` g is 1 for none; it acts where t/(T - 1), 0 for the finished image and 1
     for noise, is within `guidance_interval` (Kynkäänniemi et al. 2024). `spacing` is that of `make_timesteps`. `limit`
@@ -148,11 +167,11 @@ def make_schedule(
     fixed_small with a warning. With zero terminal SNR the first timestep must be the last of training (Lin et al.
     2023, §3.3). Raises ValueError, InvalidSamplingParams where one number is at fault.
     """
-    one_of("sampler", sampler, SAMPLERS)
-    one_of("limit", limit, THRESHOLDING)
+    params = SamplingParams(sampler, steps, **settings)
+    params.check()
     num_timesteps, log_snr = diffusion.num_timesteps, diffusion.log_snr()
     is_ancestral = sampler == "ddpm" and steps == num_timesteps  # which never divides by more than √(1 - β)
-    if diffusion.config.prediction == "eps" and limit == "none" and not is_ancestral:
+    if diffusion.config.prediction == "eps" and params.limit == "none" and not is_ancestral:
         num_timesteps = int(np.sum(log_snr >= LAMBDA_MIN_CLIPPED))
     if not isinstance(steps, int):
         raise InvalidSamplingParams("steps", f"must be a whole number, not {steps}")
@@ -161,31 +180,28 @@ def make_schedule(
         if why and sampler == "ddpm":
             why = f" or {diffusion.num_timesteps}, all of them,{why}"
         raise InvalidSamplingParams("steps", f"must be between 1 and {num_timesteps}{why}, not {steps}")
-    if not 0 <= eta <= 1:
-        raise InvalidSamplingParams("eta", f"must be between 0 and 1, not {eta}")
-    if not math.isfinite(guidance_scale):
-        raise InvalidSamplingParams("guidance_scale", f"must be finite, not {guidance_scale}")
-    low, high = guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise InvalidSamplingParams("guidance_interval", f"must be within 0 and 1, lower end first, not {low}, {high}")
-    timesteps = make_timesteps(num_timesteps, steps, spacing, log_snr)
+    timesteps = make_timesteps(num_timesteps, steps, params.spacing, log_snr)
     if diffusion.config.zero_terminal_snr and timesteps[0] < num_timesteps - 1:
         raise InvalidSamplingParams(
-            "spacing", f"{spacing} starts at timestep {timesteps[0]}: zero terminal SNR needs {num_timesteps - 1}"
+            "spacing",
+            f"{params.spacing} starts at timestep {timesteps[0]}: zero terminal SNR needs {num_timesteps - 1}",
         )
+    low, high = params.guidance_interval
     p, q = diffusion.x0_coefficients(timesteps)
     place = timesteps / (diffusion.num_timesteps - 1)
     columns: dict[str, Table | float] = {
-        "g": np.where((low <= place) & (place <= high), guidance_scale, 1.0),
+        "g": np.where((low <= place) & (place <= high), params.guidance_scale, 1.0),
         "p": p,
         "q": q,
-        "limit": float(THRESHOLDING.index(limit)),
+        "limit": float(THRESHOLDING.index(params.limit)),
         "c": 0.0,
         "d": 0.0,
         "k": 0.0,
         "s": 0.0,
     }
-    columns |= SAMPLERS[sampler](diffusion, timesteps, eta, _checked_variance(diffusion, sampler, steps, variance))
+    columns |= SAMPLERS[sampler](
+        diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance)
+    )
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
     return SamplingSchedule(sampler, timesteps, table.astype(np.float64))
 

@@ -1,6 +1,6 @@
 import asyncio
 import unicodedata
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,7 +13,7 @@ from app.engine.request import Frame
 from app.engine.runner import ModelRunner
 from app.errors import InvalidClassLabel, InvalidRequest
 from app.request_params import LARGEST_JSON_INTEGER, GenerationJob, build_request, class_index, frame_steps, headers
-from app.schemas import Format, GenerateBody, SequenceQuery
+from app.schemas import Format, GenerateBody, GenerateResponse, SequenceQuery
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -297,3 +297,22 @@ def test_a_schedule_is_made_once_for_equal_settings_of_a_checkpoint(grey: Checkp
     assert one.schedule(asked, None) is not other.schedule(asked, None)
     small, large = (one.schedule(SamplingParams("ddpm", 1000), v).table for v in ("fixed_small", "fixed_large"))
     assert not np.array_equal(small, large)
+
+
+def test_every_sampling_setting_travels(grey: Checkpoint) -> None:
+    names = [setting.name for setting in fields(SamplingParams)]
+    assert list(GenerateResponse.model_fields) == ["model", "checkpoint", *names, "images"]
+    assert list(GenerateBody(n=1).overrides()) == names
+    for body in (GenerateBody, SequenceQuery):
+        assert list(body.model_fields)[5:12] == names, "where they were in the documentation"
+    assert set(names) <= job(grey, GenerateBody()).provenance().keys()
+
+
+def test_the_schema_has_the_settings_descriptions_and_bounds() -> None:
+    properties = GenerateBody.model_json_schema()["properties"]
+    for setting in fields(SamplingParams):
+        told = setting.metadata
+        assert properties[setting.name]["description"].startswith(told["description"])
+        assert properties[setting.name].get("enum", []) == list(told["choices"] or [])
+    assert properties["eta"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
+    assert properties["steps"]["anyOf"][0] == {"type": "integer", "minimum": 1}

@@ -300,7 +300,7 @@ def main() -> None:
 
 `{shlex.join(["python", "-m", "tests.bench.policies", *sys.argv[1:]])}`, in virtual time.
 {times}
-Traces of {args.requests} requests, the same for all; slowdown is latency over what the request takes alone, starved is
+TracingMiddleware of {args.requests} requests, the same for all; slowdown is latency over what the request takes alone, starved is
 the longest time in which a request got no step. The cap is that of a step's images; 16-32 is 16, and up to 32 for a
 crowd of as many requests, or where each request there has 16 images or more.
 

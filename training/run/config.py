@@ -16,9 +16,7 @@ from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTING
 from model.nn.config import CONDITIONINGS, UNetConfig
 from model.nn.ema import WIDEST
 from model.nn.layers import ACTIVATIONS, NORMS
-from model.sampling.schedule import THRESHOLDING, SamplingParams, make_schedule
-from model.sampling.solvers import SAMPLERS
-from model.sampling.timestep_spacing import SPACINGS
+from model.sampling.schedule import SamplingParams, make_schedule
 from training.cli.options import check_choice, expanded, printable, written
 from training.data.options import LABEL_SOURCES, LoadOptions
 from training.loop.lognormal import LOGNORMAL
@@ -29,6 +27,13 @@ LOSS_AWARE = "loss_second_moment"  # of --timestep_sampler; the others are funct
 
 def _option(default: Any, text: str, choices: Any = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": list(choices) if choices else None})
+
+
+def _sampling(name: str, more: str = "", default: Any = None) -> Any:
+    """The option of a setting of `SamplingParams`; `more` ends its description, `default` is another than there."""
+    setting = next(setting for setting in fields(SamplingParams) if setting.name == name)
+    own = setting.default if default is None else default
+    return _option(own, setting.metadata["description"] + more, setting.metadata["choices"])
 
 
 @dataclass(frozen=True)
@@ -125,12 +130,12 @@ class TrainConfig:
     log_to_wandb: bool = _option(False, "also log to Weights & Biases")
     tensorboard: bool = _option(False, "also log to TensorBoard, into the run's folder")
 
-    sampler: str = _option("dpmpp_2m", "of sample grids, and the checkpoint's default when served", SAMPLERS)
-    sample_steps: int = _option(20, "its steps")
-    guidance_scale: float = _option(1.0, "its guidance towards the class; 1 is none, others need --label_dropout")
-    guidance_interval: tuple[float, ...] = _option((0.0, 1.0), "where guidance acts: 0 is the image, 1 is noise")
-    spacing: str = _option("trailing", "which timesteps its steps visit", SPACINGS)
-    limit: str = _option("clamp", "of the predicted image at each of its steps", THRESHOLDING)
+    sampler: str = _sampling("sampler", "of sample grids, and the checkpoint's default when served", "dpmpp_2m")
+    sample_steps: int = _sampling("steps", default=20)
+    guidance_scale: float = _sampling("guidance_scale", ", others need --label_dropout")
+    guidance_interval: tuple[float, ...] = _sampling("guidance_interval")
+    spacing: str = _sampling("spacing")
+    limit: str = _sampling("limit")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -294,10 +299,8 @@ class TrainConfig:
 
     def sampling(self) -> SamplingParams:
         """How sample grids are made, and the checkpoint's default when served."""
-        low, high = self.guidance_interval
-        return SamplingParams(
-            self.sampler, self.sample_steps, 0.0, self.guidance_scale, (low, high), self.spacing, self.limit
-        )
+        names = {setting.name for setting in fields(SamplingParams)} & vars(self).keys()  # eta is 0
+        return SamplingParams(steps=self.sample_steps, **{name: getattr(self, name) for name in names})
 
     def to_json(self) -> str:
         """Every option; `TrainConfig(**json.loads(…))` is the inverse."""

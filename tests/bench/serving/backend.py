@@ -54,7 +54,7 @@ class Backend:
         """That of all requests with so many steps, as the service would make it."""
         if steps not in self.schedules:
             config = self.checkpoint.config
-            asked = config.sampling.with_overrides(config.diffusion.num_timesteps, steps=steps, **SAMPLER)  # type: ignore[arg-type]
+            asked = config.sampling.with_overrides(config.diffusion.num_timesteps, steps=steps, **SAMPLER)
             self.schedules[steps] = make_schedule(self.checkpoint.diffusion, **asdict(asked))
         return self.schedules[steps]
 

@@ -593,7 +593,7 @@ def test_settings_give_way_to_what_is_asked_for_and_belong_to_their_sampler() ->
         {"guidance_scale": 1.0, "guidance_interval": (0.0, 0.5)},
     ):
         with pytest.raises(InvalidSamplingParams) as caught:
-            own.with_overrides(1000, **contradiction)  # type: ignore[arg-type]
+            own.with_overrides(1000, **contradiction)
         assert str(caught.value).startswith(caught.value.field)
         assert caught.value.field in contradiction
     assert DEFAULT_STEPS.keys() == SAMPLERS.keys()

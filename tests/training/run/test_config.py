@@ -256,6 +256,17 @@ def test_how_grids_are_sampled_is_the_checkpoints_default() -> None:
     assert parsed(*words.split()).sampling() == expected
 
 
+def test_options_are_those_of_a_checkpoints_sampling() -> None:
+    options, own = ({f.name: f for f in fields(kind)} for kind in (TrainConfig, SamplingParams))
+    assert own.keys() - options.keys() == {"steps", "eta"}  # --sample_steps, and none: a grid of ddim has no noise
+    for name in own.keys() & options.keys():
+        assert options[name].default == own[name].default or name == "sampler"
+        assert options[name].metadata["help"].startswith(own[name].metadata["description"])
+        assert options[name].metadata["choices"] == (
+            own[name].metadata["choices"] and list(own[name].metadata["choices"])
+        )
+
+
 def test_every_option_of_the_network_and_the_diffusion_reaches_it() -> None:
     words = (
         "--use_labels --label_dropout 0.1 --class_conditioning both --base_channels 48 --channel_mults 1,2,3 "
