@@ -1,4 +1,4 @@
-"""Makes the pictures and the tables of docs/how-it-works.md: python -m docs.how_it_works [CHECKPOINT]
+"""Makes the pictures and tables of docs/explanation/diffusion.md: python -m docs.explanation.diffusion [CHECKPOINT]
 
 Everything comes from the package and from one checkpoint, a class-conditional one with a null class (default: mnist).
 Needs matplotlib. Some minutes on two cores. The tables are written between their marks in the chapter.
@@ -29,8 +29,8 @@ from model.sampling.schedule import COLUMNS, make_plan
 from model.sampling.solvers import SAMPLERS
 from model.sampling.step import sample
 
-DOCS = Path(__file__).resolve().parent
-CHAPTER, FOLDER = DOCS / "how-it-works.md", DOCS / "pictures"
+HERE = Path(__file__).resolve().parent
+CHAPTER, FOLDER = HERE / "diffusion.md", HERE.parent / "pictures"
 SEED = 1
 INK, PALE, WARM = "#1f3a5f", "#dbe7f3", "#d9822b"
 
@@ -61,7 +61,7 @@ def plan_table(steps: int = 5) -> str:
 
 def origin(source: Checkpoint) -> str:
     """Which checkpoint the pictures are of."""
-    return f"The images are of the checkpoint `{source.name}`, SHA-256 `{source.sha256}`, seed {SEED}."
+    return f"They show the checkpoint `{source.name}`, SHA-256 `{source.sha256}`, seed {SEED}."
 
 
 def marked(text: str, blocks: dict[str, str]) -> str:
