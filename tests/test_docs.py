@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXPLANATION = ROOT / "docs" / "explanation"
 ENDS = ("|", "||", "&&", ";", "&", ">", ">>")  # of a command
+ASSIGNMENT = re.compile(r"\w+=.*")  # of a variable, before a command
 NOT_OURS = {"pip", "pytest", "venv", "zipfile", "torch.distributed.run"}  # of `-m`
 CONSOLE = {  # sub-command of ddpm-serve → the module that it runs
     "serve": "app",
@@ -44,8 +46,10 @@ def shell_lines(text: str) -> Iterator[list[str]]:
             words = shlex.split(line, comments=True)
             while words:
                 end = next((i for i, word in enumerate(words) if word in ENDS), len(words))
-                if words[:end]:
-                    yield words[:end]
+                if named := [
+                    *dropwhile(lambda word: re.fullmatch(r"\w+=.*", word), words[:end])
+                ]:  # variables before it
+                    yield named
                 words = words[end + 1 :]
 
 
@@ -71,12 +75,12 @@ def understand(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
     """Lets the module's own parser read the words. SystemExit where it refuses them."""
     found = importlib.import_module(module)
     if hasattr(found, "__path__"):  # a package
-        found = sys.modules[importlib.import_module(f"{module}.__main__").main.__module__]
+        found = importlib.import_module(f"{module}.__main__")
     if module == "app":
         found.read_settings(words)
     elif module == "training.train":
         command.parse(words)
-    elif parse := getattr(found, "parse", None):
+    elif parse := getattr(sys.modules[found.main.__module__], "parse", None):
         parse(words)
     else:
         parse_args = argparse.ArgumentParser.parse_args
@@ -95,7 +99,7 @@ def understand(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
 def after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder where runs/NAME is what the documents' first commands leave."""
     monkeypatch.chdir(tmp_path)
-    for name in ("photos", "photos-final", "cifar"):
+    for name in ("photos", "cifar", "cifar-final"):
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "config.json").write_text(TrainConfig().to_json())
 

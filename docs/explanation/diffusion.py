@@ -47,7 +47,7 @@ STEPS = (5, 10, 20, 50)
 # --- what the text says in numbers
 
 
-def plan_table(steps: int = 5) -> str:
+def plan_table(steps: int = 3) -> str:
     """The rows of three plans over the cosine schedule for a network that predicts v, as a Markdown table."""
     diffusion = GaussianDiffusion(DiffusionConfig(schedule="cosine", prediction="v"))
     lines = ["| sampler | t | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
