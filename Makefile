@@ -29,11 +29,12 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-# Our server beside others, each in an environment of its own that sees this one. ARGS: --quick, --sweep, --only NAMES
+# Our server beside others, each in an environment of its own that sees this one; see docs/benchmarks.md. Results go to
+# build/serving. ARGS: --sweep (first, for the peers' settings), --quick, --only NAMES
 PEERS := $(VENV)/peers
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 bench: $(PEERS)/.done
-	$(BIN)/python -m tests.bench.serving --venvs $(PEERS) --out docs/serving $(ARGS)
+	$(BIN)/python -m tests.bench.serving --venvs $(PEERS) $(ARGS)
 
 $(PEERS)/.done: $(VENV)/.test $(wildcard tests/bench/serving/peers/*.txt)
 	mkdir -p $(PEERS)
@@ -59,7 +60,7 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install -q -e ".[train,test]"
 	@touch $@ $(VENV)/.serve
 
-# Docker; see docs/operations.md. Without an NVIDIA GPU the CPU's image. FILES names more compose files.
+# Docker; see docs/deploy/docker.md. Without an NVIDIA GPU the CPU's image. FILES names more compose files.
 COMPOSE = docker compose -f docker-compose.yml \
   $(shell nvidia-smi -L >/dev/null 2>&1 || echo -f docker-compose.cpu.yml) $(FILES:%=-f %)
 

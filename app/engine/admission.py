@@ -104,7 +104,7 @@ class AdmissionController:
 
     def _estimate_latency(self, model: ModelInstance, request: Request) -> float:
         """Seconds. Requests with less work left go first, then its own rows take the places that are free; a step lasts
-        as long as the batch that it shares. ModelRegistry share the device, so each other one delays this request by at most
+        as long as the batch that it shares. Models share the device, so each other one delays this request by at most
         as much as it takes alone."""
         backlog, rate = self._backlogs.get(model, Backlog()), model.throughput.nfe_per_second
         backlog.demand.add(request)

@@ -120,7 +120,7 @@ class Scheduler:
 
 
 class ModelScheduler:
-    """ModelRegistry with work share the device's time equally: the next step is that of the one that has had the least.
+    """Models with work share the device's time equally: the next step is that of the one that has had the least.
 
     Time without work is not saved up: a model that comes (back) begins where the current one stands, or after its own
     last step (start-time fair queueing: Goyal, Vin & Cheng 1996).

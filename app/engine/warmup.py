@@ -1,4 +1,4 @@
-"""ModelRegistry whose networks have not run yet. They warm up on the engine's thread, one after another, between its steps."""
+"""Models whose networks have not run yet. They warm up on the engine's thread, one after another, between its steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which scheduling policy? Arrivals replayed through the engine's real scheduler, and through others, in virtual time.
 
-    python -m tests.bench.policies [--threads 2] [--caps 4,8,16,16-32] [--out docs/serving]
+    python -m tests.bench.policies [--threads 2] [--caps 4,8,16,16-32] [--out build]
 
 No network runs but to measure how long a step of 1 … 32 images takes (by the real runner). Then a step of so many rows
 takes that long in virtual time, and nothing else takes any. Loads are fractions of the best rate among the step times.
@@ -261,7 +261,7 @@ def step_options(doc: str | None) -> argparse.ArgumentParser:
     add("--threads", type=int, default=2)
     add("--seconds", type=float, default=10.0, help="for the step times")
     add("--step_ms", help="step times instead of measuring them: of 1, 2, … images, or IMAGES:TIME,… and even between")
-    add("--out", type=Path, help="folder that gets the page")
+    add("--out", type=Path, default=Path("build"), help="folder that gets the page (default: build)")
     return parser
 
 
@@ -281,12 +281,11 @@ def steps_of(args: argparse.Namespace, most: int) -> tuple[list[float], str]:
     return step_s, f"Milliseconds of a step with 1, 2, … images, on {where}:\n{times}."
 
 
-def publish(text: str, folder: Path | None, name: str) -> None:
-    """To the terminal, and to a file where a folder was named."""
+def publish(text: str, folder: Path, name: str) -> None:
+    """To the terminal, and to a file in `folder`."""
     print(text)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
 
 
 def main() -> None:
@@ -300,7 +299,7 @@ def main() -> None:
 
 `{shlex.join(["python", "-m", "tests.bench.policies", *sys.argv[1:]])}`, in virtual time.
 {times}
-TracingMiddleware of {args.requests} requests, the same for all; slowdown is latency over what the request takes alone, starved is
+Traces of {args.requests} requests, the same for all; slowdown is latency over what the request takes alone, starved is
 the longest time in which a request got no step. The cap is that of a step's images; 16-32 is 16, and up to 32 for a
 crowd of as many requests, or where each request there has 16 images or more.
 

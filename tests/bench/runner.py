@@ -1,6 +1,6 @@
 """How fast the network is, beside diffusers' UNet2DModel of the same architecture, run eagerly as its users run it.
 
-    python tests/bench/runner.py [--rounds N] [--threads N] [--nets mnist,cifar] [--batches 1,4,16]
+    python -m tests.bench.runner [--rounds N] [--threads N] [--nets mnist,cifar] [--batches 1,4,16]
 
 Contenders take turns within a round, so that a disturbance of the machine hits them alike; the table has medians of
 milliseconds per call, and ratios over diffusers in fp32 and in the same precision. With one thread it counts that

@@ -1,4 +1,4 @@
-"""How far images of one runtime and precision are from those of torch in fp32: the table of docs/api.md.
+"""How far images of one runtime and precision are from those of torch in fp32: the table of docs/guides/reproduce.md.
 
     python -m tests.bench.tolerance [--images 100] [--checkpoint mnist]
 

@@ -144,7 +144,7 @@ def test_settings_of_the_compose_file_exist() -> None:
 
 def test_operators_find_every_variable_in_the_manual() -> None:
     used = set(re.findall(r"\$\{(\w+):-", BASE.read_text()))
-    manual = (ROOT / "docs" / "operations.md").read_text()
+    manual = (ROOT / "docs" / "deploy" / "docker.md").read_text()
     internal = {"BUILD_NETWORK", "PIP_FIND_LINKS"}  # for builds without the internet
     assert {name for name in used - internal if f"`{name}`" not in manual and f"{name}=" not in manual} == set()
 

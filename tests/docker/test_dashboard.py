@@ -62,11 +62,11 @@ def test_every_instrument_is_shown_or_watched() -> None:
 
 def test_every_alert_is_in_the_runbook_and_the_runbook_has_no_other() -> None:
     alerts = [rule for rule in rules() if "alert" in rule]
-    text = (ROOT / "docs" / "operations.md").read_text()
+    text = (ROOT / "docs" / "deploy" / "runbook.md").read_text()
     headings = re.findall(r"^### (DDPM\w+)$", text, re.M)
     assert headings == [rule["alert"] for rule in alerts], "the runbook has them in the order of the rules"
     for rule in alerts:
-        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook"] == f"docs/deploy/runbook.md#{rule['alert'].lower()}"
         assert rule["annotations"]["summary"]
         assert rule["labels"]["severity"] in ("critical", "warning", "info")
         section = text.split(f"### {rule['alert']}\n")[1].split("\n#")[0]

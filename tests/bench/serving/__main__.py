@@ -1,11 +1,11 @@
 """Our server and what people would use instead, under the same arrivals: measures, tables, plots.
 
-    python -m tests.bench.serving --out docs/serving                    # an hour and a half; the machine must be quiet
-    python -m tests.bench.serving --out docs/serving --sweep            # batch size × wait of each peer, ten minutes
-    python -m tests.bench.serving --quick                               # does each contender give the right images?
-    python -m tests.bench.serving --out docs/serving --only litserve    # one of them again
-    python -m tests.bench.serving --out docs/serving --tables           # the tables and plots again, from results.json
-    python -m tests.bench.serving --out OUT --step_ms 1:20,8:47,32:143  # every call of the network takes that long
+    python -m tests.bench.serving --sweep                     # first: batch size × wait of each peer, ten minutes
+    python -m tests.bench.serving                             # an hour and a half; the machine must be quiet
+    python -m tests.bench.serving --quick                     # does each contender give the right images?
+    python -m tests.bench.serving --only litserve             # one of them again
+    python -m tests.bench.serving --tables                    # the tables and plots again, from results.json
+    python -m tests.bench.serving --step_ms 1:20,8:47,32:143  # every call of the network takes that long
 
 Contenders take turns, round after round, and between any two the naive loop shows what the machine gives just then.
 Each peer has a virtual environment DIR/NAME of its own under `--venvs DIR`, with peers/NAME.txt installed and this
@@ -75,7 +75,12 @@ def options() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, help="folder of results.json, traces.json, sweep.json, README.md and the plots")
+    add(
+        "--out",
+        type=Path,
+        default=Path("build/serving"),
+        help="folder of results.json, traces.json, sweep.json, README.md and the plots (default: build/serving)",
+    )
     add("--threads", type=int, default=2, help="of torch, in every contender (default: 2)")
     add("--checkpoint", default="mnist")
     add("--only", default=",".join(CONTENDERS), help="contenders, by commas; the others keep what --out has of them")
@@ -95,8 +100,6 @@ def options() -> argparse.Namespace:
     args.workloads = args.workloads and args.workloads.split(",")
     if unknown := set(args.only) - set(CONTENDERS):
         parser.error(f"no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
-    if args.out is None and not args.quick:
-        parser.error("--out is needed; only --quick leaves nothing behind")
     return args
 
 
@@ -110,11 +113,11 @@ def main() -> None:
     """Runs what was asked for. A signal ends the servers too."""
     args = options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    swept = load(args.settings or args.out / "sweep.json") if args.settings or args.out else {}
+    swept = load(args.settings or args.out / "sweep.json")
     if args.tables:
         return report.write(load(args.out / "results.json"), swept, args.out)
     some = set(args.only) != set(CONTENDERS)
-    kept = load(args.out / "results.json") if args.out and some and not (args.quick or args.sweep) else {}
+    kept = load(args.out / "results.json") if some and not (args.quick or args.sweep) else {}
     told = Settings(
         0, args.checkpoint, args.threads, rows=16, batch=1, wait_ms=0, queue=1000, deadline_s=600, counter=""
     )
@@ -139,7 +142,7 @@ def main() -> None:
         "step_ms": args.step_ms,
         "command": shlex.join(["python", "-m", "tests.bench.serving", *sys.argv[1:]]),
     }
-    if args.out:
+    if not args.quick:
         args.out.mkdir(parents=True, exist_ok=True)
     if args.sweep:
         for name in args.only:

@@ -110,7 +110,7 @@ def _head(results: Results) -> str:
     pictures = [turn["pictures"] for name in CONTENDERS for turn in turns(results, name, "pictures")]
     paces = [pace for name in CONTENDERS for turn in turns(results, name, "pace") for pace in turn["pace"]]
     calls = [turn["calls"] for name in CONTENDERS for turn in turns(results, name, "calls")]
-    command = where.get("command", "python -m tests.bench.serving --out docs/serving")
+    command = where.get("command", "python -m tests.bench.serving")
     steady = _steady(where["step_ms"], calls) if calls else ""
     worst = max((p["mean_levels"] for p in pictures), default=0), max((p["far_share"] for p in pictures), default=0)
     return f"""# Serving, compared
@@ -341,7 +341,7 @@ def _sweep(swept: Results) -> str:
                 line += [number(1e3 * row[kind]["p50"]), number(1e3 * row[kind]["p95"])]
             lines.append([*line, number(1e3 * score(row))])
     head = ["", "batch", "wait ms", "steps: p50 ms", "p95 ms", "n: p50 ms", "p95 ms", "geometric mean"]
-    note = """`python -m tests.bench.serving --out docs/serving --sweep`: both mixed workloads at 75 % of the naive
+    note = """`python -m tests.bench.serving --sweep`: both mixed workloads at 75 % of the naive
 loop's capacity. The best, in bold, is that of the least geometric mean. BentoML's wait is
 `max_latency_ms`, within which it decides itself."""
     ran = swept.get("circumstances", {})

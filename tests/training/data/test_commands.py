@@ -14,7 +14,7 @@ from safetensors import safe_open
 from model import checkpoint
 from tests.training.data.conftest import Draw
 from training import evaluate, train
-from training.classifier import train
+from training.classifier import train as classifier
 from training.cli import command
 from training.run.config import TrainConfig
 
@@ -47,10 +47,10 @@ def test_a_classifier_reads_classes_from_a_table(draw: Draw, tmp_path: Path) -> 
     (dataset / "metadata.csv").write_text("\n".join(["file_name,breed", *rows]))
     out = tmp_path / "judge.safetensors"
     words = ["--dataset", str(dataset), "--out", str(out), "--epochs", "1", "--batch_size", "8", "--width", "4"]
-    assert train.main([*words, "--label_column", "breed"]) == 0
+    assert classifier.main([*words, "--label_column", "breed"]) == 0
     assert class_names(out) == ["2", "12"]
-    assert train.main(words) == 2
-    assert train.main([*words, "--label_column", "breed", "--label_from", "folder"]) == 2
+    assert classifier.main(words) == 2
+    assert classifier.main([*words, "--label_column", "breed", "--label_from", "folder"]) == 2
 
 
 def test_an_evaluation_keeps_the_order_of_its_checkpoint(

@@ -1,4 +1,4 @@
-"""Makes the pictures and the tables of docs/how-it-works.md: python -m docs.how_it_works [CHECKPOINT]
+"""Makes the pictures and tables of docs/explanation/diffusion.md: python -m docs.explanation.diffusion [CHECKPOINT]
 
 Everything comes from the package and from one checkpoint, a class-conditional one with a null class (default: mnist).
 Needs matplotlib. Some minutes on two cores. The tables are written between their marks in the chapter.
@@ -23,14 +23,14 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
-from model.nn.config import UNetConfig
+from model.nn.unet import UNetConfig
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, make_schedule
 from model.sampling.solvers import SAMPLERS
 from model.sampling.step import sample
 
-DOCS = Path(__file__).resolve().parent
-CHAPTER, FOLDER = DOCS / "how-it-works.md", DOCS / "pictures"
+HERE = Path(__file__).resolve().parent
+CHAPTER, FOLDER = HERE / "diffusion.md", HERE.parent / "pictures"
 SEED = 1
 INK, PALE, WARM = "#1f3a5f", "#dbe7f3", "#d9822b"
 
@@ -47,8 +47,8 @@ STEPS = (5, 10, 20, 50)
 # --- what the text says in numbers
 
 
-def schedule_table(steps: int = 5) -> str:
-    """The rows of three sampling schedules over cosine betas for a network that predicts v, as a Markdown table."""
+def schedule_table(steps: int = 3) -> str:
+    """The rows of three schedules over the cosine schedule for a network that predicts v, as a Markdown table."""
     diffusion = GaussianDiffusion(DiffusionConfig(schedule="cosine", prediction="v"))
     lines = ["| sampler | t | " + " | ".join(COEFFICIENTS) + " |", "|---" * (len(COEFFICIENTS) + 2) + "|"]
     for name, guidance_scale in PLANS.items():
@@ -61,7 +61,7 @@ def schedule_table(steps: int = 5) -> str:
 
 def origin(source: Checkpoint) -> str:
     """Which checkpoint the pictures are of."""
-    return f"The images are of the checkpoint `{source.name}`, SHA-256 `{source.sha256}`, seed {SEED}."
+    return f"They show the checkpoint `{source.name}`, SHA-256 `{source.sha256}`, seed {SEED}."
 
 
 def marked(text: str, blocks: dict[str, str]) -> str:
