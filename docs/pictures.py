@@ -1,6 +1,6 @@
-"""Makes the README's pictures from a running server: python docs/pictures.py [http://localhost:8000]
+"""Makes the pictures of README.md and docs/guides from a running server: python docs/pictures.py [http://localhost:8000]
 
-They are the answers to the README's commands, enlarged without smoothing. Needs Pillow, and a server of both bundled
+They are the answers to their commands, enlarged without smoothing. Needs Pillow, and a server of both bundled
 checkpoints: python -m app --checkpoint mnist,cifar10
 """
 

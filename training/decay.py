@@ -6,7 +6,6 @@ The copy ends with a good checkpoint; the run itself stays as it is, and can go 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -18,6 +17,7 @@ import torch
 from model.atomic_write import atomic_write, put_in_place
 from training.cli.options import Parser
 from training.run.config import TrainConfig
+from training.run.run_dir import config_text, read_config
 
 
 def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.2) -> TrainConfig:
@@ -27,10 +27,10 @@ def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.
     configuration. Raises ValueError or OSError with a sentence where that cannot be.
     """
     try:
-        saved = TrainConfig(**json.loads((run / "config.json").read_text()))
+        saved, data = read_config(run)
     except OSError as error:
         raise ValueError(f"{run}: no run there ({error.strerror}: config.json)") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{run}: its config.json cannot be used: {error}") from error
     states = {int(path.stem.split("-")[1]): path for path in run.glob("state-*.pt")}
     chosen = max(states, default=None) if iteration is None else iteration
@@ -63,7 +63,7 @@ def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.
     if (run / "log.jsonl").exists():
         shutil.copyfile(run / "log.jsonl", part / "log.jsonl")
     with atomic_write(part / "config.json") as file:
-        file.write_text(config.to_json())
+        file.write_text(config_text(config, data))
     put_in_place(part, folder)
     return config
 

@@ -72,8 +72,7 @@ class RunDir:
         if log.exists():
             lines = [line for line in log.read_text().splitlines(keepends=True) if _logged_by(line, iteration)]
             self._write("log.jsonl", "".join(lines).encode())
-        options = json.loads(config.to_json()) | ({"data": data.to_dict()} if data else {})
-        self._write("config.json", json.dumps(options, indent=2).encode())
+        self._write("config.json", config_text(config, data).encode())
         if not self._can_plot:
             print('No loss.png will be drawn: pip install "ddpm-serve[train]" has matplotlib for it', file=sys.stderr)
 
@@ -152,6 +151,11 @@ class RunDir:
             raise
         except OSError as error:
             warn_once(self.path, "locks no files", error, "see to it that no other process trains in it")
+
+
+def config_text(config: TrainConfig, data: DataRecord | None) -> str:
+    """What config.json holds; `read_config` reads it."""
+    return json.dumps(json.loads(config.to_json()) | ({"data": data.to_dict()} if data else {}), indent=2)
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, DataRecord | None]:
