@@ -23,7 +23,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
-from model.nn.unet import UNetConfig
+from model.nn.config import UNetConfig
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, make_schedule
 from model.sampling.solvers import SAMPLERS
@@ -47,13 +47,8 @@ STEPS = (5, 10, 20, 50)
 # --- what the text says in numbers
 
 
-<<<<<<< HEAD
-def schedule_table(steps: int = 3) -> str:
-    """The rows of three schedules over the cosine schedule for a network that predicts v, as a Markdown table."""
-=======
 def schedule_table(steps: int = 3) -> str:
     """The rows of two schedules over the cosine schedule for a network that predicts v, as a Markdown table."""
->>>>>>> docs
     diffusion = GaussianDiffusion(DiffusionConfig(schedule="cosine", prediction="v"))
     lines = ["| sampler | t | " + " | ".join(COEFFICIENTS) + " |", "|---" * (len(COEFFICIENTS) + 2) + "|"]
     for name, guidance_scale in PLANS.items():

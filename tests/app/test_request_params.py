@@ -316,3 +316,10 @@ def test_the_schema_has_the_settings_descriptions_and_bounds() -> None:
         assert properties[setting.name].get("enum", []) == list(told["choices"] or [])
     assert properties["eta"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
     assert properties["steps"]["anyOf"][0] == {"type": "integer", "minimum": 1}
+
+
+def test_settings_are_read_as_json_and_queries_write_them() -> None:
+    body = GenerateBody.model_validate_json('{"steps": 10.0, "eta": 1, "guidance_interval": [0, 1]}')
+    assert (body.overrides()["steps"], body.overrides()["eta"]) == (10, 1)
+    query = SequenceQuery.model_validate({"guidance_interval": ["0.2,0.8"], "steps": "7"})
+    assert (query.overrides()["guidance_interval"], query.overrides()["steps"]) == ([0.2, 0.8], 7)
