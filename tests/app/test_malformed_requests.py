@@ -33,4 +33,4 @@ def test_files_that_are_nearly_checkpoints_are_refused_and_nothing_runs(grey_che
         findings = offer_spoiled(server, tmp_path, grey_checkpoint, 60)
     assert not findings.wrong
     assert findings.outcomes["pickle", "invalid_checkpoint"] == 6
-    assert findings.numbers["different sentences of refusal"] > 10
+    assert findings.numbers["different sentences of refusal"] > 8

@@ -365,7 +365,7 @@ def test_a_small_batch_takes_smaller_steps() -> None:
 
 
 def test_the_rate_goes_up_and_down() -> None:
-    rates = [train.share_of_rate(i / 100) for i in range(101)]
+    rates = [train.lr_schedule(i / 100) for i in range(101)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[25] == 1
     assert rates[100] == pytest.approx(0.05)

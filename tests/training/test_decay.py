@@ -64,11 +64,13 @@ def stopping_after(steps: int) -> Callable[..., Any]:
     """Instead of StopSignals: a signal before step number `steps`."""
 
     class Stop:
-        def __init__(self, *_: object) -> None:
+        save = False
+
+        def __init__(self, **_: object) -> None:
             self.asked = 0
 
         @property
-        def requested(self) -> bool:
+        def stop(self) -> bool:
             self.asked += 1
             return self.asked > steps
 

@@ -86,7 +86,7 @@ class Batches:
         if epoch != self._epoch:
             order = np.random.default_rng([self._config.seed, 0, epoch]).permutation(len(self._images))
             self._epoch, self._order = epoch, torch.from_numpy(order).to(home)  # the only wait for the device
-        chosen = self._ranks.share(self._order[i * size : (i + 1) * size])
+        chosen = self._ranks.shard(self._order[i * size : (i + 1) * size])
         labels = self._images.labels if self._config.use_labels else None
         taken = [tensor.index_select(0, chosen) for tensor in (self._images.images, labels) if tensor is not None]
         if not self._resident:

@@ -30,7 +30,7 @@ class DistributedContext:
         """Whether this is the process that writes, prints and averages."""
         return self.rank == 0
 
-    def share(self, batch: Tensor) -> Tensor:
+    def shard(self, batch: Tensor) -> Tensor:
         """This process's part [N / size, …] of a global batch [N, …]."""
         each = len(batch) // self.size
         return batch[self.rank * each : (self.rank + 1) * each]
@@ -64,9 +64,9 @@ class DistributedContext:
         return DistributedDataParallel(network, broadcast_buffers=False) if self.size > 1 else network
 
 
-def no_sync(network: nn.Module, no_sync: bool) -> AbstractContextManager[None]:
+def no_sync(network: nn.Module, skip: bool) -> AbstractContextManager[None]:
     """Within it the gradient of a `wrapped` network stays this process's own: more parts of the batch follow."""
-    if no_sync and isinstance(network, DistributedDataParallel):
+    if skip and isinstance(network, DistributedDataParallel):
         context: AbstractContextManager[None] = network.no_sync()
         return context
     return nullcontext()

@@ -136,7 +136,7 @@ def test_without_graphs_all_runs_as_ever_and_says_so_once(
 def test_graphs_without_room_for_their_slots_are_done_without(
     checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.engine.runner.slots_for", lambda shape, chunk: 2**50)
+    monkeypatch.setattr("app.engine.runner.pool_size", lambda shape, chunk: 2**50)
     runner = graphed(checkpoint, 8)
     with caplog.at_level(logging.WARNING):
         runner.warm_up(8)

@@ -64,7 +64,7 @@ def served(
     gpu: FakeCuda, config: UNetConfig, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[ModelRunner, Asked]:
     """Warmed up, with eight slots; a recording that fails is a failure of the test."""
-    monkeypatch.setattr("app.engine.runner.slots_for", lambda shape, chunk: 8)
+    monkeypatch.setattr("app.engine.runner.pool_size", lambda shape, chunk: 8)
     gpu.nonzero = None if config.null_class else 0
     checkpoint = checkpoint_of(config)
     runner = ModelRunner(checkpoint, CUDA, CHUNK, precision=precision)

@@ -146,13 +146,13 @@ class Reads:
     """A judge that counts the images it sees."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.images, judged = 0, Classifier.judge
+        self.images, judged = 0, Classifier.extract
 
         def counted(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
             self.images += len(images)
             return judged(network, images)
 
-        monkeypatch.setattr(Classifier, "judge", counted)
+        monkeypatch.setattr(Classifier, "extract", counted)
 
 
 def test_the_judge_sees_real_images_once_for_all_evaluations(

@@ -65,10 +65,11 @@ def test_only_the_real_weights_are_inception(file: Path, tmp_path: Path, monkeyp
     assert feature_extractor.load(file).name == "inception"
     monkeypatch.undo()
     with pytest.raises(
-        feature_extractor.JudgeError, match=r"not the Inception of FID: its sha256 begins with .*, not 6726825d"
+        feature_extractor.FeatureExtractorError,
+        match=r"not the Inception of FID: its sha256 begins with .*, not 6726825d",
     ):
         feature_extractor.load(file)
-    with pytest.raises(feature_extractor.JudgeError, match=r"none\.pth"):
+    with pytest.raises(feature_extractor.FeatureExtractorError, match=r"none\.pth"):
         feature_extractor.load(tmp_path / "none.pth")
 
 

@@ -167,5 +167,5 @@ def test_alone_there_is_nobody_to_wait_for() -> None:
 
 
 def test_every_image_has_one_process() -> None:
-    parts = [DistributedContext(rank, 3).share(torch.arange(12)).tolist() for rank in range(3)]
+    parts = [DistributedContext(rank, 3).shard(torch.arange(12)).tolist() for rank in range(3)]
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
