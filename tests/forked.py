@@ -108,6 +108,9 @@ def _run(module: str, argv: list[str], environment: dict[str, str], out: Connect
     for number, pipe in ((1, out), (2, err)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
+    # Python's own streams remember what these were before.
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -117,4 +120,6 @@ def _run(module: str, argv: list[str], environment: dict[str, str], out: Connect
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
         atexit._run_exitfuncs()

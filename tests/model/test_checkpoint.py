@@ -312,7 +312,7 @@ def test_weights_that_are_not_the_networks_are_refused(
         ("sampling", {"steps": 10.5}, "steps must be a whole number"),
         ("sampling", {"eta": 2}, "eta must be"),
         ("sampling", {"guidance_scale": float("nan")}, "guidance_scale must be"),
-        ("sampling", {"guidance_interval": [0.5]}, "not enough values"),
+        ("sampling", {"guidance_interval": [0.5]}, "must be two numbers"),
         ("sampling", {"guidance_interval": [0.5, 0.1]}, "guidance_interval must be"),
         ("sampling", {"spacing": "even"}, "spacing must be"),
         ("sampling", {"limit": "soft"}, "limit must be"),

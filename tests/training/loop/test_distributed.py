@@ -25,8 +25,9 @@ Options = dict[str, Any]
 ROOT = Path(__file__).parents[3]
 SAME = """
 import sys
-from training import train, validation
-from training.batches import Batches
+from training import train
+from training.data.batches import Batches
+from training.loop import validation
 
 validation.VALIDATION_IMAGES = 64
 train.git_revision = lambda: "0123"
