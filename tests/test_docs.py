@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm_serve.__main__ import COMMANDS as COMMANDS_OF_DDPM_SERVE
 from training.cli import command
 from training.run.config import TrainConfig
 
@@ -25,14 +26,6 @@ EXPLANATION = ROOT / "docs" / "explanation"
 ENDS = ("|", "||", "&&", ";", "&", ">", ">>")  # of a command
 ASSIGNMENT = re.compile(r"\w+=.*")  # of a variable, before a command
 NOT_OURS = {"pip", "pytest", "venv", "zipfile", "torch.distributed.run"}  # of `-m`
-CONSOLE = {  # sub-command of ddpm-serve → the module that it runs
-    "serve": "app",
-    "train": "training.train",
-    "sample": "training.sample",
-    "evaluate": "training.evaluate",
-    "import": "model.importers",
-    "export": "model.exporters",
-}
 
 
 class Parsed(BaseException):
@@ -57,7 +50,7 @@ def modules(text: str) -> Iterator[tuple[str, list[str]]]:
     """(module, arguments) of each `python -m module …` and `ddpm-serve command …` in the ```sh blocks."""
     for words in shell_lines(text):
         if words[0].rpartition("/")[2] == "ddpm-serve":
-            yield CONSOLE[words[1]], words[2:]
+            yield COMMANDS_OF_DDPM_SERVE[words[1]][0], words[2:]
         if "-m" in words and (words[0].rpartition("/")[2].startswith("python") or words[0] == "torchrun"):
             at = words.index("-m")
             if words[at + 1] not in NOT_OURS and not words[at + 1].startswith("docs."):
@@ -202,7 +195,7 @@ def test_metrics_and_settings_named_in_prose_exist() -> None:
     families = Metrics().registry.collect()
     metrics = {family.name + "_total" * (family.type == "counter") for family in families}
     metrics |= {name for name, _ in (*ENGINE_GAUGES.values(), *MODEL_GAUGES.values())}
-    metrics |= {"ddpm_pending_work_seconds", "ddpm_prometheus"}  # the autoscaler's, and a volume
+    metrics |= {"ddpm_pending_work_seconds", "ddpm_prometheus", "ddpm_serve"}  # the autoscaler's, a volume, a package
     settings = {f"DDPM_{name.upper()}" for name in RaySettings.model_fields}
     for path in DOCUMENTS:
         text = path.read_text()

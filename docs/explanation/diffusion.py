@@ -23,7 +23,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
-from model.nn.config import UNetConfig
+from model.nn.unet import UNetConfig
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, make_schedule
 from model.sampling.solvers import SAMPLERS
@@ -39,7 +39,7 @@ CURVES = {
     "cosine": DiffusionConfig(schedule="cosine"),
     "linear, zero terminal SNR": DiffusionConfig(schedule="linear", prediction="v", zero_terminal_snr=True),
 }
-PLANS = {"ddpm": 1.0, "dpmpp_2m": 1.5}  # sampler → guidance scale in the chapter's table
+PLANS = {"ddpm": 1.0, "ddim": 1.0, "dpmpp_2m": 1.5}  # sampler → guidance scale in the chapter's table
 GUIDANCE = (1.0, 1.5, 3.0, 6.0)
 STEPS = (5, 10, 20, 50)
 
@@ -48,13 +48,18 @@ STEPS = (5, 10, 20, 50)
 
 
 def schedule_table(steps: int = 3) -> str:
-    """The rows of two schedules over the cosine schedule for a network that predicts v, as a Markdown table."""
+    """The rows of three schedules over the cosine schedule for a network that predicts v, as a Markdown table.
+
+    Columns that are the same in all rows are left out.
+    """
     diffusion = GaussianDiffusion(DiffusionConfig(schedule="cosine", prediction="v"))
-    lines = ["| sampler | t | " + " | ".join(COEFFICIENTS) + " |", "|---" * (len(COEFFICIENTS) + 2) + "|"]
-    for name, guidance_scale in PLANS.items():
-        schedule = make_schedule(diffusion, name, steps, guidance_scale=guidance_scale)
+    schedules = {name: make_schedule(diffusion, name, steps, guidance_scale=g) for name, g in PLANS.items()}
+    differ = np.ptp(np.concatenate([schedule.table for schedule in schedules.values()]), axis=0) > 0
+    columns = [name for name, told in zip(COEFFICIENTS, differ, strict=True) if told]
+    lines = ["| sampler | t | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name, schedule in schedules.items():
         for timestep, row in zip(schedule.timesteps, schedule.table, strict=True):
-            numbers = " | ".join(f"{number + 0.0:.4g}" for number in row)
+            numbers = " | ".join(f"{number + 0.0:.4g}" for number in row[differ])
             lines.append(f"| `{name}` | {timestep} | {numbers} |")
     return "\n".join(lines)
 
