@@ -201,7 +201,7 @@ def serve(settings: Settings, make_runner: MakeRunner = ModelRunner) -> None:
         signal.signal(number, server.handle_exit)
     server.run(sockets)
     if failure := app.state.service.engine.failure:
-        log.critical("ending, to be started anew: %s", failure)
+        log.critical("fatal error, exiting for restart: %s", failure)
         logging.shutdown()
         end(app.state.tracer, 1)  # the engine's thread may hang in the device's driver, which an orderly end waits for
 

@@ -146,7 +146,7 @@ class APIKeyStore:
         try:
             self._keys = self._read()
         except ValueError as error:
-            log.error("keys not reloaded, the old ones hold: %s", error)
+            log.error("API key file rejected, keeping current keys: %s", error)
             return
         for name in set(self._usage) - set(self.names):
             if not self._usage[name].running:

@@ -116,7 +116,7 @@ class Replica:
     async def check_health(self) -> None:
         """Raises RuntimeError where /readyz would say no. The first call, a part of the start, waits to be warm."""
         if failure := self._engine.failure:
-            log.critical("ending, to be started anew: %s", failure)
+            log.critical("fatal error, exiting for restart: %s", failure)
             end(self.app.state.tracer, 1)  # Ray has a new one sooner than after three such checks
         until = time.monotonic() + (0 if self._was_ready else WARM_UP_S)
         while (reason := self._engine.unready_reason) and time.monotonic() < until:  # noqa: ASYNC110  it is a thread

@@ -43,7 +43,7 @@ def test_a_checkpoint_that_does_not_run_on_the_device_ends_the_start(grey_checkp
     first, *_, last = [line for line in lines if line["level"] == "critical"]
     assert first["message"] == "the checkpoint cannot be run on cpu"
     assert "no kernel image is available" in first["exception"]
-    assert last["message"] == "ending, to be started anew: the warm-up failed"
+    assert last["message"] == "fatal error, exiting for restart: the warm-up failed"
 
 
 def test_a_step_that_never_returns_answers_everyone_and_ends_the_process(grey_checkpoint: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_step_that_never_returns_answers_everyone_and_ends_the_process(grey_ch
         *_, last, _ = streamed.result().split("\n\n")
         assert last.startswith("event: error\ndata: ")
     said = [line["message"] for line in server.logs() if line["level"] == "critical"]
-    assert "the engine gives up: a denoising step did not return within 2." in said[0]
+    assert "engine failed: a denoising step did not return within 2." in said[0]
     with ServerProcess(FAULTY, *argv) as server:  # as its supervisor starts it
         assert [generate(server, body).content for body in NEIGHBOURS] == alone
 
@@ -95,14 +95,14 @@ def test_a_step_that_never_returns_does_not_outlast_the_drain(grey_checkpoint: P
         assert (hung.result().status_code, hung.result().json()["error"]["code"]) == (503, "not_ready")
         assert server.exit_code() == 1
     said = [line["message"] for line in server.logs() if line["level"] == "critical"]
-    assert said[0] == "the engine gives up: a denoising step did not return before the drain ended"
+    assert said[0] == "engine failed: a denoising step did not return before the drain ended"
 
 
 @pytest.mark.parametrize(
     ("seed", "why"),
     [
         (BREAKS_DEVICE, "the device does not work any more"),
-        (CANNOT_START, "it failed 3 times without making a picture"),
+        (CANNOT_START, "it failed 3 times without finishing an image"),
     ],
 )
 def test_what_fails_again_and_again_answers_everyone_and_ends_the_process(
@@ -116,7 +116,7 @@ def test_what_fails_again_and_again_answers_everyone_and_ends_the_process(
         assert server.exit_code() == 1
         for answer in [other.result() for other in others]:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
-    assert server.logs()[-1]["message"] == f"ending, to be started anew: {why}"
+    assert server.logs()[-1]["message"] == f"fatal error, exiting for restart: {why}"
 
 
 def test_a_second_signal_ends_the_process_at_once(grey_checkpoint: Path) -> None:

@@ -59,7 +59,7 @@ def test_an_image_is_the_same_alone_in_a_crowd_after_crashes_and_in_another_proc
     rng = random.Random(0)
     mixes = [mix(rng) for _ in range(MIXES)]
     elsewhere = [images(other, asked) for asked in mixes]
-    restarts, batches = (crashing.metric(f"ddpm_{name}") for name in ("engine_restarts_total", "batch_rows_count"))
+    restarts, batches = (crashing.metric(f"ddpm_{name}") for name in ("engine_restarts_total", "batch_size_count"))
 
     def in_a_crowd(place: int) -> list[bytes]:
         time.sleep(random.Random(place).uniform(0, 0.2))  # so that it joins what is under way
