@@ -119,6 +119,6 @@ def test_runs_in_the_folder_of_models_can_be_loaded(runs: Path) -> None:
 def test_without_its_signals_the_server_says_so_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import signal\ndel signal.SIGHUP\n")
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    ended = run_to_its_end("--port", "0", PYTHONPATH=path)
+    ended = run_to_its_end("--port", "0", fresh=True, PYTHONPATH=path)
     assert ended.returncode == 1
     assert ended.stderr == "the server needs Linux or macOS: on Windows run it under WSL or in Docker (see README.md)\n"
