@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from app.engine.admission import estimate_makespan
-from app.engine.instance import BatchLimits, Demand
+from app.engine.admission import Backlog, estimate_makespan
+from app.engine.instance import BatchLimits
 from app.engine.request import Request
 from app.engine.scheduler import Scheduler
 from model import checkpoint
@@ -62,14 +62,14 @@ def own_steps(queue: Queue) -> float:
 
 
 def places(queue: Queue) -> float:
-    """Those with less left to do first, then the request as places get free: what the engine does."""
-    demand = Demand()
-    for request in (*queue.there, queue.new):
-        demand.add(request)
-    room = queue.there.limits.budget(demand)
-    left = sorted((request.remaining_nfe, request.n) for request in queue.there)
-    jobs = [(n, work / n) for work, n in left if work <= queue.new.remaining_nfe]
-    return estimate_makespan([*jobs, (queue.new.n, len(queue.new.schedule))], room) * min(queue.rows, room) / queue.rate
+    """Requests with less left to do first, then the request as places get free: what the engine does."""
+    backlog = Backlog()
+    for request in queue.there:
+        backlog.add(request)
+    jobs = [*backlog.jobs_up_to(queue.new.remaining_nfe), (queue.new.n, len(queue.new.schedule))]
+    backlog.demand.add(queue.new)
+    budget = queue.there.limits.budget(backlog.demand)
+    return estimate_makespan(jobs, budget) * min(queue.rows, budget) / queue.rate
 
 
 Rule = Callable[[Queue], float]
