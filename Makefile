@@ -16,7 +16,7 @@ check: $(VENV)/.test
 	@$(MAKE) --no-print-directory --output-sync --jobs 2 fast lint types
 
 fast: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile
 
 # All tests, also those that wait for processes of their own.
 test: $(VENV)/.test lint types
