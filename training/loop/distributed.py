@@ -65,7 +65,7 @@ class DistributedContext:
 
 
 def no_sync(network: nn.Module, skip: bool) -> AbstractContextManager[None]:
-    """Within it the gradient of a `wrapped` network stays this process's own: more parts of the batch follow."""
+    """Within it the gradient of a network of `wrap_ddp` stays this process's own: more parts of the batch follow."""
     if skip and isinstance(network, DistributedDataParallel):
         context: AbstractContextManager[None] = network.no_sync()
         return context
