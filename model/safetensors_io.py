@@ -1,8 +1,12 @@
-"""Writes safetensors files."""
+"""Writes safetensors files, and reads them where somebody may write into them meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +24,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             save_file(on_host, part, metadata)
         except SafetensorError as error:  # its word for a full disk
             raise OSError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def private_copy(path: Path) -> Iterator[tuple[Path, str]]:
+    """Where to read what is in the file now, and its SHA-256 in hexadecimal.
+
+    A mapped file that `cp` cuts while it is read ends the process (SIGBUS), so the copy is in memory, where nobody can
+    cut it. Where the system has no such copies it is the file itself. Raises OSError.
+    """
+    with path.open("rb") as content:
+        if not hasattr(os, "memfd_create"):
+            yield path, hashlib.file_digest(content, "sha256").hexdigest()
+            return
+        with open(os.memfd_create("checkpoint"), "w+b") as copy:
+            shutil.copyfileobj(content, copy, 1 << 20)
+            copy.seek(0)
+            yield Path(f"/proc/self/fd/{copy.fileno()}"), hashlib.file_digest(copy, "sha256").hexdigest()
 
 
 def not_data(path: Path) -> str | None:
