@@ -24,7 +24,7 @@ from model.images import to_uint8
 from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.bench.policies import POLICIES, InOrder, replay
-from tests.bench.serving import generator, numbers, report, steady, workloads
+from tests.bench.serving import fixed_latency, generator, numbers, report, workloads
 from tests.bench.serving.backend import Backend
 from tests.bench.serving.phases import Course, Plan
 from tests.bench.serving.server import MARK, kill
@@ -194,18 +194,18 @@ def test_a_held_network_takes_the_time_that_it_is_told_and_counts_what_it_overra
         return 2 * x
 
     settings = {"rows": 2, "batch": 4, "wait_ms": 0, "queue": 4, "deadline_s": 1, "counter": str(tmp_path / "counter")}
-    told = Settings(0, "mnist", 1, **settings, step_ms=steady.read("1:20,3:40"))  # type: ignore[arg-type]
-    held, x = steady.held(network, told), torch.ones(2, 1, 1, 1)
+    told = Settings(0, "mnist", 1, **settings, step_ms=fixed_latency.read("1:20,3:40"))  # type: ignore[arg-type]
+    held, x = fixed_latency.held(network, told), torch.ones(2, 1, 1, 1)
     started = time.perf_counter()
     assert torch.equal(held(x, x, None), 2 * x)
     assert time.perf_counter() - started >= 0.03, "evenly between"
     takes_s = 0.05
     held(x, x, None)
-    calls, late, lost, seconds = map(float, Path(steady.tally_of(told)).read_text().split())
+    calls, late, lost, seconds = map(float, Path(fixed_latency.tally_of(told)).read_text().split())
     assert (calls, late) == (2, 1)
     assert lost >= 0.02
     assert seconds == pytest.approx(0.06)
-    assert steady.held(network, Settings(0, "mnist", 1, **settings)) is network  # type: ignore[arg-type]
+    assert fixed_latency.held(network, Settings(0, "mnist", 1, **settings)) is network  # type: ignore[arg-type]
     assert "app" in SERVERS["ours"].argv(Settings(0, "mnist", 1, **settings))  # type: ignore[arg-type]
     assert "app" not in SERVERS["ours"].argv(told)
 
@@ -213,7 +213,7 @@ def test_a_held_network_takes_the_time_that_it_is_told_and_counts_what_it_overra
 @pytest.mark.parametrize("text", ["", "1", "1:2,1:2:3", "8:20,1:3", "1:0", "0:1", "1:x"])
 def test_times_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"ROWS:MS|convert"):
-        steady.read(text)
+        fixed_latency.read(text)
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ class FeatureFile:
 def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
     """What the extractor makes of every image of a split: features and logits, float32 [N, F + K] on the CPU, in order.
 
-    It is kept in a file beside the extractor's, one for each split: F + K numbers of four bytes for an image. Other images
-    have another file; another extractor of that name, or device, or torch, writes over it. Where it cannot be written,
+    It is kept in a file beside the extractor's, one for each split: 4·(F + K) bytes for an image. Other images have
+    another file; another extractor of that name, or device, or torch, writes over it. Where it cannot be written,
     nothing is kept, and a line says so.
     """
     hashed = hashlib.sha256(str(tuple(images.images.shape)).encode())

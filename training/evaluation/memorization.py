@@ -76,8 +76,9 @@ def compare(
 ) -> dict[str, Any]:
     """The nearest train images of `samples` uint8 [N, C, H, W], and of as many held-out images; writes the picture.
 
-    By pixels, as the root of the mean squared difference in grey levels from 0 to 255, and by the extractor's features. The
-    picture has a row for each of the first samples: the sample, its nearest train images by pixels, those by features.
+    By pixels, as the root of the mean squared difference in grey levels from 0 to 255, and by the extractor's features.
+    The picture has a row for each of the first samples: the sample, its nearest train images by pixels, then by
+    features.
     """
     held_out, size = balanced(test_set, num_classes, len(samples)), samples[0].numel()
     features = torch.cat([extractor.network.extract(part)[0].cpu() for part in samples.split(500)])

@@ -230,8 +230,8 @@ class TrainConfig:
             raise ValueError("--attention_at and --attention_resolutions say the same in two ways: give one of them")
         if not self.attention_at and not all(0 <= i < len(self.channel_mults) for i in self.attention_resolutions):
             raise ValueError(
-                f"--attention_resolutions {format_value(self.attention_resolutions)} counts levels, 0 for the full size: with "
-                f"these --channel_mults they are 0 to {len(self.channel_mults) - 1} (--attention_at takes pixels)"
+                f"--attention_resolutions {format_value(self.attention_resolutions)} counts levels from 0: "
+                f"with these --channel_mults they are 0 to {len(self.channel_mults) - 1} (--attention_at takes pixels)"
             )
         for name in ("project_name", "run_name"):  # a plot shows it, and W&B
             if printable(getattr(self, name)) != getattr(self, name):

@@ -12,7 +12,7 @@ Each peer has a virtual environment DIR/NAME of its own under `--venvs DIR`, wit
 project's dependencies visible: `make bench` makes them. Where there is none, the Python that runs this must have it.
 
 With --simulated-step-ms the network's calls are held until so many milliseconds are over (of so many rows, and evenly
-between), for a host that is shared: as long as they are longer than the calls themselves, the machine is as fast for everybody.
+between), for a host that is shared: while that is longer than the calls themselves, all servers have as fast a machine.
 """
 
 from __future__ import annotations

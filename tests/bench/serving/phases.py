@@ -169,7 +169,8 @@ class Course:
             self.result.setdefault("capacity", {})[kind] = rate
             share = rate / self.plan.baseline["capacity"]
             self.say(
-                f"  capacity, {kind}: {rate:.0f} image-steps/s, {share:.2f} of the baseline ({len(done)} of {len(trace)})"
+                f"  capacity, {kind}: {rate:.0f} image-steps/s, {share:.2f} of the baseline "
+                f"({len(done)} of {len(trace)})"
             )
             return server.settle()
 
