@@ -54,7 +54,7 @@ class Trajectories:
             self._file = FeatureFile(folder / "trajectories", key, columns, AT_ONCE)
 
     def make(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Makes what the file lacks of the first `count`; a killed run goes on where it was. Says whether all are there."""
+        """Makes what the file lacks of the first `count`; a killed run goes on. Says whether all are there."""
         if self._file is None or self._file.count >= self.count:
             return True
         bar = tqdm(total=self.count, initial=self._file.count, desc="trajectories", dynamic_ncols=True, mininterval=1)
