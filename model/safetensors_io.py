@@ -1,10 +1,13 @@
-"""Writes safetensors files."""
+"""Writes safetensors files, and says what tensors they are."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +23,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             save_file(on_host, part, metadata)
         except SafetensorError as error:  # its word for a full disk
             raise OSError(f"cannot write {path}: {error}") from error
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Feeds a hashlib digest with the tensors by name: of each [name, type, shape] as JSON, then its bytes."""
+    for name, tensor in sorted(tensors.items()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        digest.update(json.dumps([name, kind, list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def not_data(path: Path) -> str | None:
