@@ -24,7 +24,7 @@ from torch import Tensor
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
-from model.safetensors_io import hash_tensors, not_data, write_tensors
+from model.safetensors_io import hash_tensors, not_data, private_copy, write_tensors
 from model.sampling.fitted import FittedTable, FittedTableError, resolve, table_of, weights_digest
 from model.sampling.schedule import (
     DEFAULT_STEPS,
@@ -38,6 +38,7 @@ from model.sampling.schedule import (
 FORMAT = "ddpm-serve/1"
 PRETRAINED = Path(__file__).parent / "pretrained"
 SOLVER = "dpmpp_2m"  # of a request that a checkpoint's fitted tables have nothing for
+CHANGED = "the file changed while it was read"  # or the weights could be of one file and the hash of another
 CHECKSUMS_FILE = "SHA256SUMS"  # beside the bundled checkpoints: what `sha256sum` says of them
 
 
@@ -210,16 +211,17 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
                 network = UNet(config.unet)
             names = file.keys()
             _check_shapes(network, {name: tuple(file.get_slice(name).get_shape()) for name in names})
-            tensors = {name: file.get_tensor(name) for name in names}  # mapped, and not in memory yet
+        with private_copy(path) as (copy, sha256), safe_open(copy, framework="pt", device="cpu") as file:
+            if (file.metadata() or {}).get("ddpm") != metadata or file.keys() != names:
+                raise CheckpointError(CHANGED)
+            tensors = {name: file.get_tensor(name) for name in names}  # mapped, and not copied yet
             data = json.loads(metadata)
             if "sha256" in data and data["sha256"] != _digest(data, tensors):
                 raise CheckpointError("the file is damaged: its contents are not those that it was saved with")
             _check_tables(config, tensors)
             weights = {name: _float32(name, tensor) for name, tensor in tensors.items()}
-        with path.open("rb") as content:
-            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        if _stamp(path) != before:  # or the weights could be of one file and the hash of another
-            raise CheckpointError("the file changed while it was read")
+        if _stamp(path) != before:
+            raise CheckpointError(CHANGED)
         if _shipped(path) not in (None, sha256):
             raise CheckpointError(f"the file is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE} beside it")
     except (CheckpointError, FittedTableError) as error:

@@ -13,7 +13,7 @@ from model.sampling.schedule import COEFFICIENTS, THRESHOLDING
 
 Ints = NDArray[np.int64]
 G, LIMIT, S = (COEFFICIENTS.index(name) for name in ("g", "limit", "s"))
-WORD = 0xFFFFFFFF
+UINT32_MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,4 +68,4 @@ class Batch:
 def rng_counters(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:
     """What each one's noise of such a step (0: x_T) is drawn from, int64 [N, 4]: seed, low word first, index, step."""
     seeds = [(s.request.seed, s.request.index + s.i, step) for s, step in zip(samples, steps, strict=True)]
-    return np.array([(seed & WORD, seed >> 32, i, step) for seed, i, step in seeds], np.int64).reshape(-1, 4)
+    return np.array([(seed & UINT32_MASK, seed >> 32, i, step) for seed, i, step in seeds], np.int64).reshape(-1, 4)

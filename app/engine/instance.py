@@ -48,9 +48,9 @@ class ModelInstance:
 
     def _warm_up(self) -> Iterator[None]:
         runner, limits = self.runner, self.batch_limits
-        yield from runner.probe()
+        yield from runner.find_invariant_sizes()
         if not limits.max:
-            limits.set(*(yield from autotune_batch_size(runner.warm_up, runner.chunk, runner.device.type)))
+            limits.set(*(yield from autotune_batch_size(runner.warm_up, runner.micro_batch_size, runner.device.type)))
         seconds = []
         for _ in range(WARMUP_STEPS):
             started = time.monotonic()

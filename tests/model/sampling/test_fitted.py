@@ -144,7 +144,7 @@ def test_tables_of_other_weights_are_refused(tiny: UNet, config: CheckpointConfi
         checkpoint.save(path, weights, config)
     assert not path.exists()
     save_file(weights, path, metadata={"ddpm": config.to_json()})
-    with pytest.raises(CheckpointError, match=r"some.safetensors: its fitted tables are not of these weights: fit"):
+    with pytest.raises(CheckpointError, match=r"some\.safetensors: its fitted tables are not of these weights: fit"):
         checkpoint.load(path)
 
 
@@ -189,7 +189,7 @@ def test_no_list_of_tables_and_a_field_less_are_refused(tiny: UNet, config: Chec
     data = json.loads(config.to_json())
     for tables in (7, [3], [{key: value for key, value in data["fitted"][0].items() if key != "rows"}]):
         save_file(tiny.state_dict(), path, metadata={"ddpm": json.dumps(data | {"fitted": tables})})
-        with pytest.raises(CheckpointError, match="some.safetensors"):
+        with pytest.raises(CheckpointError, match=r"some\.safetensors"):
             checkpoint.load(path)
 
 
