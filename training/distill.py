@@ -14,7 +14,7 @@ import torch
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.nn.unet import UNet
-from model.sampling.schedule import SamplingParams, make_schedule
+from model.sampling.schedule import SamplingParams
 from training.classifier.network import Classifier
 from training.cli.options import Parser, expanded, integers, one_of, written
 from training.console import lasting_output
@@ -25,6 +25,7 @@ from training.memory import memory_for
 from training.run.config import torch_device
 from training.run.run_dir import RunDir
 
+TEACHER_STEPS = 16  # where nobody says how many
 DETERMINISTIC = ("ddim", "dpmpp_2m", "dpmpp_3m")
 
 
@@ -54,25 +55,45 @@ def teacher_params(config: DistillConfig, teacher: Checkpoint) -> SamplingParams
 
     Raises ValueError where that cannot be.
     """
-    own, unet = teacher.config.sampling, teacher.config.unet
-    total = teacher.config.diffusion.num_timesteps
-    for name in ("steps", "teacher_steps"):
-        if getattr(config, name) > total:
-            raise ValueError(f"--{name} {getattr(config, name)}: the teacher has no more than {total} timesteps")
-    scale = own.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    if scale != 1 and not unet.null_class:
-        raise ValueError(f"--guidance_scale {scale}: the teacher has no null class to guide away from, so it must be 1")
-    sampler = own.sampler if own.sampler in DETERMINISTIC else "dpmpp_2m"
-    interval = own.guidance_interval if scale != 1 else (0.0, 1.0)
-    params = SamplingParams(sampler, config.teacher_steps, 0.0, scale, interval, own.spacing, own.limit)
-    there = make_schedule(teacher.diffusion, **vars(params)).timesteps.tolist()
+    params = own_params(config, teacher)
+    there = teacher.config.schedule(params).timesteps.tolist()
+    if len(there) < config.steps:
+        raise ValueError(f"--steps {config.steps}: the teacher has no more than {len(there)}")
     if unknown := [t for t in config.timesteps if t not in there]:
-        raise ValueError(f"--timesteps {unknown[0]} is none of the teacher's: {', '.join(map(str, there))}")
+        raise ValueError(f"--timesteps {unknown[0]} is none of the teacher's: {', '.join(f'{t:g}' for t in there)}")
     if config.timesteps and list(config.timesteps) != sorted({there[0], *config.timesteps}, reverse=True):
         raise ValueError(
-            f"--timesteps {written(config.timesteps)} must fall, and begin with the teacher's first, {there[0]}"
+            f"--timesteps {written(config.timesteps)} must fall, and begin with the teacher's first, {there[0]:g}"
         )
     return params
+
+
+def own_params(config: DistillConfig, teacher: Checkpoint) -> SamplingParams:
+    """The teacher's settings; those of a student, which may teach, too, are inside it."""
+    own, unet, inside = teacher.config.sampling, teacher.config.unet, teacher.config.distilled
+    scale = own.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    if inside and config.method == "guidance":
+        raise ValueError("--method guidance: the teacher is distilled, and has its guidance inside already")
+    if inside and scale != inside.guidance_scale:
+        raise ValueError(
+            f"--guidance_scale {scale:g}: the teacher is distilled, and has {inside.guidance_scale:g} inside"
+        )
+    if scale != 1 and not unet.null_class:
+        raise ValueError(
+            f"--guidance_scale {scale:g}: the teacher has no null class to guide away from, so it must be 1"
+        )
+    if inside and inside.has_fixed_steps:
+        if config.teacher_steps not in (None, own.steps):
+            raise ValueError(f"--teacher_steps {config.teacher_steps}: the teacher is distilled to {own.steps}")
+        return own
+    steps, total = config.teacher_steps or TEACHER_STEPS, teacher.config.diffusion.num_timesteps
+    if max(config.steps, config.teacher_steps or 1) > total:
+        raise ValueError(
+            f"--teacher_steps {steps}, --steps {config.steps}: the teacher has no more than {total} timesteps"
+        )
+    sampler = own.sampler if own.sampler in DETERMINISTIC else "dpmpp_2m"
+    interval = own.guidance_interval if scale != 1 else (0.0, 1.0)
+    return SamplingParams(sampler, min(steps, total), 0.0, scale, interval, own.spacing, own.limit)
 
 
 def begin_with(config: DistillConfig, teacher: Checkpoint, params: SamplingParams) -> UNet:
@@ -113,7 +134,7 @@ def parse(argv: list[str] | None) -> tuple[DistillConfig, bool]:
     for f in fields(DistillConfig):
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default: {written(f.default)})" if f.default not in ("", (), None) else ""
-        kind: Any = {"int": int, "str": str, "tuple[int, ...]": integers}.get(str(f.type), float)
+        kind: Any = {"int": int, "int | None": int, "str": str, "tuple[int, ...]": integers}.get(str(f.type), float)
         settings: dict[str, Any] = {"type": kind, "metavar": {int: "N", str: "TEXT", integers: "N,N,.."}.get(kind, "X")}
         settings |= one_of(f.metadata["choices"]) if f.metadata["choices"] else {}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **settings)

@@ -38,7 +38,7 @@ class DistillConfig:
     timesteps: tuple[int, ...] = _option(
         (), "of the student's steps, among the teacher's; default: chosen on its trajectories"
     )
-    teacher_steps: int = _option(16, "of a trajectory of the teacher")
+    teacher_steps: int | None = _option(None, "of a trajectory of the teacher; default: 16, or a student's own")
     trajectories: int = _option(8192, "how many are made and kept; 0: none is kept, each step has new ones")
     features: str = _option("", "a classifier of training.classifier, in whose layers the images are compared, too")
     feature_weight: float = _option(1.0, "of the distance in these layers, beside that of pixels")
@@ -69,7 +69,7 @@ class DistillConfig:
             raise ValueError("--teacher is missing: the checkpoint to learn from")
         if not 1 <= self.steps <= LARGEST_STEPS:
             raise ValueError(f"--steps must be from 1 to {LARGEST_STEPS}, not {self.steps}")
-        for name in ("teacher_steps", "batch_size", "iterations", "log_rate", "checkpoint_rate", "keep"):
+        for name in ("batch_size", "iterations", "log_rate", "checkpoint_rate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup", "grad_clip", "trajectories", "feature_weight"):
@@ -83,7 +83,7 @@ class DistillConfig:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, not {self.ema_decay}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
-        if self.teacher_steps < self.steps:
+        if self.teacher_steps is not None and self.teacher_steps < self.steps:
             raise ValueError(f"--teacher_steps {self.teacher_steps} are fewer than the student's --steps {self.steps}")
         if self.timesteps and len(self.timesteps) != self.steps:
             raise ValueError(f"--timesteps are {len(self.timesteps)}, where --steps says {self.steps}")

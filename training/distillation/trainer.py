@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint, CheckpointConfig
+from model.distilled import ANY_STEPS, Distilled
 from model.images import grid, to_uint8
 from model.nn.ema import EMA
 from model.nn.unet import UNet
-from model.sampling.schedule import SamplingParams, SamplingSchedule, make_schedule
+from model.sampling.fitted import FITTED_TO, FittedTable, weights_digest
+from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from model.sampling.step import sample
 from training.classifier.network import Classifier
 from training.distillation.config import DistillConfig
@@ -65,7 +67,8 @@ class DistillTrainer:
             teacher, params, device, config.seed, self._wanted(), run.path.parent, config.precision
         )
         self._revision = git_revision()
-        self._timesteps: list[int] = list(config.timesteps)
+        self._timesteps: list[float] = list(config.timesteps)
+        self._last_loss: float | None = None
         if saved:
             self._load(saved)
         null_class = teacher.config.unet.num_classes if teacher.config.unet.null_class else None
@@ -120,20 +123,18 @@ class DistillTrainer:
         grid_t = self.trajectories.schedule.timesteps
         if self.config.method == "guidance":
             self._points = [len(grid_t) - 1]
-            schedule = without_guidance(make_schedule(self.diffusion, **vars(self._own_sampling())))
+            own = replace(self.params, steps=self.config.steps)
+            schedule = self._distilled().schedule(make_schedule(self.diffusion, **vars(own)))
         else:
             if not self._timesteps:
                 every = torch.cat([x_T[:, None], states], dim=1)
-                found = easiest_points(self.diffusion, self.trajectories.schedule, every, self.config.steps)
-                self._timesteps = [int(grid_t[i]) for i in found]
+                points = easiest_points(self.diffusion, self.trajectories.schedule, every, self.config.steps)
+                self._timesteps = [grid_t[i].item() for i in points]
             starts = [grid_t.tolist().index(t) for t in self._timesteps]
             self._points = [i - 1 for i in [*starts[1:], len(grid_t)]]  # states[:, i] is at the end of step i
             schedule = student_table(self.diffusion, np.array(self._timesteps), self.config.sampler, self.params.limit)
         self._held_out = Batch(x_T, states[:, self._points], self.trajectories.classes(indices), x_T, x_T[:, 0, 0, 0])
         self.lesson = self._lesson_of(schedule)
-
-    def _own_sampling(self) -> SamplingParams:
-        return replace(self.teacher.config.sampling, steps=self.config.steps, guidance_scale=self.params.guidance_scale)
 
     def _batch(self, iteration: int) -> Batch:
         """The batch of an iteration: its trajectories in an order that follows from seed and pass."""
@@ -180,6 +181,7 @@ class DistillTrainer:
             images_per_second=round(rate, 1),
             time=round(time.time(), 1),
         )
+        self._last_loss = count.loss
         if count.loss is not None:
             self._bar.set_postfix_str(f"loss {count.loss:.4f}, {rate:.0f} images/s")
 
@@ -227,17 +229,34 @@ class DistillTrainer:
         classes = None if num_classes is None else [i // per_class for i in indices]
         return grid(to_uint8(self._sample(network, indices, classes, 0)).cpu().numpy(), columns=per_class)
 
+    def _distilled(self) -> Distilled:
+        scale = self.params.guidance_scale
+        return Distilled(scale, self.config.steps, self.config.method, self.teacher.sha256)
+
     def _checkpoint_config(self, distance: float) -> CheckpointConfig:
-        config, source = self.config, self.teacher
+        """The teacher's, with the student's sampling: its own table, or, where it has all timesteps, the sampler's."""
+        config, source, schedule = self.config, self.teacher, self.lesson.schedule
+        sampling, tables = replace(self.params, steps=config.steps), ()
+        if config.method != ANY_STEPS:
+            sampling = replace(sampling, sampler=FITTED)
+            inside = {name: getattr(self.params, name) for name in FITTED_TO}
+            timesteps, rows = map(tuple, (schedule.timesteps.tolist(), schedule.table.tolist()))
+            weights = weights_digest(self.ema.weights)
+            draws = tuple(range(1, config.steps + 1))
+            tables = (
+                FittedTable(config.steps, **inside, timesteps=timesteps, rows=rows, draws=draws, weights=weights),
+            )
         return replace(
             source.config,
-            sampling=self._own_sampling(),
+            sampling=sampling,
+            fitted=tables,
+            distilled=self._distilled(),
             provenance={
                 "teacher": {"name": source.name, "sha256": source.sha256},
                 "dataset": source.config.provenance.get("dataset"),
                 "iterations": self.iteration,
                 "images_seen": self.images_seen,
-                "metrics": {"distance_to_teacher": distance},
+                "metrics": {"train_loss": self._last_loss, "distance_to_teacher": distance},
                 "command": config.command(),
                 "seed": config.seed,
                 "git_revision": self._revision,
@@ -265,10 +284,3 @@ class DistillTrainer:
         self.meter.numbers = state["tally"].to(self.meter.numbers)
         self._timesteps = list(state["timesteps"])
         self.iteration, self.images_seen, self.best = state["iteration"], state["images_seen"], state["best"]
-
-
-def without_guidance(schedule: SamplingSchedule) -> SamplingSchedule:
-    """The schedule of a network whose guidance is inside: one row a step."""
-    table = schedule.table.copy()
-    table[:, 0] = 1
-    return replace(schedule, table=table)

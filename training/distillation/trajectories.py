@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint
 from model.sampling.noise import normals
-from model.sampling.schedule import SamplingParams, make_schedule
+from model.sampling.schedule import SamplingParams
 from model.sampling.step import sample
 from training.evaluation.feature_files import FeatureFile
 
@@ -42,7 +41,7 @@ class Trajectories:
         precision: str,
     ) -> None:
         self.params, self.device, self.count = params, device, -(-count // AT_ONCE) * AT_ONCE
-        self.schedule = make_schedule(teacher.diffusion, **asdict(params))
+        self.schedule = teacher.config.schedule(params)
         self.shape = teacher.config.unet.image_shape
         self._unet, self.own_seed = teacher.config.unet, OWN_SEEDS + seed
         self._network = compile_for_inference(teacher.network, device, precision)
