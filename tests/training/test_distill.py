@@ -11,13 +11,15 @@ import torch
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
+from model.distilled import Distilled
 from model.nn.unet import UNet
-from model.sampling.schedule import SamplingParams
+from model.sampling.schedule import FITTED, SamplingParams
 from model.sampling.step import sample
 from training import distill
 from training.distillation import trainer
 from training.distillation.config import DistillConfig
 from training.distillation.trajectories import OWN_SEEDS, Trajectories
+from training.run import run_dir
 
 G = 2.0
 
@@ -39,7 +41,7 @@ def teacher(tiny: UNet, tmp_path: Path) -> str:
 def words(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words of a distillation of some milliseconds."""
     monkeypatch.setattr(trainer, "HELD_OUT", 32)
-    monkeypatch.setattr(trainer, "save_plot", lambda path, log: None)
+    monkeypatch.setattr(run_dir, "save_plot", lambda path, log: None)
     monkeypatch.setattr(trainer, "git_revision", lambda: "0123")
     options = {"teacher": teacher, "steps": 2, "teacher_steps": 4, "trajectories": 64, "batch_size": 16}
     options |= {"iterations": 8, "log_rate": 2, "checkpoint_rate": 4, "log_dir": tmp_path / "runs", "run_name": "run"}
@@ -54,7 +56,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sfd", "end_to_end"])
-def test_a_one_step_student_learns_its_teacher(words: list[str], tmp_path: Path, method: str) -> None:
+def test_a_one_step_student_learns_its_teacher(words: list[str], teacher: str, tmp_path: Path, method: str) -> None:
     more = [
         "--steps",
         "1",
@@ -72,6 +74,10 @@ def test_a_one_step_student_learns_its_teacher(words: list[str], tmp_path: Path,
     assert distill.main([*words, *more]) == 0
     distances = [line["validation_loss"] for line in log(tmp_path / "runs/run") if "validation_loss" in line]
     assert distances[-1] < 0.6 * distances[0]
+    student = checkpoint.load(tmp_path / "runs/run/best.safetensors")
+    assert student.config.distilled == Distilled(G, 1, method, checkpoint.load(teacher).sha256)
+    assert student.config.sampling == SamplingParams(FITTED, 1, 0.0, G)
+    assert student.config.schedule(student.config.sampling).nfe.tolist() == [1]
 
 
 def test_guidance_moves_into_one_row(words: list[str], tmp_path: Path) -> None:
@@ -91,6 +97,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(words: list[str], tmp_path: Path
     states = [torch.load(where / "state-0000008.pt", weights_only=True) for where in (whole, half)]
     assert all(torch.equal(states[0]["network"][name], states[1]["network"][name]) for name in states[0]["network"])
     assert (whole / "samples-0000008.png").exists()
+    assert (whole / "sequence-0000008.gif").exists()
 
 
 def test_trajectories_are_the_guided_teachers(teacher: str, tmp_path: Path) -> None:
@@ -141,7 +148,7 @@ def test_a_judge_decides_which_student_is_best(
         (["--timesteps", "499,999"], "--timesteps 499,999 must fall, and begin with the teacher's first, 999"),
         (["--teacher_steps", "2000"], "the teacher has no more than 1000 timesteps"),
         (["--guidance_scale", "nan"], "--guidance_scale must be finite"),
-        (["--method", "sdf"], "must be one of sfd, end_to_end, guidance, not 'sdf'; did you mean sfd?"),
+        (["--method", "sdf"], "must be one of end_to_end, sfd, guidance, not 'sdf'; did you mean sfd?"),
         (["--features", "nothing.safetensors"], "nothing.safetensors is not a readable classifier"),
         (["--teacher", "nothing"], "no checkpoint 'nothing'"),
         (["--learning_rate", "0"], "--learning_rate must be between 0 and 1"),
@@ -170,6 +177,35 @@ def test_a_teacher_without_null_class_cannot_be_guided(
     path = save_checkpoint(replace(tiny.config, null_class=False))
     assert distill.main([*words, "--teacher", path, "--guidance_scale", "2"]) == 2
     assert "the teacher has no null class to guide away from, so it must be 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def student(words: list[str], tmp_path: Path) -> str:
+    """One of two steps, which may teach."""
+    assert distill.main([*words, "--iterations", "1", "--run_name", "first"]) == 0
+    return str(tmp_path / "runs/first/best.safetensors")
+
+
+def test_a_student_teaches_one_of_fewer_steps(words: list[str], tmp_path: Path, student: str) -> None:
+    at = words.index("--teacher_steps")
+    assert distill.main([*words[:at], *words[at + 2 :], "--teacher", student, "--steps", "1", "--iterations", "2"]) == 0
+    found = checkpoint.load(tmp_path / "runs/run/best.safetensors").config
+    assert (found.sampling.steps, found.sampling.guidance_scale) == (1, G)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--guidance_scale", "1"], "--guidance_scale 1: the teacher is distilled, and has 2 inside"),
+        (["--teacher_steps", "5"], "--teacher_steps 5: the teacher is distilled to 2"),
+        (["--teacher_steps", "2", "--method", "guidance"], "the teacher is distilled, and has its guidance inside"),
+    ],
+)
+def test_a_student_teaches_what_is_inside_alone(
+    words: list[str], student: str, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main([*words, "--teacher", student, "--steps", "1", *more]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_resume_keeps_what_its_weights_mean(

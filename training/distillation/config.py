@@ -12,7 +12,7 @@ from typing import Any
 
 from training.cli.options import check_choice, expanded, printable, written
 
-METHODS = ("sfd", "end_to_end", "guidance")
+METHODS = ("end_to_end", "sfd", "guidance")
 LARGEST_STEPS = 8
 
 
@@ -28,8 +28,8 @@ class DistillConfig:
     steps: int = _option(4, "of the student, each of one network row: 1 to 8")
     guidance_scale: float | None = _option(None, "what the student has inside; default: the teacher's own")
     method: str = _option(
-        "sfd",
-        "sfd: every step of the student lands on the teacher's trajectory; end_to_end: only the image counts; "
+        "end_to_end",
+        "end_to_end: only the image counts; sfd: every step of the student lands on the teacher's trajectory; "
         "guidance: one row says what two said, for any sampler",
         METHODS,
     )
@@ -45,7 +45,7 @@ class DistillConfig:
 
     batch_size: int = _option(64, "trajectories per iteration")
     iterations: int = _option(4000, "batches in all; sfd updates the weights after each step of the student")
-    learning_rate: float = _option(2e-4, "of Adam")
+    learning_rate: float = _option(1e-4, "of Adam")
     warmup: int = _option(50, "iterations over which the learning rate rises from 0")
     lr_schedule: str = _option("cosine", "after the warm-up; cosine ends at 0", ("constant", "cosine"))
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0 for no limit")

@@ -22,8 +22,8 @@ def easiest_points(diffusion: GaussianDiffusion, teacher: SamplingSchedule, stat
     that `steps` steps can have: by dynamic programming over all pairs of points (Chen et al. 2024, GITS, 2405.11326).
     `states` [n, M + 1, …] are x_T and the teacher's states.
     """
-    alpha = np.append(np.sqrt(diffusion.alphas_cumprod[teacher.timesteps]), 1.0)
-    sigma = np.append(np.sqrt(1 - diffusion.alphas_cumprod[teacher.timesteps]), 0.0)
+    alphas_cumprod = diffusion.alphas_cumprod[teacher.timesteps.astype(np.int64)]
+    alpha, sigma = np.append(np.sqrt(alphas_cumprod), 1.0), np.append(np.sqrt(1 - alphas_cumprod), 0.0)
     m, x0 = len(teacher), teacher_x0(teacher, states)
     cost = np.full((m + 1, m + 1), np.inf)
     for i in range(m):

@@ -9,22 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.distilled import ANY_STEPS, Distilled
-from model.images import grid, to_uint8
 from model.nn.ema import EMA
 from model.nn.unet import UNet
 from model.sampling.fitted import FITTED_TO, FittedTable, weights_digest
 from model.sampling.schedule import FITTED, SamplingParams, make_schedule
-from model.sampling.step import sample
 from training.classifier.network import Classifier
 from training.distillation.config import DistillConfig
 from training.distillation.losses import LOSSES, Lesson, feature_distance
-from training.distillation.student import Batch, easiest_points, student_table
+from training.distillation.student import Batch, easiest_points, student_table, walk
 from training.distillation.trajectories import AT_ONCE, Trajectories
 from training.loop.distributed import DistributedContext
 from training.loop.loss_meter import LossMeter
@@ -32,11 +29,10 @@ from training.loop.optimizer import load_state, step
 from training.loop.validation import finite
 from training.memory import memory_for
 from training.run.git import git_revision, machine
-from training.run.image_io import ROWS, save_png
-from training.run.plot import save_plot
+from training.run.image_io import sample_grid, sequence
 from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
-from training.train import learning_rate
+from training.train import SHOWN, learning_rate
 
 HELD_OUT = 64  # trajectories at the beginning of the file, by which students are compared
 ALONE = DistributedContext()
@@ -195,9 +191,10 @@ class DistillTrainer:
         judged = finite(distance if by_features is None else by_features, self.iteration)
         is_best, self.best = judged < self.best, min(self.best, judged)
         self.run.save(self.iteration, self.ema.weights, self._checkpoint_config(distance), self.state_dict(), is_best)
-        save_png(self.run.path / f"samples-{self.iteration:07d}.png", self._grid(network))
-        if self.run.can_plot:
-            save_plot(self.run.path / "loss.png", self.run.path / "log.jsonl")
+        schedule, classes = self.lesson.schedule, network.config.num_classes
+        labels = None if classes is None else range(min(SHOWN, classes))
+        frames = sequence(network, schedule, labels or range(SHOWN), labels)
+        self.run.save_pictures(self.iteration, sample_grid(network, schedule), frames)
         self._started, self._since = time.perf_counter(), 0
 
     @torch.no_grad()
@@ -205,29 +202,12 @@ class DistillTrainer:
         """How far the student's images are from the teacher's, of the same noise: by pixels, and by a judge."""
         held, parts = self._held_out, []
         for part in torch.arange(HELD_OUT).split(AT_ONCE):
-            classes = None if held.y is None else held.y[part].tolist()
-            parts.append(self._sample(network, part.tolist(), classes, self.trajectories.own_seed))
+            y = None if held.y is None else held.y[part]
+            *_, (_, x) = walk(network, self.lesson.schedule, held.x_T[part], y, bf16=False, detached=False)
+            parts.append(x)
         x, target, judge = torch.cat(parts), held.targets[:, -1], self.lesson.judge
         distance = float((x - target).abs().mean())
         return distance, None if judge is None else float(feature_distance(judge, x, target, False).mean())
-
-    def _sample(self, network: UNet, indices: list[int], classes: list[int] | None, seed: int) -> Tensor:
-        return sample(
-            network,
-            self.lesson.schedule,
-            self.trajectories.shape,
-            seeds=[seed] * len(indices),
-            indices=indices,
-            classes=classes,
-            device=self.device,
-        )
-
-    def _grid(self, network: UNet, per_class: int = 8) -> Any:
-        """A picture: one row of images per class, or 8 × 8 without classes."""
-        num_classes = network.config.num_classes
-        indices = list(range(min(num_classes or per_class, ROWS) * per_class))
-        classes = None if num_classes is None else [i // per_class for i in indices]
-        return grid(to_uint8(self._sample(network, indices, classes, 0)).cpu().numpy(), columns=per_class)
 
     def _distilled(self) -> Distilled:
         scale = self.params.guidance_scale

@@ -48,7 +48,7 @@ class RunDir:
 
     def __init__(self, config: RunConfig, resume: bool) -> None:
         self.path, self.keep = config.run_dir, config.keep
-        self.can_plot = find_spec("matplotlib") is not None
+        self._can_plot = find_spec("matplotlib") is not None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -83,7 +83,7 @@ class RunDir:
             lines = [line for line in log.read_text().splitlines(keepends=True) if _logged_by(line, iteration)]
             self._write("log.jsonl", "".join(lines).encode())
         self._write("config.json", config_text(config, data).encode())
-        if not self.can_plot:
+        if not self._can_plot:
             print('No loss.png will be drawn: pip install "ddpm-serve[train]" has matplotlib for it', file=sys.stderr)
 
     def log(self, **values: Any) -> None:
@@ -96,7 +96,7 @@ class RunDir:
         save_png(self.path / f"samples-{iteration:07d}.png", grid)
         save_strip(self.path / f"sequence-{iteration:07d}.png", frames)
         save_gif(self.path / f"sequence-{iteration:07d}.gif", frames)
-        if self.can_plot:
+        if self._can_plot:
             save_plot(self.path / "loss.png", self.path / "log.jsonl")
         self._keep("samples-*.png", GRIDS)
         self._keep("sequence-*.png", self.keep)
