@@ -61,7 +61,10 @@ class CheckpointConfig:
 
     def to_json(self) -> str:
         """What the file's metadata holds; `from_json` reads it."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
+        data = asdict(self)
+        if not self.diffusion.trained_betas:  # so that the releases before them read what has none
+            del data["diffusion"]["trained_betas"]
+        return json.dumps({"format": FORMAT, **data}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointConfig:
