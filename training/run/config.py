@@ -295,7 +295,8 @@ class TrainConfig:
 
     def diffusion(self) -> DiffusionConfig:
         """The forward process."""
-        return DiffusionConfig(**{f.name: getattr(self, f.name) for f in fields(DiffusionConfig)})
+        names = {setting.name for setting in fields(DiffusionConfig)} & vars(self).keys()  # a run has no trained betas
+        return DiffusionConfig(**{name: getattr(self, name) for name in names})
 
     def sampling(self) -> SamplingParams:
         """How sample grids are made, and the checkpoint's default when served."""
