@@ -137,6 +137,8 @@ class CheckpointConfig:
         """What the file's metadata holds; `from_json` reads it."""
         data = {"format": FORMAT, **asdict(self)}
         data = {key: value for key, value in data.items() if value or key not in ("fitted", "distilled")}
+        if not self.diffusion.trained_betas:  # so that releases before them read what has none
+            del data["diffusion"]["trained_betas"]
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod

@@ -97,6 +97,7 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "default_steps": default_steps,
         "distilled": asdict(config.distilled) if config.distilled else None,
         "fitted_steps": sorted({table.steps for table in config.fitted}),
+        "guidance": config.unet.null_class,
         "limits": {
             "n": settings.max_n,
             "steps": min(settings.max_steps, timesteps),
