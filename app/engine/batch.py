@@ -20,11 +20,12 @@ UINT32_MASK = 0xFFFFFFFF
 class Batch:
     """One row for each of N samples; thrown away after the step.
 
-    `t` and `y` [N] are what the network sees (y None where it has no classes), `coefficients` float64 [N, 10] a row of
-    each sample's schedule, `words` [N, 4] what the noise is drawn from (see `model.sampling.noise.normals_of`).
+    `t` float64 [N] and `y` [N] are what the network sees (y None where it has no classes), `coefficients` float64
+    [N, 10] a row of each sample's schedule, `words` [N, 4] what the noise is drawn from (see
+    `model.sampling.noise.normals_of`).
     """
 
-    t: Ints
+    t: NDArray[np.float64]
     y: Ints | None
     coefficients: NDArray[np.float64]
     words: Ints
@@ -38,7 +39,8 @@ class Batch:
         y = None
         if samples[0].request.classes is not None:
             y = np.array([s.request.classes[s.i] for s in samples], np.int64)  # type: ignore[index]
-        return cls(np.array(t, np.int64), y, np.stack(rows), rng_counters(samples, [s.step + 1 for s in samples]))
+        draws = [schedule.draw(sample.step) for schedule, sample in zip(schedules, samples, strict=True)]
+        return cls(np.array(t, np.float64), y, np.stack(rows), rng_counters(samples, draws))
 
     def of_those(self, which: NDArray[np.bool_]) -> Batch:
         """The rows where `which` [N] is true."""

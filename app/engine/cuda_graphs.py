@@ -162,9 +162,10 @@ class CUDAGraphRunner:
     # On the device; nothing waits for it here, and all memory that outlives a call stays where it is
 
     def _unpack_inputs(self, rows: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Places int64 [rows] by name, words int64 [rows, 4], coefficients float32 [rows, 10]."""
+        """Indices int64 [rows] by name (t float32), words int64 [rows, 4], coefficients float32 [rows, 10]."""
         ints = self._table[:rows, : len(INDEX_COLUMNS)].long()
         columns = dict(zip(INDEX_COLUMNS, ints.t().contiguous().unbind(), strict=True))
+        columns["t"] = self._table[:rows, INDEX_COLUMNS.index("t")].float()
         return columns, ints[:, WORDS], self._table[:rows, len(INDEX_COLUMNS) :].float()
 
     def _start(self, rows: int) -> None:
@@ -206,7 +207,7 @@ def dummy_batch(n: int) -> Batch:
     coefficients = np.zeros((n, len(COEFFICIENTS)))
     coefficients[:, COEFFICIENTS.index("g")] = 1
     zeros = np.zeros(n, np.int64)
-    return Batch(zeros, zeros, coefficients, np.zeros((n, 4), np.int64))
+    return Batch(zeros.astype(np.float64), zeros, coefficients, np.zeros((n, 4), np.int64))
 
 
 Update = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -232,7 +233,7 @@ def verify_against_eager(
     for step in range(4):
         row = random_coefficients(n, step, n - rows, config)
         y = None if config.num_classes is None else (places + step) % config.num_classes
-        batch = Batch(last_timestep * (places + step + 1) // (n + 3), y, row, words + np.array([0, 0, 0, step + 1]))
+        batch = Batch(last_timestep * (places + step + 1) / (n + 3), y, row, words + np.array([0, 0, 0, step + 1]))
         finite = graphs.step(places, np.full(n, step), batch)
         x, new = update(batch, x, x0, x0_prev)
         x0, x0_prev = new, x0

@@ -13,7 +13,7 @@ from app.engine.autotune import autotune_batch_size
 from app.engine.request import Request
 from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
-from model.sampling.schedule import SamplingParams, SamplingSchedule, make_schedule
+from model.sampling.schedule import SamplingParams, SamplingSchedule
 
 log = logging.getLogger("ddpm.engine")
 
@@ -44,7 +44,7 @@ class ModelInstance:
         self.warmup_steps = self._warm_up()  # what has to run before it serves, each about as long as a step
 
     def _schedule(self, sampling: SamplingParams, variance: str | None) -> SamplingSchedule:
-        return make_schedule(self.diffusion, variance=variance, **vars(sampling))
+        return self.config.schedule(sampling, variance, self.diffusion)
 
     def _warm_up(self) -> Iterator[None]:
         runner, limits = self.runner, self.batch_limits

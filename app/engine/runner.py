@@ -134,7 +134,7 @@ class ModelRunner:
     def _update(self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
         table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
-        t = torch.from_numpy(batch.t).to(self.device)
+        t = torch.from_numpy(batch.t.astype(np.float32)).to(self.device)
         y = None if batch.y is None else torch.from_numpy(batch.y).to(self.device)
         z = torch.zeros_like(x)
         noisy = np.flatnonzero(batch.noisy)
@@ -169,7 +169,7 @@ class ModelRunner:
         self._take_threads()
         most = self.micro_batch_size
         x = normals([0] * most, range(most), [0] * most, self.config.image_shape, self.device)
-        t = torch.linspace(0, self._last_timestep, most, device=self.device).long()
+        t = torch.linspace(0, self._last_timestep, most, device=self.device).floor()
         classes = self.config.num_classes
         y = None if classes is None else torch.arange(most, device=self.device) % classes
         outs: dict[int, Tensor] = {}
@@ -242,8 +242,8 @@ class ModelRunner:
             self._graphs.replay_dummy(rows)
             return
         x = torch.zeros(rows, *self.config.image_shape, device=self.device)
-        t = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.forward(x, t, None if self.config.num_classes is None else t)
+        t = torch.zeros(rows, device=self.device)
+        self.forward(x, t, None if self.config.num_classes is None else t.long())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -16,7 +16,10 @@ from app.engine.runner import ModelRunner, default_micro_batch_size
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
 from model.nn.unet import UNet
+from model.sampling.schedule import COEFFICIENTS, FITTED, SamplingSchedule, make_schedule
+from model.sampling.solvers import SAMPLERS
 from model.sampling.step import sample
+from tests.app.engine.conftest import graphed
 
 CPU = torch.device("cpu")
 
@@ -214,3 +217,40 @@ def test_a_runtime_that_is_not_there_is_named(checkpoint: Checkpoint, monkeypatc
     monkeypatch.setitem(sys.modules, "openvino", None)  # what makes an import fail
     with pytest.raises(ValueError, match=r"pip install 'ddpm-serve\[openvino\]'"):
         ModelRunner(checkpoint, CPU, 4, 1, "openvino")
+
+
+@pytest.mark.slow
+def test_a_fitted_table_among_all_samplers_equals_the_naive_loop(
+    checkpoint: Checkpoint, ask: Callable[..., Request]
+) -> None:
+    """To the bit, with and without graphs: timesteps between whole numbers, and x_T again in every row."""
+    loop = asyncio.new_event_loop()
+    plain = make_schedule(checkpoint.diffusion, "dpmpp_3m", 4, guidance_scale=1.5)
+    rows = plain.table + 0.0
+    rows[:, COEFFICIENTS.index("s")] = 0.25
+    rows[2:, COEFFICIENTS.index("g")] = 1  # guidance on some rows only
+    fitted = SamplingSchedule(FITTED, plain.timesteps * 0.993, rows, np.zeros(4, np.int64))
+
+    def wanted() -> list[Request]:
+        requests = [ask(loop, seed=i, n=1 + i % 2, sampler=name, steps=5) for i, name in enumerate(SAMPLERS)]
+        for seed in (3, 2**63 + 1):
+            requests.append(ask(loop, seed=seed, n=2))
+            requests[-1].schedule = fitted
+        return requests
+
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
+    runner.warm_up(4)
+    requests = wanted()
+    finish(runner, [s for request in requests for s in request.samples])
+    for r in requests:
+        shape, indices = checkpoint.config.unet.image_shape, range(r.n)
+        expected = sample(runner.forward, r.schedule, shape, [r.seed] * r.n, indices, r.classes, null_class=3)
+        assert torch.equal(torch.stack([s.x for s in r.samples if s.x is not None]), expected)
+    replayed = graphed(checkpoint, 4)
+    replayed.warm_up(4)
+    assert replayed._graphs is not None
+    again = wanted()
+    finish(replayed, [s for request in again for s in request.samples])
+    for before, after in zip(requests, again, strict=True):
+        assert np.array_equal(runner.to_images(before.samples, "xt"), replayed.to_images(after.samples, "xt"))
+    loop.close()
