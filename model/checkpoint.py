@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
-from model.nn.config import UNetConfig
-from model.nn.unet import UNet
+from model.nn.networks import AnyConfig, AnyUNet, build, config_fields, config_of
 from model.safetensors_io import not_data, write_tensors
 from model.sampling.schedule import SamplingParams, make_schedule
 
@@ -43,7 +42,7 @@ class CheckpointConfig:
     data set, steps, metrics, command, git revision, …
     """
 
-    unet: UNetConfig
+    unet: AnyConfig
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -61,7 +60,8 @@ class CheckpointConfig:
 
     def to_json(self) -> str:
         """What the file's metadata holds; `from_json` reads it."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
+        fields = asdict(self) | {"unet": config_fields(self.unet)}
+        return json.dumps({"format": FORMAT, **fields}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointConfig:
@@ -74,7 +74,7 @@ class CheckpointConfig:
         except UnicodeEncodeError:  # which would break every answer that shows it
             raise ValueError("it has half of a surrogate pair, which is no text") from None
         return cls(
-            unet=UNetConfig(**data["unet"]),
+            unet=config_of(data["unet"]),
             diffusion=DiffusionConfig(**data["diffusion"]),
             class_names=tuple(str(name) for name in data["class_names"]),
             sampling=SamplingParams(**data["sampling"]),
@@ -89,7 +89,7 @@ class Checkpoint:
     name: str
     sha256: str
     config: CheckpointConfig
-    network: UNet
+    network: AnyUNet
 
     @property
     def diffusion(self) -> GaussianDiffusion:
@@ -134,7 +134,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
                 raise CheckpointError("a safetensors file, but not a ddpm-serve checkpoint")
             config = CheckpointConfig.from_json(metadata)
             with torch.device("meta"):
-                network = UNet(config.unet)
+                network = build(config.unet)
             names = file.keys()
             _check_shapes(network, {name: tuple(file.get_slice(name).get_shape()) for name in names})
             tensors = {name: file.get_tensor(name) for name in names}  # mapped, and not in memory yet
@@ -199,7 +199,7 @@ def _float32(name: str, tensor: Tensor) -> Tensor:
     return weights
 
 
-def _check_shapes(network: UNet, found: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(network: AnyUNet, found: dict[str, tuple[int, ...]]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if missing := expected.keys() - found.keys():
         raise CheckpointError(f"{len(missing)} tensors are missing, {min(missing)!r} among them")
