@@ -141,6 +141,7 @@ def _of_state(path: Path, config: CheckpointConfig, which: int | str | None, dev
 
 
 def _checkpoint(path: Path, config: CheckpointConfig, tensors: Weights, device: torch.device) -> Checkpoint:
+    config = config.without_tables()  # which are of the checkpoint's own weights
     with torch.device("meta"):
         network = UNet(config.unet)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -170,12 +171,12 @@ def known(config: CheckpointConfig) -> dict[str, Any]:
     """What a checkpoint tells of the options that its training had."""
     unet, diffusion = config.unet, config.diffusion
     same = ("base_channels", "channel_mults", "num_res_blocks", "time_emb_dim", "norm", "dropout", "activation")
+    names = {name: name for name in same} | {"attention_resolutions": "attention_levels"}
     process = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "loss_type")
     return {
         "image_size": unet.image_size,
         "use_labels": unet.num_classes is not None,
-        "attention_resolutions": unet.attention_levels,
-        **{name: getattr(unet, name) for name in same},
+        **{told: getattr(unet, name) for told, name in names.items() if hasattr(unet, name)},  # another has others
         **{name: getattr(diffusion, name) for name in process},
     }
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from model import checkpoint
 from model.backends.compile import compile_for_inference
+from model.convert import scheduler
 from model.convert.exporter import main as export_main
+from model.convert.exporter import scheduler_json
 from model.convert.importer import import_path, load_weights, main
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
-from model.diffusion import GaussianDiffusion
+from model.diffusion import DiffusionConfig, GaussianDiffusion, sigmoid_betas
 from model.nn.config import LucidrainsConfig
 from model.nn.lucidrains import LucidrainsUNet
 from model.sampling.schedule import make_schedule
@@ -146,6 +148,14 @@ def test_a_checkpoint_of_it_loads_again(tmp_path: Path, capsys: pytest.CaptureFi
     assert torch.equal(loaded.network(x, t, y), network_of(imported(CLASSES))(x, t, y))
     assert export_main([str(path), str(tmp_path / "folder")]) == 2
     assert "cannot express this network: it is lucidrains'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_diffusers_gets_the_sigmoid_schedule_as_betas(zero_terminal_snr: bool) -> None:
+    ours = DiffusionConfig(100, "sigmoid", prediction="v", zero_terminal_snr=zero_terminal_snr)
+    theirs_json = scheduler_json(ours, "clamp")
+    assert theirs_json["trained_betas"] == sigmoid_betas(100).tolist()
+    assert scheduler.read(theirs_json, learned_variance=False)[0] == ours
 
 
 def network_file(change: Callable[[dict[str, Any]], Any], path: Path, name: str = SMALL) -> Path:
