@@ -167,6 +167,7 @@ class Middle(nn.Module):
 
 
 def embedding_mlp(dim: int) -> nn.Sequential:
+    """[N, dim] → [N, 4·dim]."""
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
 
 
