@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from model.distilled import Distilled
 from model.nn.config import UNetConfig
 from model.nn.networks import AnyConfig, AnyUNet, build, config_fields, config_of
 from model.safetensors_io import hash_tensors, not_data, private_copy, write_tensors
@@ -51,7 +52,8 @@ class CheckpointConfig:
     """What a checkpoint knows about itself besides its weights.
 
     `class_names` has one name per class (empty for an unconditional network). `provenance` is for people:
-    data set, steps, metrics, command, git revision, … `fitted` are tables that were learned for these weights.
+    data set, steps, metrics, command, git revision, … `fitted` are tables that were learned for these weights,
+    `distilled` says what is inside them, where they are a student's.
     """
 
     unet: AnyConfig
@@ -60,6 +62,7 @@ class CheckpointConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     provenance: dict[str, Any] = field(default_factory=dict)
     fitted: tuple[FittedTable, ...] = ()
+    distilled: Distilled | None = None
 
     def __post_init__(self) -> None:
         if len(self.class_names) != (self.unet.num_classes or 0):
@@ -75,6 +78,8 @@ class CheckpointConfig:
         self.schedule(self.sampling)
         if self.sampling.guidance_scale != 1 and not self.unet.null_class:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
+        if self.distilled and self.distilled.guidance_scale != self.sampling.guidance_scale:
+            raise ValueError("its guidance_scale is not the one that it was distilled with")
 
     def schedule(
         self, params: SamplingParams, variance: str | None = None, diffusion: GaussianDiffusion | None = None
@@ -86,7 +91,8 @@ class CheckpointConfig:
         """
         if params.sampler == FITTED:
             return table_of(self.fitted, params).schedule()
-        return make_schedule(diffusion or GaussianDiffusion(self.diffusion), variance=variance, **vars(params))
+        made = make_schedule(diffusion or GaussianDiffusion(self.diffusion), variance=variance, **vars(params))
+        return self.distilled.schedule(made) if self.distilled else made
 
     def sampling_params(self, max_steps: int | None = None, **given: Any) -> SamplingParams:
         """The checkpoint's settings with what somebody asked for in their place; None is not asked for.
@@ -96,6 +102,8 @@ class CheckpointConfig:
         contradict each other or this checkpoint.
         """
         given = {name: value for name, value in given.items() if value is not None}
+        if self.distilled:
+            self.distilled.check(self.sampling, given)
         params = self._overridden(max_steps, given)
         if params.guidance_scale != 1 and not self.unet.null_class:
             raise InvalidSamplingParams(
@@ -113,7 +121,7 @@ class CheckpointConfig:
         try:
             return resolve(tables, self.sampling, given)
         except InvalidSamplingParams:
-            if "sampler" in given:
+            if "sampler" in given or self.distilled:
                 raise
         own = {"sampler": SOLVER, "spacing": self.sampling.spacing}
         return self.sampling.with_overrides(timesteps, **own | dict(given))
@@ -129,8 +137,9 @@ class CheckpointConfig:
     def to_json(self) -> str:
         """What the file's metadata holds; `from_json` reads it."""
         data = {"format": FORMAT, **asdict(self), "unet": config_fields(self.unet)}
-        if not self.fitted:
-            del data["fitted"]
+        data = {key: value for key, value in data.items() if value or key not in ("fitted", "distilled")}
+        if not self.diffusion.trained_betas:  # so that releases before them read what has none
+            del data["diffusion"]["trained_betas"]
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod
@@ -150,6 +159,7 @@ class CheckpointConfig:
             sampling=SamplingParams(**data["sampling"]),
             provenance=dict(data["provenance"]),
             fitted=tuple(FittedTable.from_json(table) for table in data.get("fitted", ())),
+            distilled=Distilled(**data["distilled"]) if data.get("distilled") else None,
         )
 
 

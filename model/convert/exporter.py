@@ -28,8 +28,6 @@ from model.nn.unet import UNet
 from model.safetensors_io import write_tensors
 from model.sampling.step import DYNAMIC_QUANTILE
 
-BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # ours → theirs; another is written as its betas
-
 
 class UnsupportedExportError(ValueError):
     """diffusers' UNet2DModel cannot express this network; the message says why."""
@@ -187,14 +185,17 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
 def scheduler_json(config: DiffusionConfig, limit: str) -> dict[str, Any]:
     """DDPMScheduler's configuration, with the `limit` of x0 that the checkpoint is sampled with."""
     scale = 1000 / config.num_timesteps  # theirs does not scale its betas
+    betas = list(config.trained_betas) or None
+    if config.schedule == "sigmoid":  # theirs of that name is another
+        betas = SCHEDULES["sigmoid"](config).tolist()
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.31.0",
         "num_train_timesteps": config.num_timesteps,
-        "beta_schedule": BETA_SCHEDULES.get(config.schedule, "linear"),
+        "beta_schedule": "squaredcos_cap_v2" if config.schedule == "cosine" else "linear",
         "beta_start": config.schedule_low * scale,
         "beta_end": config.schedule_high * scale,
-        "trained_betas": None if config.schedule in BETA_SCHEDULES else SCHEDULES[config.schedule](config).tolist(),
+        "trained_betas": betas,  # which count, where there are some
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.prediction],
         "variance_type": config.variance,
         "clip_sample": limit == "clamp",
