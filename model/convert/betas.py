@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from model.convert.layout import UnsupportedCheckpointError
-from model.diffusion import TRAINED, DiffusionConfig, Table, cosine_betas, linear_betas
+from model.diffusion import TRAINED, DiffusionConfig, Table, cosine_betas, linear_betas, sigmoid_betas
 
 
 def _of_alpha_bar(alpha_bar: Callable[[Table], Table]) -> Callable[[int, float, float], Table]:
@@ -64,8 +64,9 @@ def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: A
     steps = len(betas)
     scale = 1000 / steps
     rtol, atol = PRECISION.get(dtype, (1e-5, 1e-9))
-    if np.allclose(cosine_betas(steps), betas, rtol, atol):
-        return DiffusionConfig(steps, "cosine", **settings)
+    for name, schedule in (("cosine", cosine_betas), ("sigmoid", sigmoid_betas)):
+        if np.allclose(schedule(steps), betas, rtol, atol):
+            return DiffusionConfig(steps, name, **settings)
     ends = [(1e-4, 0.02)]  # the usual ones, where they are meant
     ends += [(float(f"{betas[0] / scale:.{n}g}"), float(f"{betas[-1] / scale:.{n}g}")) for n in (2, 3, 6)]
     for low, high in ends:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.diffusion import TRAINED, DiffusionConfig
 from model.nn.config import UNetConfig
+from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
 
 Weights = dict[str, Tensor]
@@ -62,6 +63,7 @@ class Flags:
     new_attention_order: bool = False
     rescale_timesteps: bool = False
     time_scale: float | None = None
+    time_theta: float | None = None  # of lucidrains' files: its sinusoidal_pos_emb_theta
     null_class: bool = False  # the last class means none
     norm: str | None = None  # of the original's files: with in they have tensors of the same names
     norm_groups: int | None = None
@@ -115,7 +117,7 @@ class Imported:
     """
 
     weights: Weights
-    unet: UNetConfig
+    unet: AnyConfig
     diffusion: DiffusionConfig
     origin: str
     assumed: tuple[str, ...] = ()
@@ -192,11 +194,12 @@ def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
             f"{len(left)} tensors belong to no layer of such a network, {min(left)!r} among them"
         )
     for name, shape in expected.items():
-        result[name] = _float32(name, result[name], shape)
+        result[name] = as_float32(name, result[name], shape)
     return result
 
 
-def _float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def as_float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of ours. Raises UnsupportedCheckpointError unless it has this shape, and only finite numbers."""
     if not tensor.is_floating_point():
         raise UnsupportedCheckpointError(
             f"{name} is {str(tensor.dtype).removeprefix('torch.')} in the file, not floating point"

@@ -11,6 +11,8 @@ from torch import Tensor
 from model.convert.abarankab import import_original, import_w86763777
 from model.convert.ermongroup import import_ermongroup
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
+from model.convert.lucidrains import SIGN as LUCIDRAINS
+from model.convert.lucidrains import import_lucidrains
 from model.convert.openai import import_openai
 from model.convert.pesser import import_pesser
 from model.convert.tqch import import_tqch
@@ -28,7 +30,7 @@ TQCH = {"embed.0.weight", "in_conv.weight", "middle.1.project_in.weight"}
 W86 = {"head.weight", "time_embedding.timembedding.0.weight"}
 
 NAMED: tuple[tuple[str, str], ...] = (  # a tensor's name → what has it
-    (r"mem_kv|null_classes_emb|final_res_block\.", "a lucidrains checkpoint: another architecture (linear attention)"),
+    (r"mem_kv|null_classes_emb|final_res_block\.", "a lucidrains checkpoint, but without all of its U-Net"),
     (r"(^|\.)project_in\.", "a tqch/ddpm-torch checkpoint, of which parts are missing"),
     (r"^temb\.dense\.0\.", "of ermongroup/ddim or pesser/pytorch_diffusion, but parts are missing"),
     (r"^all_modules\.\d", "a checkpoint of yang-song/score_sde_pytorch, another architecture"),
@@ -95,6 +97,8 @@ def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
         return import_w86763777
     if {"model", "optimizer"} <= keys and _keys(state["model"]) >= TQCH:
         return import_tqch
+    if any(key.endswith(LUCIDRAINS) for key in keys | _keys(state.get("model"))):
+        return import_lucidrains
     if not all(isinstance(value, Tensor) for value in state.values()):
         return None
     if keys >= HO:
