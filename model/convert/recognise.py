@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.convert.abarankab import import_original, import_w86763777
+from model.convert.abarankab import import_abarankab, import_w86763777
 from model.convert.ermongroup import import_ermongroup
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.convert.lucidrains import SIGN as LUCIDRAINS
@@ -24,7 +24,7 @@ AVERAGES = ("ema", "ema_model", "model_ema", "ema_state_dict")
 NETWORKS = ("model", "state_dict", "model_state_dict", "net", "network")
 
 OPENAI = {"time_embed.0.weight", "input_blocks.0.0.weight"}
-ORIGINAL = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs.0.conv_1.weight", "out_conv.weight"}
+ABARANKAB = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs.0.conv_1.weight", "out_conv.weight"}
 HO = {"temb.dense.0.weight", "conv_in.weight", "conv_out.weight"}  # in ermongroup/ddim and pesser/pytorch_diffusion
 TQCH = {"embed.0.weight", "in_conv.weight", "middle.1.project_in.weight"}
 W86 = {"head.weight", "time_embedding.timembedding.0.weight"}
@@ -106,9 +106,9 @@ def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
     if keys >= TQCH:
         return import_tqch
     if "betas" in keys and any(key.startswith("ema_model.downs.") for key in keys):
-        return import_original
-    if keys >= ORIGINAL:
-        return import_original
+        return import_abarankab
+    if keys >= ABARANKAB:
+        return import_abarankab
     if keys >= OPENAI:
         if not any(key.startswith("output_blocks.") for key in keys):
             raise UnsupportedCheckpointError(
