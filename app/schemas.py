@@ -140,6 +140,12 @@ class SequenceQuery(Sampling):
             raise InvalidRequest(f"frames must not be more than {settings.max_frames}", param="frames")
 
 
+class StreamedSampling(Sampling):
+    """What to sample, and how many pictures to send on the way, none of which is dropped."""
+
+    partial_images: int = 0
+
+
 class GeneratedImage(BaseModel):
     """One image of a JSON response; sending its seed, index and class again gives it again."""
 
