@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from app.engine.instance import ModelInstance
-from app.errors import Gone
+from app.errors import Gone, InvalidClassLabel
 from app.model_registry import ModelRegistry
 from app.request_params import GenerationJob
 from app.signing import encoded
@@ -29,7 +29,7 @@ class ImageAddress:
     job: GenerationJob
     i: int  # which of the job's images
     extension: str
-    options: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, object], ...] = ()
 
     @property
     def segments(self) -> tuple[str, str, str, str]:
@@ -52,7 +52,7 @@ class ImageAddress:
     def query(self) -> list[tuple[str, str]]:
         """Every effective parameter."""
         sampling = {name: text(value) for name, value in vars(self.job.sampling).items() if value is not None}
-        return [*sampling.items(), *self.options]
+        return [*sampling.items(), *((name, text(value)) for name, value in self.options)]
 
     def __str__(self) -> str:
         return f"{self.path}?{encoded(self.query)}"
@@ -70,6 +70,13 @@ def text(value: object) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(text, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def class_label(segment: str, names: tuple[str, ...]) -> str | None:
+    """The class label of a path; None for a draw, and for a checkpoint without classes. Raises InvalidClassLabel."""
+    if not names and segment != CLASSLESS:
+        raise InvalidClassLabel(f"this checkpoint has no classes: write {CLASSLESS} for one", param="class_label")
+    return segment if names and (segment in names or segment != RANDOM) else None
 
 
 def find_version(models: ModelRegistry, wanted: str) -> ModelInstance:

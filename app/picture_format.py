@@ -29,10 +29,10 @@ class PictureFormat:
     compression: int = 100
     size: Size | None = None
 
-    @property
-    def media_type(self) -> str:
-        """Of the files."""
-        return f"image/{self.format}"
+    def options(self) -> dict[str, object]:
+        """What an address says of it."""
+        compression = {} if self.format == "png" else {"output_compression": self.compression}
+        return {**compression, **({"size": size_text(self.size)} if self.size else {})}
 
     def encode(self, image: Image, text: Mapping[str, str]) -> bytes:
         """The file of an image, uint8 [H, W, C]. Only a PNG holds the text."""
@@ -65,9 +65,7 @@ def enlargement(asked: str | None, shape: tuple[int, ...], n: int, max_bytes: in
         return None
     found = SIZE.fullmatch(str(asked))
     if not found:
-        raise InvalidRequest(
-            f"size must be auto or WIDTHxHEIGHT, such as {native}, not {asked!r:.80}", param="size"
-        )
+        raise InvalidRequest(f"size must be auto or WIDTHxHEIGHT, such as {native}, not {asked!r:.80}", param="size")
     wide, high = int(found[1]), int(found[2])
     if wide < width or high < height:
         raise InvalidRequest(f"images are {native}: size can enlarge them, not make them smaller", param="size")

@@ -98,11 +98,10 @@ class Settings(BaseSettings):
     key_concurrency: int = Field(
         0, ge=0, le=1_000_000, description="requests under way of a key that the file gives no other limit; 0 for any"
     )
-    public_images: bool = Field(
-        False, description="GET /images needs no key, and every cache may keep what it answers"
-    )
+    public_images: bool = Field(False, description="GET /images needs no key, and every cache may keep what it answers")
     signing_key_file: str = Field(
-        "", description="file of a secret of 32 characters or more; addresses that it signs need no key until they expire"
+        "",
+        description="file of a secret of 32 characters or more; what `ddpm-serve sign` signs with it needs no API key",
     )
     signing_key: SecretStr = Field(
         SecretStr(""), description="the same secret; as a variable only, since `ps` shows everybody the flags"

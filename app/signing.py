@@ -1,4 +1,7 @@
-"""Addresses of images that need no key until they expire: HMAC-SHA256 over path and query."""
+"""Who may see images by their addresses: all, holders of a key, and holders of an address that is signed.
+
+A signature is the HMAC-SHA256 of path and query, whose `expires` is in seconds since 1970.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,22 @@ import hmac
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from app.errors import Forbidden
 from app.settings import Settings
 
-ROOT = "/images/"
+IMAGES = "/images/"
 SIGNATURE, EXPIRES = "signature", "expires"
 MIN_SECRET = 32  # characters
-LONGEST_S = 10 * 366 * 86_400
+MAX_VALID_S = 10 * 366 * 86_400
+YEAR_S = 31_536_000
+LINK_S = 3600  # for which an address in an answer is signed, as OpenAI's are
+
+Query = list[tuple[str, str]]
+"""Names and values, decoded."""
 
 
 class AddressSigner:
@@ -28,56 +37,93 @@ class AddressSigner:
             raise ValueError(f"the signing key has {len(secret)} characters; it needs {MIN_SECRET} at least")
         self._secret, self._clock = secret.encode(), clock
 
-    @classmethod
-    def of(cls, settings: Settings) -> AddressSigner | None:
-        """With the settings' secret; None without one. Raises ValueError where the file or its secret is not good."""
-        secret, path = settings.signing_key.get_secret_value().strip(), settings.signing_key_file
-        if path:
-            try:
-                secret = Path(path).read_text("utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-                raise ValueError(f"the signing key {path} cannot be read: {why}") from None
-        return cls(secret) if secret or path else None
-
     def sign(self, address: str, seconds: int) -> str:
-        """The address, with or without scheme and host, until so many seconds from now. Raises ValueError where it is
-        not one of an image."""
+        """The address, with or without scheme and host, good for so many seconds from now. Raises ValueError where it
+        is not one of an image."""
+        if not 0 < seconds <= MAX_VALID_S:
+            raise ValueError(f"an address is signed for 1 to {MAX_VALID_S} seconds, not {seconds}")
         parts = urlsplit(address)
-        if ROOT not in parts.path:
-            raise ValueError(f"{address!r:.200} is not the address of an image, which has {ROOT} in its path")
-        if not 0 < seconds <= LONGEST_S:
-            raise ValueError(f"an address is signed for 1 to {LONGEST_S} seconds, not {seconds}")
+        if IMAGES not in parts.path:
+            raise ValueError(f"{address!r:.200} is not the address of an image: its path has no {IMAGES}")
         query = [pair for pair in parse_qsl(parts.query, True) if pair[0] not in (SIGNATURE, EXPIRES)]
-        return parts._replace(query=self.signed(unquote(parts.path), query, int(self._clock()) + seconds)).geturl()
+        signed = self.signed(unquote(parts.path), query, int(self._clock()) + seconds)
+        return parts._replace(query=encoded(signed)).geturl()
 
-    def signed(self, path: str, query: list[tuple[str, str]], expires: int) -> str:
-        """The query [(name, value)], with expiry and signature, percent-encoded."""
+    def signed(self, path: str, query: Query, expires: int) -> Query:
+        """The query with expiry and signature."""
         query = [*query, (EXPIRES, str(expires))]
-        return encoded([*query, (SIGNATURE, self._signature(path, query))])
+        return [*query, (SIGNATURE, self._signature(path, query))]
 
-    def check(self, path: str, query: list[tuple[str, str]]) -> None:
-        """Raises Forbidden where the signature in the query is wrong, or not good any more."""
+    def check(self, path: str, query: Query) -> int:
+        """Seconds for which the signature in the query is still good. Raises Forbidden where it is not."""
         given = [value for name, value in query if name == SIGNATURE]
         rest = [pair for pair in query if pair[0] != SIGNATURE]
         expires = [value for name, value in rest if name == EXPIRES]
-        good = len(given) == 1 and hmac.compare_digest(self._signature(path, rest).encode(), given[0].encode())
-        if not good or len(expires) != 1 or not re.fullmatch(r"\d{1,12}", expires[0], re.ASCII):
-            raise Forbidden("the signature does not fit this address: sign it again, whole")
-        if int(expires[0]) <= self._clock():
-            raise Forbidden("the signature of this address has expired: sign it again")
+        is_right = hmac.compare_digest(self._signature(path, rest).encode(), given[0].encode())
+        if not is_right or len(given) > 1 or len(expires) != 1 or not re.fullmatch(r"\d{1,12}", expires[0], re.ASCII):
+            raise Forbidden("the signature does not fit this address: sign the whole of it", param=SIGNATURE)
+        left = int(expires[0]) - int(self._clock())
+        if left <= 0:
+            raise Forbidden("the signature of this address has expired: sign it again", param=EXPIRES)
+        return left
 
-    def _signature(self, path: str, query: list[tuple[str, str]]) -> str:
-        """Over what is decoded and sorted, so that no proxy's encoding breaks it. A prefix of the path is the proxy's."""
-        signed = "\n".join([path[path.index(ROOT) :], encoded(sorted(query))])
-        return hmac.new(self._secret, signed.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
-
-
-def is_signed(query: list[tuple[str, str]]) -> bool:
-    """Whether there is a signature to check."""
-    return any(name == SIGNATURE for name, _ in query)
+    def _signature(self, path: str, query: Query) -> str:
+        """Of what is decoded and sorted, so that no proxy's encoding breaks it. What comes before /images/ is a proxy's
+        own."""
+        text = f"{path[path.index(IMAGES) :]}\n{encoded(sorted(query))}"
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
 
 
-def encoded(query: list[tuple[str, str]]) -> str:
-    """A query without what a browser would leave alone."""
-    return urlencode(query, quote_via=quote, safe=",", errors="surrogateescape")
+@dataclass(frozen=True)
+class ImageAccess:
+    """Who may see images by their addresses, and which caches may keep them."""
+
+    keys_required: bool = False
+    is_public: bool = False
+    signer: AddressSigner | None = None
+
+    def is_open(self, path: str, query_string: bytes) -> bool:
+        """Whether this is the address of an image that needs no key. Raises Forbidden for a bad signature."""
+        if not path.startswith(IMAGES):
+            return False
+        return self._signed_for(path, query_string) is not None or self.is_public or not self.keys_required
+
+    def cache_control(self, path: str, query_string: bytes) -> str:
+        """Of an image that never changes: as long as the signature is good, or for ever."""
+        left = self._signed_for(path, query_string)
+        scope = "public" if self.is_open(path, query_string) else "private"
+        return f"{scope}, max-age={YEAR_S if left is None else min(left, YEAR_S)}, immutable"
+
+    def link(self, address: str) -> str:
+        """An address to give away: signed for an hour where it would need a key."""
+        if self.signer is None or self.is_public or not self.keys_required:
+            return address
+        return self.signer.sign(address, LINK_S)
+
+    def _signed_for(self, path: str, query_string: bytes) -> int | None:
+        """Seconds for which the signature is still good; None where there is none. Raises Forbidden."""
+        query = parse_qsl(query_string.decode("latin-1"), True)
+        if all(name != SIGNATURE for name, _ in query):
+            return None
+        if self.signer is None:
+            raise Forbidden("this server has no signing key, and takes no signed addresses", param=SIGNATURE)
+        return self.signer.check(path, query)
+
+
+def image_access(settings: Settings, keys_required: bool) -> ImageAccess:
+    """As the settings say. Raises ValueError where the secret cannot be read, or is too short."""
+    secret = settings.signing_key.get_secret_value().strip()
+    if path := settings.signing_key_file:
+        try:
+            secret = Path(path).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(f"the signing key {path} cannot be read: {why}") from None
+        if not secret:
+            raise ValueError(f"the signing key {path} is empty")
+    return ImageAccess(keys_required, settings.public_images, AddressSigner(secret) if secret else None)
+
+
+def encoded(query: Query) -> str:
+    """The text of a query, with nothing encoded that may stand there as it is."""
+    return urlencode(query, quote_via=quote, safe=",@:")

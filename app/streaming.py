@@ -23,6 +23,13 @@ class JobStream(StreamingResponse):
             await super().__call__(*args)
 
 
+async def nothing() -> AsyncIterator[bytes]:
+    """The body of an answer to HEAD."""
+    pieces: tuple[bytes, ...] = ()
+    for piece in pieces:
+        yield piece
+
+
 def sse_event(name: str, data: object, id: int | None = None) -> bytes:
     """A server-sent event whose data is JSON."""
     line = "" if id is None else f"id: {id}\n"

@@ -15,6 +15,7 @@ from app.errors import ServiceError
 from app.openai.errors import body_of
 from app.openai.schemas import ImageData, ImagesResponse, TokensDetails, Usage
 from app.picture_format import PictureFormat, size_text
+from app.request_context import context_of
 from app.request_params import GenerationJob, headers
 from app.routes.state import AppState, in_flight
 from app.streaming import JobStream, sse_event, with_heartbeats
@@ -138,5 +139,5 @@ async def _events(service: AppState, http: Request, answer: ImagesAnswer) -> Asy
             extra = {} if answer.safety_identifier is None else {"safety_identifier": answer.safety_identifier}
             yield event("completed", text, i, usage=answer.usage(1).model_dump(), **extra)
     except ServiceError as error:
-        http.state.outcome = error.code
+        context_of(http.scope).outcome = error.code
         yield sse_event("error", {"type": "error", **body_of(error)})

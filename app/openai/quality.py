@@ -12,7 +12,7 @@ FACTORS = {"low": 0.5, "medium": 1.0, "high": 2.0}
 
 def level_of(body: ImagesRequest) -> str | None:
     """low, medium or high; None where the request chose the steps itself."""
-    if body.steps is not None:
+    if body.sampler_settings["steps"] is not None:
         return None
     quality = body.quality or "auto"
     return LEVELS.get(quality, quality)

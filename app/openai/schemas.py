@@ -25,7 +25,8 @@ class _Asked(BaseModel):
         '"random" is a mix. `revised_prompt` says what was understood',
     )
     model: str | None = Field(
-        None, description="name of a checkpoint that is served; left out, or one of OpenAI's (`gpt-image-…`), the default"
+        None,
+        description="name of a checkpoint that is served; left out, or one of OpenAI's (`gpt-image-…`), the default",
     )
     n: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="images; left out, 1")
     size: str | None = Field(
@@ -55,9 +56,7 @@ class _Asked(BaseModel):
     index: Annotated[int, Field(ge=0, lt=2**31), Whole] | None = Field(
         None, description="place of the first image in its seed's sequence; left out, 0"
     )
-    timeout_s: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="seconds in which an answer is wanted"
-    )
+    timeout_s: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds in which an answer is wanted")
 
 
 _AskedWithSettings: Any = create_model("_AskedWithSettings", __base__=_Asked, **OPTIONAL)
@@ -81,6 +80,11 @@ class ImagesRequest(_AskedWithSettings):
         """Whom the client asks for, in its own words."""
         return self.safety_identifier or self.user or ""
 
+    @property
+    def sampler_settings(self) -> dict[str, Any]:
+        """The sampler's, None where the checkpoint's own are wanted."""
+        return {name: getattr(self, name) for name in OPTIONAL}
+
     def check_fields(self) -> None:
         """Raises InvalidRequest where two fields contradict each other."""
         if self.partial_images and not self.stream:
@@ -89,10 +93,10 @@ class ImagesRequest(_AskedWithSettings):
             raise InvalidRequest("a stream carries images: response_format must be b64_json", param="response_format")
         if self.output_compression not in (None, 100) and self.picture_format == "png":
             raise InvalidRequest("output_compression is of webp and jpeg; png has none", param="output_compression")
-        if self.quality not in (None, "auto") and self.steps is not None:
+        if self.quality not in (None, "auto") and self.sampler_settings["steps"] is not None:
             raise InvalidRequest("quality chooses the steps: send one of the two", param="quality")
 
-    def sampling(self, class_label: str | None, steps: int | None) -> StreamedSampling:
+    def sampling(self, class_label: str | None) -> StreamedSampling:
         """The same for `build_request`; the class by its name."""
         return StreamedSampling(
             class_label=class_label,
@@ -101,7 +105,7 @@ class ImagesRequest(_AskedWithSettings):
             index=self.index or 0,
             timeout_s=self.timeout_s,
             partial_images=self.partial_images or 0,
-            **{name: getattr(self, name) for name in OPTIONAL} | {"steps": steps},
+            **self.sampler_settings,
         )
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from app.body import JSONRoute
 from app.engine.instance import ModelInstance
 from app.errors import Forbidden
+from app.request_context import context_of
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
 from model.sampling.solvers import SAMPLERS
@@ -18,7 +19,8 @@ router = APIRouter(tags=["models"], route_class=JSONRoute)
 
 def administrator(http: Request) -> None:
     """A dependency of what changes the service for everybody. Raises Forbidden."""
-    if not getattr(http.state, "admin", False):
+    key = context_of(http.scope).key
+    if key is None or not key.admin:
         raise Forbidden("only an API key that has admin = true in --api-keys-file may load and remove models")
 
 

@@ -16,8 +16,9 @@ from app.openai.prompt import class_of_prompt
 from app.openai.quality import level_of, steps_of
 from app.openai.schemas import GenerationsBody, ImagesRequest, ImagesResponse, ModelObject, ModelObjects
 from app.picture_format import PictureFormat, enlargement
+from app.request_context import context_of
 from app.request_params import GenerationJob, build_request, resolve_sampling_params
-from app.routes.image import address_in_full
+from app.routes.image import link
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse
 
@@ -45,13 +46,13 @@ def _of(*statuses: int) -> dict[int | str, dict[str, object]]:
 async def generations(http: Request, service: StateDep, body: GenerationsBody) -> Response:
     """For clients of OpenAI's images API: `base_url` is this server's address with `/v1`. The events of a stream are
     `image_generation.partial_image`, `image_generation.completed` and `error`."""
+    context_of(http.scope).user = body.logged_user
     job, images = prepare(service, body, "image_generation")
     if body.response_format != "url":
         return await answer.send(service, http, images, bool(body.stream))
     if reason := service.engine.unready_reason:
         raise NotReady(reason, retry_after=5)
-    links = [address_in_full(service, http, job, i, images.picture) for i in range(job.request.n)]
-    data = [images.image(i, url=link) for i, link in enumerate(links)]
+    data = [images.image(i, url=link(service, http, job, i, images.picture)) for i in range(job.request.n)]
     return answer.json_response(images.response(data, None), images)
 
 
@@ -73,13 +74,12 @@ def prepare(service: AppState, body: ImagesRequest, event: Event) -> tuple[Gener
     served, settings = find_model(service, body.model), service.settings
     names, unet = served.config.class_names, served.config.unet
     label = class_of_prompt(body.prompt, names)
-    asked = body.sampling(None if label is None else names[label], body.steps)
+    asked = body.sampling(None if label is None else names[label])
     asked.check(settings)
     size = enlargement(body.size, unet.image_shape, asked.n, settings.max_enlarged_bytes)
     default = resolve_sampling_params(asked, served.config, settings)
     most = min(settings.max_steps, served.config.diffusion.num_timesteps)
-    asked.steps = steps_of(body, default, most)
-    job = build_request(asked, served, settings)
+    job = build_request(asked.model_copy(update={"steps": steps_of(body, default, most)}), served, settings)
     picture = PictureFormat(body.picture_format, body.compression, size)
     return job, ImagesAnswer(job, picture, level_of(body), event, body.logged_user or None)
 
