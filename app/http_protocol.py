@@ -15,14 +15,12 @@ from app.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, Se
 
 PARSE_CHUNK = 1024  # bytes that are parsed at once
 READ_AHEAD = 65_536  # bytes that are read while earlier requests are answered: enough to see the client leave
-NOTSENT_LOWAT = (
-    16_384  # bytes that the kernel holds for a client beyond those on their way, where it would hold megabytes
-)
+NOTSENT_LOWAT = 16_384  # bytes that the kernel may hold for a client before it sends them; its default is megabytes
 WRITE_CHECKS = 4  # at a client that takes nothing, before it is cut off
 UPGRADE_HEADERS = {
     b"upgrade",
     b"http2-settings",
-}  # headers that belong to an offer to upgrade, and options of HardenedHttpProtocol
+}  # and options of the header Connection
 
 
 @dataclass
@@ -37,7 +35,7 @@ class ConnectionLimits:
 
 
 class ClientTransport:
-    """A transport that knows how many bytes its client has `bytes_flushed`, and reads none while it is `read_paused`."""
+    """A transport that counts `bytes_flushed` to its client, and reads none while it is `read_paused`."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport

@@ -1,14 +1,17 @@
-"""Writes safetensors files, and reads them where somebody may write into them meanwhile."""
+"""Writes safetensors files, says what tensors they are, and reads them where somebody may write meanwhile."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +27,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             save_file(on_host, part, metadata)
         except SafetensorError as error:  # its word for a full disk
             raise OSError(f"cannot write {path}: {error}") from error
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Feeds a hashlib digest with the tensors by name: of each [name, type, shape] as JSON, then its bytes."""
+    for name, tensor in sorted(tensors.items()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        digest.update(json.dumps([name, kind, list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager
