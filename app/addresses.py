@@ -60,8 +60,8 @@ class ImageAddress:
     @property
     def etag(self) -> str:
         """Weak: the same pixels, to the eye, whatever made the file. It changes with the precision."""
-        model = self.job.checkpoint
-        parts = [str(NUMERICS), model.sha256, *map(str, sorted(model.runs_on.items())), str(self)]
+        model, schedule = self.job.checkpoint, self.job.request.schedule
+        parts = [str(NUMERICS), model.sha256, schedule.digest(), *map(str, sorted(model.runs_on.items())), str(self)]
         return f'W/"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:32]}"'
 
 

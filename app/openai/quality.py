@@ -1,13 +1,16 @@
-"""OpenAI's `quality` as a number of steps."""
+"""OpenAI's `quality` as a plan: a sampler and its steps."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from app.openai.schemas import ImagesRequest
-from model.sampling.schedule import SamplingParams
+from model.checkpoint import SOLVER, CheckpointConfig
+from model.sampling.schedule import FITTED, InvalidSamplingParams
 
 LEVELS = {"auto": "medium", "standard": "medium", "hd": "high"}
-FACTORS = {"low": 0.5, "medium": 1.0, "high": 2.0}
-"""Of the steps of a sampler: fast, balanced, exact."""
+FACTORS = {"low": 0.5, "high": 2.0}
+"""Of a sampler's steps: fast and exact. Balanced is the checkpoint's own choice."""
 
 
 def level_of(body: ImagesRequest) -> str | None:
@@ -18,9 +21,26 @@ def level_of(body: ImagesRequest) -> str | None:
     return LEVELS.get(quality, quality)
 
 
-def steps_of(body: ImagesRequest, sampling: SamplingParams, most: int) -> int:
-    """How many steps a request wants of its sampler, whose own number `sampling` has; at most `most` by quality."""
-    level = level_of(body)
-    if level is None or FACTORS[level] == 1:
-        return sampling.steps
-    return max(1, min(round(FACTORS[level] * sampling.steps), most))
+def plan(body: ImagesRequest, config: CheckpointConfig, max_steps: int) -> dict[str, Any]:
+    """Sampler and steps, where the quality decides on them.
+
+    Low is the shortest fitted table that there is for the other settings, else half of the sampler's steps. High is
+    twice the steps, and no fitted table unless the request names them. Raises InvalidSamplingParams.
+    """
+    level, settings = level_of(body), body.sampler_settings
+    if level not in FACTORS:
+        return {}
+    params = config.sampling_params(max_steps, **settings)
+    if level == "low" and settings["sampler"] in (None, FITTED):
+        for steps in sorted({table.steps for table in config.fitted}):
+            try:
+                config.sampling_params(max_steps, **settings | {"sampler": FITTED, "steps": steps})
+            except InvalidSamplingParams:
+                continue
+            return {"sampler": FITTED, "steps": steps}
+    if params.sampler == FITTED:
+        if settings["sampler"] == FITTED:
+            return {}
+        params = config.sampling_params(max_steps, **settings | {"sampler": SOLVER})
+    most = min(max_steps, config.diffusion.num_timesteps)
+    return {"sampler": params.sampler, "steps": max(1, min(round(FACTORS[level] * params.steps), most))}

@@ -9,18 +9,19 @@ from fastapi import APIRouter, Request, Response
 
 from app.body import JSONRoute
 from app.engine.instance import ModelInstance
-from app.errors import ModelNotFound, NotReady
+from app.errors import InvalidRequest, ModelNotFound, NotReady
 from app.openai import answer
 from app.openai.answer import Event, ImagesAnswer
 from app.openai.prompt import class_of_prompt
-from app.openai.quality import level_of, steps_of
+from app.openai.quality import level_of, plan
 from app.openai.schemas import GenerationsBody, ImagesRequest, ImagesResponse, ModelObject, ModelObjects
 from app.picture_format import PictureFormat, enlargement
 from app.request_context import context_of
-from app.request_params import GenerationJob, build_request, resolve_sampling_params
+from app.request_params import GenerationJob, build_request
 from app.routes.image import link
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse
+from model.sampling.schedule import InvalidSamplingParams
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JSONRoute)
 
@@ -77,9 +78,11 @@ def prepare(service: AppState, body: ImagesRequest, event: Event) -> tuple[Gener
     asked = body.sampling(None if label is None else names[label])
     asked.check(settings)
     size = enlargement(body.size, unet.image_shape, asked.n, settings.max_enlarged_bytes)
-    default = resolve_sampling_params(asked, served.config, settings)
-    most = min(settings.max_steps, served.config.diffusion.num_timesteps)
-    job = build_request(asked.model_copy(update={"steps": steps_of(body, default, most)}), served, settings)
+    try:
+        asked = asked.model_copy(update=plan(body, served.config, settings.max_steps))
+    except InvalidSamplingParams as error:
+        raise InvalidRequest(str(error), param=error.field) from error
+    job = build_request(asked, served, settings)
     picture = PictureFormat(body.picture_format, body.compression, size)
     return job, ImagesAnswer(job, picture, level_of(body), event, body.logged_user or None)
 
