@@ -110,7 +110,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     )
     app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    routers = [module.router for module in (generate, openai, image, sequence, models, ui, docs)] + [health.health]
+    routers = [module.router for module in (generate, sequence, image, openai, models, ui, docs)] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
