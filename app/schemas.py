@@ -190,6 +190,10 @@ class ModelCard(BaseModel):
     defaults: dict[str, Any] = Field(description="sampler, steps, eta, … when a request does not say")
     default_steps: dict[str, int] = Field(description="by sampler, when a request names it without steps")
     fitted_steps: list[int] = Field(description="numbers of steps that sampler fitted takes here; others are refused")
+    plans: dict[str, dict[str, str | int]] = Field(
+        description="fast, balanced and exact: sampler, steps, and nfe, the network rows of an image; {} without "
+        "fitted tables"
+    )
     limits: dict[str, int | float]
     provenance: dict[str, Any]
 

@@ -12,6 +12,7 @@ from app.errors import Forbidden
 from app.request_context import context_of
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
+from model.checkpoint import SOLVER, CheckpointConfig
 from model.sampling.schedule import FITTED
 from model.sampling.solvers import SAMPLERS
 
@@ -68,6 +69,25 @@ async def remove(name: str, service: StateDep) -> ModelList:
     return await models(service)
 
 
+def plans(config: CheckpointConfig, max_steps: int) -> dict[str, dict[str, Any]]:
+    """What to ask for, by name: the fewest and the most fitted steps, and what they were fitted to come near to.
+
+    Empty where the checkpoint has no fitted tables. `nfe` is the network rows of an image.
+    """
+    if not config.fitted:
+        return {}
+    guidance = config.sampling_params(sampler=FITTED).guidance_scale
+    tables = [table for table in config.fitted if table.guidance_scale == guidance and table.steps <= max_steps]
+    tables.sort(key=lambda table: table.nfe)
+    found = [config.sampling_params(sampler=FITTED, steps=table.steps) for table in tables[:1] + tables[1:][-1:]]
+    names = ("fast", "balanced")[: len(found)]
+    chosen = dict(zip(names, found, strict=True)) | {"exact": config.sampling_params(max_steps, sampler=SOLVER)}
+    return {
+        name: {"sampler": params.sampler, "steps": params.steps, "nfe": int(config.schedule(params).nfe.sum())}
+        for name, params in chosen.items()
+    }
+
+
 def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
@@ -85,11 +105,12 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "class_names": list(config.class_names),
         "num_timesteps": timesteps,
         "samplers": samplers,
-        "defaults": vars(config.sampling),
+        "defaults": vars(config.sampling_params(settings.max_steps)),
         "default_steps": {
             sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
         },
         "fitted_steps": sorted({table.steps for table in config.fitted}),
+        "plans": plans(config, settings.max_steps),
         "limits": {
             "n": settings.max_n,
             "steps": min(settings.max_steps, timesteps),

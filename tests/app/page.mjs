@@ -49,7 +49,7 @@ await settled();
 const shown = [];
 const look = () => shown.push({
   alert: el.alert.textContent, model: el.model.textContent, status: el.status.textContent, focus: document.activeElement?.id ?? null,
-  entrance: !el.entrance.hidden, slider: [el.scrub.value, el.scrub.max], asked: asked.length,
+  entrance: !el.entrance.hidden, slider: [el.scrub.value, el.scrub.max], plan: [el.plan.value, el.sampler.value, el.steps.value, !el.plans.hidden], asked: asked.length,
 });
 look();
 for (const [id, event, values] of scenario.deeds) {

@@ -1,0 +1,130 @@
+"""Fitted tables over HTTP: by default, by name, and refused where a request asks for what no table has."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+import app
+from app.routes.sequence import HEARTBEATS
+from model import checkpoint
+from model.images import to_uint8
+from model.sampling.fitted import FittedTable, weights_digest
+from model.sampling.schedule import FITTED, SamplingParams, make_schedule
+from model.sampling.step import sample
+from tests.app.conftest import serving
+
+TABLES = {3: (0, 1), 5: ()}  # steps → rows with guidance
+
+
+@pytest.fixture(scope="module")
+def fitted_checkpoint(grey_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = checkpoint.load(grey_checkpoint)
+    weights = source.network.state_dict()
+    tables = []
+    for steps, guided in TABLES.items():
+        schedule = make_schedule(source.diffusion, "dpmpp_2m", steps)
+        rows = schedule.table + 0.0
+        rows[list(guided), 0] = 1.5
+        rows[1:, -1] = 0.2
+        times = tuple((schedule.timesteps - 0.4).tolist())
+        settings = (steps, 1.5, (0.0, 1.0), "clamp", times, rows.tolist(), [0] * steps)
+        tables.append(FittedTable(*settings, weights_digest(weights)))
+    config = replace(source.config, fitted=tuple(tables), sampling=SamplingParams(FITTED, 3, 0.0, 1.5))
+    path = tmp_path_factory.mktemp("fitted") / "grey.safetensors"
+    checkpoint.save(path, weights, config)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(fitted_checkpoint: Path) -> Iterator[TestClient]:
+    with serving(fitted_checkpoint) as client:
+        yield client
+
+
+def test_a_request_that_says_nothing_gets_the_fitted_default(fitted: TestClient, fitted_checkpoint: Path) -> None:
+    answer = fitted.post("/generate", json={"class_label": 1, "seed": 4}, headers={"accept": "image/png"})
+    assert (answer.headers["x-ddpm-sampler"], answer.headers["x-ddpm-steps"]) == ("fitted", "3")
+    source = checkpoint.load(fitted_checkpoint)
+    schedule = source.config.schedule(source.config.sampling)
+    x = sample(source.network, schedule, source.config.unet.image_shape, [4], [0], [1], null_class=3)
+    found = np.asarray(Image.open(io.BytesIO(answer.content)))
+    assert np.abs(found.astype(int) - to_uint8(x)[0, 0].numpy()).max() <= 1
+
+
+def test_what_was_used_gives_the_same_images_again(fitted: TestClient) -> None:
+    first = fitted.post("/generate", json={"seed": 9, "n": 2, "steps": 5}).json()
+    names = [*vars(SamplingParams()), "model"]
+    again = fitted.post("/generate", json={"seed": 9, "n": 2} | {name: first[name] for name in names}).json()
+    assert first["sampler"] == "fitted"
+    assert again["images"] == first["images"]
+
+
+def test_what_no_table_has_is_refused_by_name_only(fitted: TestClient) -> None:
+    for field, value, listed in (("steps", 4, "3 or 5"), ("guidance_scale", 2, "1.5"), ("limit", "none", "clamp")):
+        refused = fitted.post("/generate", json={"sampler": "fitted", field: value})
+        assert refused.status_code == 422
+        assert refused.json()["error"]["param"] == field
+        assert f"{field} must be {listed} with sampler fitted, not {value}" in refused.json()["error"]["message"]
+        taken = fitted.post("/generate", json={field: value})
+        assert (taken.status_code, taken.json()["sampler"]) == (200, "dpmpp_2m")
+
+
+def test_a_checkpoint_without_tables_has_no_fitted_sampler(client: TestClient) -> None:
+    refused = client.post("/generate", json={"sampler": "fitted"})
+    assert refused.status_code == 422
+    assert "this checkpoint has none of: ddpm-serve fit makes them" in refused.json()["error"]["message"]
+    (card,) = client.get("/models").json()["models"]
+    assert (card["fitted_steps"], card["plans"]) == ([], {})
+
+
+def test_models_offers_step_counts_by_name(fitted: TestClient) -> None:
+    (card,) = fitted.get("/models").json()["models"]
+    assert "fitted" in card["samplers"]
+    assert card["fitted_steps"] == [3, 5]
+    assert (card["defaults"]["sampler"], card["default_steps"]["fitted"]) == ("fitted", 3)
+    assert card["plans"] == {
+        "fast": {"sampler": "fitted", "steps": 3, "nfe": 5},
+        "balanced": {"sampler": "fitted", "steps": 5, "nfe": 5},
+        "exact": {"sampler": "dpmpp_2m", "steps": 20, "nfe": 40},
+    }
+
+
+def test_a_server_of_few_steps_takes_the_tables_that_fit(fitted_checkpoint: Path) -> None:
+    with serving(fitted_checkpoint, max_steps=2) as client:
+        assert client.post("/generate", json={}).json()["sampler"] == "dpmpp_2m"
+        (card,) = client.get("/models").json()["models"]
+        assert (card["defaults"]["sampler"], card["defaults"]["steps"]) == ("dpmpp_2m", 2)
+
+
+def test_frames_of_a_fitted_sequence_are_its_steps(fitted: TestClient) -> None:
+    with fitted.stream("GET", "/diffusion-sequence", params={"frames": 4, "seed": 1}) as answer:
+        text = answer.read().decode().replace(HEARTBEATS["sse"].decode(), "")
+    frames = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    assert [frame["step"] for frame in frames if "step" in frame] == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the page's script is run by node")
+def test_the_page_offers_them_by_name(fitted: TestClient) -> None:
+    index, page = Path(app.__file__).parent / "web/index.html", Path(__file__).with_name("page.mjs")
+    deeds = [("plan", "change", {"plan": "exact"}), ("sampler", "change", {"sampler": "fitted"})]
+    scenario = {"answers": [{"body": fitted.get("/models").json()}], "deeds": deeds}
+    done = subprocess.run(["node", str(page), str(index)], input=json.dumps(scenario), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown: list[dict[str, Any]] = json.loads(done.stdout)
+    assert [look["plan"] for look in shown] == [
+        ["fast", "fitted", "3", True],
+        ["exact", "dpmpp_2m", "20", True],
+        ["fast", "fitted", "3", True],
+    ]
