@@ -9,7 +9,7 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 import numpy as np
@@ -36,6 +36,7 @@ class GenerationJob:
     class_label: int | None
     sampling: SamplingParams
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
+    each_class: bool = False
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
     def provenance(self) -> dict[str, str]:
@@ -45,6 +46,7 @@ class GenerationJob:
         label = {} if self.class_label is None else {"class_label": names[self.class_label]}
         settings = {name: str(value) for name, value in vars(self.sampling).items()}
         variance = {"variance": self.variance} if self.variance else {}
+        each_class = {"each_class": "true"} if self.each_class else {}
         return {
             "model": self.checkpoint.name,
             "checkpoint": self.checkpoint.sha256,
@@ -54,13 +56,14 @@ class GenerationJob:
             "guidance_interval": ",".join(map(str, self.sampling.guidance_interval)),
             **variance,
             **label,
+            **each_class,
         }
 
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""
         name = self.class_of(i)[1]
         own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
-        return self.provenance() | own
+        return replace(self, each_class=False).provenance() | own
 
     def class_of(self, i: int) -> tuple[int | str | None, str | None]:
         """What to send for image i's class, and its name; None for an unconditional checkpoint.
@@ -96,9 +99,15 @@ def build_request(
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
     label = class_index(asked.class_label, checkpoint.config.class_names)
     places = range(asked.index, asked.index + asked.n)
+    if asked.each_class and (label is not None or unet.num_classes is None):
+        why = "this checkpoint has none" if unet.num_classes is None else "leave out class_label"
+        raise InvalidRequest(f"each_class asks for all classes: {why}", param="each_class")
     classes = None
     if unet.num_classes is not None:
-        classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
+        if asked.each_class:
+            classes = tuple(i % unet.num_classes for i in places)
+        else:
+            classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
 
     view: View = "xt"
     steps_shown: frozenset[int] = frozenset()
@@ -127,7 +136,7 @@ def build_request(
         frame_steps=steps_shown,
         view=view,
     )
-    return GenerationJob(request, checkpoint, label, sampling, variance)
+    return GenerationJob(request, checkpoint, label, sampling, variance, asked.each_class)
 
 
 def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:

@@ -74,16 +74,19 @@ def plans(config: CheckpointConfig, max_steps: int) -> dict[str, dict[str, Any]]
 
     Empty where the checkpoint has no fitted tables. `nfe` is the network rows of an image.
     """
-    if not config.fitted:
+    if not any(table.steps <= max_steps for table in config.fitted):
         return {}
-    guidance = config.sampling_params(sampler=FITTED).guidance_scale
+    guidance = config.sampling_params(max_steps, sampler=FITTED).guidance_scale
     tables = [table for table in config.fitted if table.guidance_scale == guidance and table.steps <= max_steps]
     tables.sort(key=lambda table: table.nfe)
     found = [config.sampling_params(sampler=FITTED, steps=table.steps) for table in tables[:1] + tables[1:][-1:]]
     names = ("fast", "balanced")[: len(found)]
     chosen = dict(zip(names, found, strict=True)) | {"exact": config.sampling_params(max_steps, sampler=SOLVER)}
     return {
-        name: {"sampler": params.sampler, "steps": params.steps, "nfe": int(config.schedule(params).nfe.sum())}
+        name: {
+            **{setting: getattr(params, setting) for setting in ("sampler", "steps", "guidance_scale")},
+            "nfe": int(config.schedule(params).nfe.sum()),
+        }
         for name, params in chosen.items()
     }
 
@@ -111,6 +114,7 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         },
         "fitted_steps": sorted({table.steps for table in config.fitted}),
         "plans": plans(config, settings.max_steps),
+        "guidance": config.unet.null_class,
         "limits": {
             "n": settings.max_n,
             "steps": min(settings.max_steps, timesteps),

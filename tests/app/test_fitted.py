@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-import app
 from app.routes.sequence import HEARTBEATS
 from model import checkpoint
 from model.images import to_uint8
@@ -95,9 +91,9 @@ def test_models_offers_step_counts_by_name(fitted: TestClient) -> None:
     assert card["fitted_steps"] == [3, 5]
     assert (card["defaults"]["sampler"], card["default_steps"]["fitted"]) == ("fitted", 3)
     assert card["plans"] == {
-        "fast": {"sampler": "fitted", "steps": 3, "nfe": 5},
-        "balanced": {"sampler": "fitted", "steps": 5, "nfe": 5},
-        "exact": {"sampler": "dpmpp_2m", "steps": 20, "nfe": 40},
+        "fast": {"sampler": "fitted", "steps": 3, "guidance_scale": 1.5, "nfe": 5},
+        "balanced": {"sampler": "fitted", "steps": 5, "guidance_scale": 1.5, "nfe": 5},
+        "exact": {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 1.5, "nfe": 40},
     }
 
 
@@ -105,7 +101,7 @@ def test_a_server_of_few_steps_takes_the_tables_that_fit(fitted_checkpoint: Path
     with serving(fitted_checkpoint, max_steps=2) as client:
         assert client.post("/generate", json={}).json()["sampler"] == "dpmpp_2m"
         (card,) = client.get("/models").json()["models"]
-        assert (card["defaults"]["sampler"], card["defaults"]["steps"]) == ("dpmpp_2m", 2)
+        assert (card["defaults"]["sampler"], card["defaults"]["steps"], card["plans"]) == ("dpmpp_2m", 2, {})
 
 
 def test_frames_of_a_fitted_sequence_are_its_steps(fitted: TestClient) -> None:
@@ -113,18 +109,3 @@ def test_frames_of_a_fitted_sequence_are_its_steps(fitted: TestClient) -> None:
         text = answer.read().decode().replace(HEARTBEATS["sse"].decode(), "")
     frames = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
     assert [frame["step"] for frame in frames if "step" in frame] == [0, 1, 2, 3]
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="the page's script is run by node")
-def test_the_page_offers_them_by_name(fitted: TestClient) -> None:
-    index, page = Path(app.__file__).parent / "web/index.html", Path(__file__).with_name("page.mjs")
-    deeds = [("plan", "change", {"plan": "exact"}), ("sampler", "change", {"sampler": "fitted"})]
-    scenario = {"answers": [{"body": fitted.get("/models").json()}], "deeds": deeds}
-    done = subprocess.run(["node", str(page), str(index)], input=json.dumps(scenario), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    shown: list[dict[str, Any]] = json.loads(done.stdout)
-    assert [look["plan"] for look in shown] == [
-        ["fast", "fitted", "3", True],
-        ["exact", "dpmpp_2m", "20", True],
-        ["fast", "fitted", "3", True],
-    ]
