@@ -94,7 +94,8 @@ def plans(config: CheckpointConfig, max_steps: int) -> dict[str, dict[str, Any]]
 def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
-    samplers = [*SAMPLERS, *([FITTED] if config.fitted else [])]
+    fitted_steps = sorted({table.steps for table in config.fitted if table.steps <= settings.max_steps})
+    samplers = [*SAMPLERS, *([FITTED] if fitted_steps else [])]
     timesteps = config.diffusion.num_timesteps
     state = "starting" if not served.warm else "loading" if service.models.loading == served.name else "ready"
     return {
@@ -112,7 +113,7 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "default_steps": {
             sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
         },
-        "fitted_steps": sorted({table.steps for table in config.fitted}),
+        "fitted_steps": fitted_steps,
         "plans": plans(config, settings.max_steps),
         "guidance": config.unet.null_class,
         "limits": {

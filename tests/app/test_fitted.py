@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +11,13 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app.routes.sequence import HEARTBEATS
 from model import checkpoint
 from model.images import to_uint8
-from model.sampling.fitted import FittedTable, weights_digest
-from model.sampling.schedule import FITTED, SamplingParams, make_schedule
+from model.sampling.schedule import SamplingParams
 from model.sampling.step import sample
 from tests.app.conftest import serving
 
-TABLES = {3: (0, 1), 5: ()}  # steps → rows with guidance
-
-
-@pytest.fixture(scope="module")
-def fitted_checkpoint(grey_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = checkpoint.load(grey_checkpoint)
-    weights = source.network.state_dict()
-    tables = []
-    for steps, guided in TABLES.items():
-        schedule = make_schedule(source.diffusion, "dpmpp_2m", steps)
-        rows = schedule.table + 0.0
-        rows[list(guided), 0] = 1.5
-        rows[1:, -1] = 0.2
-        times = tuple((schedule.timesteps - 0.4).tolist())
-        settings = (steps, 1.5, (0.0, 1.0), "clamp", times, rows.tolist(), [0] * steps)
-        tables.append(FittedTable(*settings, weights_digest(weights)))
-    config = replace(source.config, fitted=tuple(tables), sampling=SamplingParams(FITTED, 3, 0.0, 1.5))
-    path = tmp_path_factory.mktemp("fitted") / "grey.safetensors"
-    checkpoint.save(path, weights, config)
-    return path
+JSON = {"accept": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +37,10 @@ def test_a_request_that_says_nothing_gets_the_fitted_default(fitted: TestClient,
 
 
 def test_what_was_used_gives_the_same_images_again(fitted: TestClient) -> None:
-    first = fitted.post("/generate", json={"seed": 9, "n": 2, "steps": 5}).json()
+    first = fitted.post("/generate", json={"seed": 9, "n": 2, "steps": 5}, headers=JSON).json()
     names = [*vars(SamplingParams()), "model"]
-    again = fitted.post("/generate", json={"seed": 9, "n": 2} | {name: first[name] for name in names}).json()
+    back = {name: first[name] for name in names}
+    again = fitted.post("/generate", json={"seed": 9, "n": 2} | back, headers=JSON).json()
     assert first["sampler"] == "fitted"
     assert again["images"] == first["images"]
 
@@ -73,7 +51,7 @@ def test_what_no_table_has_is_refused_by_name_only(fitted: TestClient) -> None:
         assert refused.status_code == 422
         assert refused.json()["error"]["param"] == field
         assert f"{field} must be {listed} with sampler fitted, not {value}" in refused.json()["error"]["message"]
-        taken = fitted.post("/generate", json={field: value})
+        taken = fitted.post("/generate", json={field: value}, headers=JSON)
         assert (taken.status_code, taken.json()["sampler"]) == (200, "dpmpp_2m")
 
 
@@ -99,13 +77,11 @@ def test_models_offers_step_counts_by_name(fitted: TestClient) -> None:
 
 def test_a_server_of_few_steps_takes_the_tables_that_fit(fitted_checkpoint: Path) -> None:
     with serving(fitted_checkpoint, max_steps=2) as client:
-        assert client.post("/generate", json={}).json()["sampler"] == "dpmpp_2m"
+        assert client.post("/generate", json={}, headers=JSON).json()["sampler"] == "dpmpp_2m"
         (card,) = client.get("/models").json()["models"]
         assert (card["defaults"]["sampler"], card["defaults"]["steps"], card["plans"]) == ("dpmpp_2m", 2, {})
 
 
 def test_frames_of_a_fitted_sequence_are_its_steps(fitted: TestClient) -> None:
-    with fitted.stream("GET", "/diffusion-sequence", params={"frames": 4, "seed": 1}) as answer:
-        text = answer.read().decode().replace(HEARTBEATS["sse"].decode(), "")
-    frames = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
-    assert [frame["step"] for frame in frames if "step" in frame] == [0, 1, 2, 3]
+    answer = fitted.get("/diffusion-sequence", params={"frames": 4, "seed": 1, "format": "gif"})
+    assert Image.open(io.BytesIO(answer.content)).n_frames == 4
