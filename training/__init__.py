@@ -1,6 +1,7 @@
 """Makes EMA checkpoints from images. Each verb runs by `python -m training.VERB`:
 
 - `train`: images → checkpoint
+- `distill`: checkpoint → a student of few steps, one network row each
 - `sample`: checkpoint → a folder of PNGs
 - `evaluate`: checkpoint → Fréchet distance, precision, recall, copies
 - `classifier`: images → the network in whose features `evaluate` compares
@@ -10,7 +11,7 @@
 - `decay`: a run → a copy whose learning rate falls to 0
 
 The nouns are in `data`, `run` (a run's folder, options and records), `loop` (what a training step needs),
-`evaluation`, `fitting` and `cli`.
+`distillation`, `fitting`, `evaluation` and `cli`.
 """
 
 import os

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
 def check(source: Checkpoint, out: Path, args: argparse.Namespace) -> None:
     """Raises ValueError where this checkpoint cannot be fitted so, before anything is written."""
+    if source.config.distilled:
+        raise ValueError(f"{source.name} is distilled, and has its own few steps: fit its teacher")
     last = source.config.diffusion.num_timesteps
     for steps in args.steps:
         if not FEWEST <= steps < last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -72,9 +73,9 @@ async def remove(name: str, service: StateDep) -> ModelList:
 def plans(config: CheckpointConfig, max_steps: int) -> dict[str, dict[str, Any]]:
     """What to ask for, by name: the fewest and the most fitted steps, and what they were fitted to come near to.
 
-    Empty where the checkpoint has no fitted tables. `nfe` is the network rows of an image.
+    Empty where there are no fitted tables, or of a student. `nfe` is the network rows of an image.
     """
-    if not any(table.steps <= max_steps for table in config.fitted):
+    if config.distilled or not any(table.steps <= max_steps for table in config.fitted):
         return {}
     guidance = config.sampling_params(max_steps, sampler=FITTED).guidance_scale
     tables = [table for table in config.fitted if table.guidance_scale == guidance and table.steps <= max_steps]
@@ -96,6 +97,13 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     settings, config = service.settings, served.config
     fitted_steps = sorted({table.steps for table in config.fitted if table.steps <= settings.max_steps})
     samplers = [*SAMPLERS, *([FITTED] if fitted_steps else [])]
+    default_steps = {config.sampling.sampler: config.sampling.steps}  # all that a distilled checkpoint may know
+    if config.distilled and config.distilled.has_fixed_steps:
+        samplers = list(default_steps)
+    else:
+        default_steps = {
+            sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
+        }
     timesteps = config.diffusion.num_timesteps
     state = "starting" if not served.warm else "loading" if service.models.loading == served.name else "ready"
     return {
@@ -109,10 +117,9 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "class_names": list(config.class_names),
         "num_timesteps": timesteps,
         "samplers": samplers,
-        "defaults": vars(config.sampling_params(settings.max_steps)),
-        "default_steps": {
-            sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
-        },
+        "defaults": vars(config.sampling if config.distilled else config.sampling_params(settings.max_steps)),
+        "default_steps": default_steps,
+        "distilled": asdict(config.distilled) if config.distilled else None,
         "fitted_steps": fitted_steps,
         "plans": plans(config, settings.max_steps),
         "guidance": config.unet.null_class,

@@ -14,6 +14,7 @@ import torch
 
 from model import checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from model.distilled import Distilled
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from model.sampling.noise import normals
@@ -202,3 +203,13 @@ def test_a_network_without_a_null_class_is_not_guided(
 def test_a_bundled_checkpoint_needs_another_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_sampler.main(["mnist", *FEW, "--steps", "3"]) == 2
     assert "is bundled, and SHA256SUMS has its hash: give --out FILE" in capsys.readouterr().err
+
+
+def test_a_student_is_not_fitted(
+    save_checkpoint: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint.load(save_checkpoint())
+    config = replace(source.config, distilled=Distilled(1.0, 2, "sfd", "0" * 64))
+    checkpoint.save(tmp_path / "student.safetensors", source.network.state_dict(), config)
+    assert fit_sampler.main([str(tmp_path / "student.safetensors"), *FEW, "--steps", "3"]) == 2
+    assert "student is distilled, and has its own few steps: fit its teacher" in capsys.readouterr().err

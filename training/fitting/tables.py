@@ -24,6 +24,7 @@ from training.fitting.solver import LearnedSolver, Target, guided_rows
 from training.fitting.teacher import draw, null_class
 
 METHOD = "Generalized Solver (arXiv 2510.17699), end to end"
+BASE_CHANNELS = 128  # of a network that does not say, for a guess of memory
 CHOICE_IMAGES = 32  # images by which the rows that are guided are chosen
 
 
@@ -36,7 +37,7 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
     say(f"{steps} steps, {SOLVER} before: " + ", ".join(f"{k} {v:.4f}" for k, v in before.items()), end="\n")
     diffusion = source.diffusion
     timesteps = make_timesteps(diffusion.num_timesteps, steps, best, diffusion.log_snr())
-    whole = source.config.unet.time_table > 0
+    whole = getattr(source.config.unet, "time_table", 0) > 0
 
     def solver_of(guided: tuple[bool, ...]) -> LearnedSolver:
         return LearnedSolver(diffusion, Target(setup.teacher, guided), timesteps, whole)
@@ -44,7 +45,8 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
     guided = choose_guided(setup, steps, solver_of)
     options = FitOptions(args.iterations, args.learning_rate, args.batch_size, args.seed)
     _, height, width = source.config.unet.image_shape
-    recompute = has_to_recompute(steps, args.batch_size, height * width, source.config.unet.base_channels)
+    channels = getattr(source.config.unet, "base_channels", BASE_CHANNELS)
+    recompute = has_to_recompute(steps, args.batch_size, height * width, channels)
     fit = Fit(solver_of(guided), setup.network, null_class(source), setup.distance, options, recompute)
     key = json.dumps([setup.key, asdict(options), steps, guided, best])
 
