@@ -21,7 +21,7 @@ from model.atomic_write import atomic_write
 from model.backends.compile import best_precision
 from model.checkpoint import PRETRAINED, Checkpoint
 from model.sampling.fitted import weights_digest, with_table
-from training.cli.options import Parser, expanded, integers, numbers, one_of
+from training.cli.options import Parser, choice_option, expanded, integers, numbers
 from training.fitting.setup import prepare
 from training.fitting.tables import chosen_default, fit_one
 from training.memory import memory_for
@@ -111,14 +111,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher_steps", type=int, metavar="N", help="the teacher's steps (default: the checkpoint's)")
     add("--guidance_scale", type=float, metavar="X", help="the teacher's (default: the checkpoint's)")
     add("--guidance_interval", type=numbers, metavar="X,X", help="where it acts (default: the checkpoint's)")
-    add("--limit", **one_of(("none", "clamp")), help="of x0 (default: the checkpoint's)")
+    add("--limit", **choice_option(("none", "clamp")), help="of x0 (default: the checkpoint's)")
     add("--images", type=int, default=1400, metavar="N", help="teacher's images to learn from (default: 1400)")
     add("--held_out", type=int, default=128, metavar="N", help="teacher's images to measure by (default: 128)")
     add("--iterations", type=int, default=2000, metavar="N", help="of each fit (default: 2000)")
     add("--batch_size", type=int, default=16, metavar="N", help="images at once (default: 16)")
     add("--learning_rate", type=float, default=2e-3, metavar="X", help="at the start (default: 0.002)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    add("--precision", **one_of(("auto", "fp32", "bf16")), default="auto", help="of the products (default: auto)")
+    add("--precision", **choice_option(("auto", "fp32", "bf16")), default="auto", help="of products (default: auto)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     args = parser.read(argv)
     for name in ("images", "held_out", "iterations", "batch_size"):

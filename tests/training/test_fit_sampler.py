@@ -156,9 +156,9 @@ def test_a_killed_fit_goes_on_to_the_same_table(
 
 @pytest.mark.slow
 def test_a_fit_by_features_uses_the_classifier(
-    save_checkpoint: Callable[..., str], save_judge: Callable[..., str]
+    save_checkpoint: Callable[..., str], save_extractor: Callable[..., str]
 ) -> None:
-    path, judge = save_checkpoint(), save_judge()
+    path, judge = save_checkpoint(), save_extractor()
     report = fitted(path, "--steps", "3", "--iterations", "2", "--features", judge)
     pixels = fitted(path, "--steps", "3", "--iterations", "2")
     assert report["features"] == Path(judge).name
