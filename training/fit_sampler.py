@@ -108,6 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="FILE", help="the checkpoint to write (default: the same file)")
     add("--features", metavar="FILE", help="a classifier to compare images by (default: pixels)")
     add("--default", type=int, metavar="N", help="steps of the table to sample with by default (default: the most)")
+    add("--start", metavar="FOLDER", help="begin where an earlier fit of as many steps ended: its OUT.fit")
     add("--teacher_steps", type=int, metavar="N", help="the teacher's steps (default: the checkpoint's)")
     add("--guidance_scale", type=float, metavar="X", help="the teacher's (default: the checkpoint's)")
     add("--guidance_interval", type=numbers, metavar="X,X", help="where it acts (default: the checkpoint's)")

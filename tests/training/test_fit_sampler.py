@@ -118,6 +118,11 @@ def test_fitted_tables_are_nearer_to_the_teacher_and_the_default(
     again = fitted(path, "--steps", "5", "--guidance_scale", "1.5", "--iterations", "1", "--guided", "1")
     assert [(t.steps, t.nfe) for t in checkpoint.load(path).config.fitted] == [(3, 6), (4, 8), (5, 6)]
     assert again["teacher"]["sampler"] == "dpmpp_2m", "and not a table"
+    begun = ["--steps", "3", "--guidance_scale", "1.5", "--start", str(Path(path).with_suffix(".fit"))]
+    more = fitted(path, *begun, "--iterations", "1", "--learning_rate", "1e-9")
+    assert more["fits"][0]["after"] == pytest.approx(report["fits"][0]["after"], rel=1e-3)
+    assert fit_sampler.main([path, *FEW, *begun[:-1], "no/such"]) == 2
+    assert "3-3.pt is not the state of a fit: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,14 +113,23 @@ class Fit:
 
     def _load(self, path: Path, key: str) -> None:
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            state = read_state(path)
+        except ValueError:
             return
         if state.get("key") == key:
             self.solver.load_state_dict(state["solver"])
             self.average.load_state_dict(state["average"])
             self._optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.seconds = state["done"]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a fit keeps while it runs. Raises ValueError where there is none."""
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not the state of a fit: {str(error).splitlines()[0]}") from error
+    return state
 
 
 def batch_of(count: int, size: int, seed: int, iteration: int) -> Tensor:

@@ -17,7 +17,7 @@ from model.checkpoint import SOLVER, Checkpoint
 from model.sampling.fitted import FITTED_TO, FittedTable
 from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from model.sampling.timestep_spacing import SPACINGS, make_timesteps
-from training.fitting.fit import Fit, FitOptions, Pairs, has_to_recompute, mean_distance
+from training.fitting.fit import Fit, FitOptions, Pairs, has_to_recompute, mean_distance, read_state
 from training.fitting.progress import left, say
 from training.fitting.setup import Setup
 from training.fitting.solver import LearnedSolver, Target, guided_rows
@@ -47,8 +47,11 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
     _, height, width = source.config.unet.image_shape
     channels = getattr(source.config.unet, "base_channels", BASE_CHANNELS)
     recompute = has_to_recompute(steps, args.batch_size, height * width, channels)
-    fit = Fit(solver_of(guided), setup.network, null_class(source), setup.distance, options, recompute)
-    key = json.dumps([setup.key, asdict(options), steps, guided, best])
+    solver = solver_of(guided)
+    if args.start:
+        solver.load_state_dict(read_state(Path(args.start) / f"{steps}-{sum(guided)}.pt")["average"])
+    fit = Fit(solver, setup.network, null_class(source), setup.distance, options, recompute)
+    key = json.dumps([setup.key, asdict(options), steps, guided, best, args.start])
 
     def told(done: int, loss: float, seconds: float) -> None:
         say(f"{steps} steps: iteration {done} of {options.iterations}, loss {loss:.4f}, {left(seconds)} left")
