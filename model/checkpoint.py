@@ -24,7 +24,7 @@ from torch import Tensor
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.distilled import Distilled
 from model.nn.config import UNetConfig
-from model.nn.unet import UNet
+from model.nn.networks import AnyConfig, AnyUNet, build, config_fields, config_of
 from model.safetensors_io import hash_tensors, not_data, private_copy, write_tensors
 from model.sampling.fitted import FittedTable, FittedTableError, resolve, table_of, weights_digest
 from model.sampling.schedule import (
@@ -56,7 +56,7 @@ class CheckpointConfig:
     `distilled` says what is inside them, where they are a student's.
     """
 
-    unet: UNetConfig
+    unet: AnyConfig
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -70,7 +70,8 @@ class CheckpointConfig:
         if self.unet.learned_variance != (self.diffusion.variance == "learned_range"):
             raise ValueError("variance learned_range and a network with learned_variance belong together")
         for table in self.fitted:
-            table.check(self.diffusion.num_timesteps, self.unet.null_class, self.unet.time_table > 0)
+            has_time_table = isinstance(self.unet, UNetConfig) and self.unet.time_table > 0
+            table.check(self.diffusion.num_timesteps, self.unet.null_class, has_time_table)
         if len({(table.steps, *table.fitted_to.values()) for table in self.fitted}) < len(self.fitted):
             raise FittedTableError("two fitted tables are for the same settings")
         # What a request gets that says nothing must be possible: ValueError where it is not.
@@ -135,7 +136,7 @@ class CheckpointConfig:
 
     def to_json(self) -> str:
         """What the file's metadata holds; `from_json` reads it."""
-        data = {"format": FORMAT, **asdict(self)}
+        data = {"format": FORMAT, **asdict(self), "unet": config_fields(self.unet)}
         data = {key: value for key, value in data.items() if value or key not in ("fitted", "distilled")}
         if not self.diffusion.trained_betas:  # so that releases before them read what has none
             del data["diffusion"]["trained_betas"]
@@ -152,7 +153,7 @@ class CheckpointConfig:
         except UnicodeEncodeError:  # which would break every answer that shows it
             raise ValueError("it has half of a surrogate pair, which is no text") from None
         return cls(
-            unet=UNetConfig(**data["unet"]),
+            unet=config_of(data["unet"]),
             diffusion=DiffusionConfig(**data["diffusion"]),
             class_names=tuple(str(name) for name in data["class_names"]),
             sampling=SamplingParams(**data["sampling"]),
@@ -169,7 +170,7 @@ class Checkpoint:
     name: str
     sha256: str
     config: CheckpointConfig
-    network: UNet
+    network: AnyUNet
 
     @property
     def diffusion(self) -> GaussianDiffusion:
@@ -218,7 +219,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
                 raise CheckpointError("a safetensors file, but not a ddpm-serve checkpoint")
             config = CheckpointConfig.from_json(metadata)
             with torch.device("meta"):
-                network = UNet(config.unet)
+                network = build(config.unet)
             names = file.keys()
             _check_shapes(network, {name: tuple(file.get_slice(name).get_shape()) for name in names})
         with private_copy(path) as (copy, sha256), safe_open(copy, framework="pt", device="cpu") as file:
@@ -287,7 +288,7 @@ def _float32(name: str, tensor: Tensor) -> Tensor:
     return weights
 
 
-def _check_shapes(network: UNet, found: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(network: AnyUNet, found: dict[str, tuple[int, ...]]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if missing := expected.keys() - found.keys():
         raise CheckpointError(f"{len(missing)} tensors are missing, {min(missing)!r} among them")
