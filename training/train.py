@@ -39,7 +39,7 @@ from training.run.trackers import Trackers
 from training.run.warm_start import warm_start
 from training.run_images import RunImages
 
-SHOWN = 4  # images whose making is shown as a strip and a GIF
+NUM_PREVIEW = 4  # images whose making is shown as a strip and a GIF
 
 
 def train(config: TrainConfig, resume: bool = False, changes: DataChanges = NOTHING) -> Path:
@@ -255,12 +255,12 @@ class Trainer:
         """A grid of samples, and how the first of them come to be."""
         now, classes = self.state, None
         if self.config.use_labels:
-            classes = range(min(SHOWN, len(self.data.class_names)))
+            classes = range(min(NUM_PREVIEW, len(self.data.class_names)))
         self._say_in_bar("drawing samples")
         schedule = make_schedule(self.diffusion, **vars(sampling))
         samples = sample_grid(network, schedule)
         self._trackers.picture(now.iteration, "samples", samples)
-        frames = sequence(network, schedule, classes or range(SHOWN), classes)
+        frames = sequence(network, schedule, classes or range(NUM_PREVIEW), classes)
         if self.run:
             self.run.save_pictures(now.iteration, samples, frames)
 

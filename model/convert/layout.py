@@ -87,7 +87,9 @@ class Flags:
         """Raises UnsupportedCheckpointError unless all are given; `defaults` are what their project has for them."""
         if self.schedule not in (None, "linear"):  # the others have no ends
             defaults = {name: value for name, value in defaults.items() if not name.startswith("schedule_")}
-        if missing := [f"--{name} {written(value)}" for name, value in defaults.items() if getattr(self, name) is None]:
+        if missing := [
+            f"--{name} {format_value(value)}" for name, value in defaults.items() if getattr(self, name) is None
+        ]:
             raise UnsupportedCheckpointError(
                 f"the file does not tell all that it needs: add {' '.join(missing)}, "
                 "or what it was trained with instead (these are its project's defaults)"
@@ -129,15 +131,16 @@ class Imported:
                 raise UnsupportedCheckpointError(f"--{name} means nothing for this file: leave it out")
             same = math.isclose(value, has[name], rel_tol=1e-4) if isinstance(value, float) else value == has[name]
             if not same:
+                given, found = format_value(value), format_value(has[name])
                 raise UnsupportedCheckpointError(
-                    f"--{name} {written(value)} contradicts the file, which has {written(has[name])}: leave it out"
+                    f"--{name} {given} contradicts the file, which has {found}: leave it out"
                 )
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """As on a command line."""
     if isinstance(value, tuple):
-        return ",".join(map(written, value))
+        return ",".join(map(format_value, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.convert.abarankab import import_original, import_w86763777
+from model.convert.abarankab import import_abarankab, import_w86763777
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.convert.lucidrains import SIGN as LUCIDRAINS
 from model.convert.lucidrains import import_lucidrains
@@ -21,7 +21,7 @@ AVERAGES = ("ema", "ema_model", "model_ema", "ema_state_dict")
 NETWORKS = ("model", "state_dict", "model_state_dict", "net", "network")
 
 OPENAI = {"time_embed.0.weight", "input_blocks.0.0.weight"}
-ORIGINAL = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs.0.conv_1.weight", "out_conv.weight"}
+ABARANKAB = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs.0.conv_1.weight", "out_conv.weight"}
 W86 = {"head.weight", "time_embedding.timembedding.0.weight"}
 
 NAMED: tuple[tuple[str, str], ...] = (  # a tensor's name → what has it
@@ -93,9 +93,9 @@ def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
     if not all(isinstance(value, Tensor) for value in state.values()):
         return None
     if "betas" in keys and any(key.startswith("ema_model.downs.") for key in keys):
-        return import_original
-    if keys >= ORIGINAL:
-        return import_original
+        return import_abarankab
+    if keys >= ABARANKAB:
+        return import_abarankab
     if keys >= OPENAI:
         if not any(key.startswith("output_blocks.") for key in keys):
             raise UnsupportedCheckpointError(

@@ -32,7 +32,7 @@ from training.run.git import git_revision, machine
 from training.run.image_io import sample_grid, sequence
 from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
-from training.train import SHOWN, learning_rate
+from training.train import NUM_PREVIEW, learning_rate
 
 HELD_OUT = 64  # trajectories at the beginning of the file, by which students are compared
 ALONE = DistributedContext()
@@ -192,8 +192,8 @@ class DistillTrainer:
         is_best, self.best = judged < self.best, min(self.best, judged)
         self.run.save(self.iteration, self.ema.weights, self._checkpoint_config(distance), self.state_dict(), is_best)
         schedule, classes = self.lesson.schedule, network.config.num_classes
-        labels = None if classes is None else range(min(SHOWN, classes))
-        frames = sequence(network, schedule, labels or range(SHOWN), labels)
+        labels = None if classes is None else range(min(NUM_PREVIEW, classes))
+        frames = sequence(network, schedule, labels or range(NUM_PREVIEW), labels)
         self.run.save_pictures(self.iteration, sample_grid(network, schedule), frames)
         self._started, self._since = time.perf_counter(), 0
 
