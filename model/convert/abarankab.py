@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.convert.betas import diffusion_of
 from model.convert.layout import (
     Flags,
     Imported,
@@ -20,7 +21,6 @@ from model.convert.layout import (
     checked_groups,
     convert,
     diffusion_by_flags,
-    diffusion_of,
     format_value,
     layers,
     separate_qkv,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.convert.betas import PRECISION, diffusion_of
 from model.convert.layout import (
-    PRECISION,
     Flags,
     Imported,
     Source,
@@ -19,7 +19,6 @@ from model.convert.layout import (
     Weights,
     as_float32,
     diffusion_by_flags,
-    diffusion_of,
     format_value,
 )
 from model.diffusion import MIN_SNR_GAMMA, Table

@@ -81,7 +81,7 @@ def test_unknown_paths_share_one_label(client: TestClient) -> None:
     assert "/.env" not in client.get("/metrics").text
 
 
-def test_an_unforeseen_exception_is_an_ordinary_error_with_its_id(
+def test_an_unforeseen_exception_is_an_error_with_its_id(
     grey_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def boom() -> None:

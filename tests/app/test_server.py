@@ -128,7 +128,7 @@ def test_a_full_collection_of_garbage_has_little_to_look_through(grey_checkpoint
     assert int(done.stdout) < 20_000
 
 
-def test_every_log_line_is_json_and_every_request_has_one_with_its_id(server: ServerProcess) -> None:
+def test_log_lines_are_json_and_every_request_has_one(server: ServerProcess) -> None:
     answers = [server.client.get("/models"), server.client.post("/generate", json={}), server.client.get("/nothing")]
     ids = [answer.headers["x-request-id"] for answer in answers]
 

@@ -47,13 +47,13 @@ def measured(device: Device, micro_batch_size: int = 8, kind: str = "cpu") -> tu
         (lambda rows: 0.003, "cuda", 32, (1024, 1024)),
     ],
 )
-def test_it_is_the_fewest_rows_that_run_about_as_fast_as_any_and_the_most_that_gain_something(
+def test_autotune_finds_the_target_and_the_largest_batch(
     curve: Callable[[int], float], kind: str, micro_batch_size: int, expected: tuple[int, int]
 ) -> None:
     assert measured(Device(curve), micro_batch_size, kind) == expected
 
 
-def test_what_else_the_machine_does_twice_in_five_rounds_changes_nothing() -> None:
+def test_autotune_ignores_two_slow_rounds_of_five() -> None:
     turns: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
     disturbed = Device(lambda rows: 0.01 * rows * (9 if next(turns[rows]) in (2, 4) and rows == 2 else 1))
     assert measured(disturbed) == (2, 4)
