@@ -58,7 +58,7 @@ def test_a_tuple_of_one_and_of_none() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--schedule cosin", "one of linear, cosine, not 'cosin'; did you mean cosine?"),
+        ("--schedule cosin", "one of linear, cosine, sigmoid, not 'cosin'; did you mean cosine?"),
         ("--sampler foo", "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, fitted, not 'foo'"),
         ("--channel_mults 1,x", "whole numbers such as 1,2,2"),
         ("--attention_resolutions 16", "they are 0 to 3"),
