@@ -23,7 +23,7 @@ from model.checkpoint import CheckpointConfig
 from model.images import Image
 from model.sampling.fitted import weights_digest
 from model.sampling.schedule import SamplingParams
-from tests.app.conftest import BEETLE, CLASSES, GREY, HeldRunner, serving, write_checkpoint
+from tests.app.conftest import BEETLE, CLASSES, GREY, SlowRunner, serving, write_checkpoint
 from tests.app.processes import metric
 from tests.model.sampling.test_fitted import DIFFUSION, table_like
 from tests.networks import randomised
@@ -175,7 +175,7 @@ def test_head_takes_no_step_and_says_the_same(site: TestClient) -> None:
     assert steps(site) == before
 
 
-def test_a_known_image_is_answered_while_the_server_warms_up(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_known_image_is_answered_while_the_server_warms_up(held: SlowRunner, grey_checkpoint: Path) -> None:
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         client.follow_redirects = False

@@ -198,7 +198,7 @@ def slow_work(server: ServerProcess, steps: int) -> tuple[list[httpx.Response], 
     ]
     for thread in threads:
         thread.start()
-    wait_for(lambda: server.rows() == 3, "work")
+    wait_for(lambda: server.samples_in_flight() == 3, "work")
     return answers, threads
 
 
