@@ -14,10 +14,11 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app.auth import APIKeyStore
+from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import tune_malloc
-from app.engine.runner import ModelRunner, default_micro_batch_size
+from app.engine.runner import ModelRunner
 from app.error_handler import handle_errors
 from app.event_loop_monitor import EventLoopMonitor
 from app.metrics import Metrics
@@ -56,18 +57,20 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     """
     keys = APIKeyStore(settings)
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
-    # OpenMP keeps a team of threads for every thread that used it, and two teams on the same cores hinder each other:
-    # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
+    # OpenMP keeps a team of threads for every thread that used it, and all of them would want the same cores. So this
+    # thread gets none, as those that come, and the engine shares out its work itself: see `app.engine.workers`.
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     device = settings.torch_device()
     if device.type == "cpu":
         tune_malloc()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
-    precision = best_precision(device) if settings.precision == "auto" else settings.precision
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
-        micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device)
+        precision: str = settings.precision
+        if precision == "auto":
+            precision = best_precision(device, checkpoint.config.unet.base_channels)
+        micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device, runtime)
         runner = make_runner(checkpoint, device, micro_batch_size, threads, runtime, precision)
         return ModelInstance(checkpoint, runner, settings.max_batch_size)
 
@@ -81,7 +84,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        log_device(settings.device, device, runtime, precision)
+        log_device(settings.device, device, runtime, threads)
         engine.start()
         tasks = [
             asyncio.create_task(watch)
@@ -169,12 +172,12 @@ async def _tell_progress(models: ModelRegistry) -> None:
     log.info("takes requests, after %.1f s of warming up", time.monotonic() - started)
 
 
-def log_device(asked: str, device: torch.device, runtime: str, precision: str) -> None:
+def log_device(asked: str, device: torch.device, runtime: str, threads: int) -> None:
     """Says what the networks run on. Warns where a torch that is built for GPUs finds none, unasked."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
     level = logging.WARNING if torch.version.cuda and not on_gpu and asked != "cpu" else logging.INFO
-    extra = {"device": str(device), "runtime": runtime, "precision": precision, "torch": torch.__version__}
+    extra = {"device": str(device), "runtime": runtime, "threads": threads, "torch": torch.__version__}
     log.log(level, "the network runs on %s", name, extra=extra)
 
 

@@ -47,12 +47,15 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 lets the system choose")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is the GPU where there is one")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the network; 0 is one per core")
+    threads: int = Field(
+        0, ge=0, le=1024, description="network calls that run side by side on a CPU, one thread each; 0 is one per core"
+    )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="what runs the network; auto is torch, openvino needs the extra of that name and a CPU"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the network's products; auto is bf16 where the device has matrix units for it"
+        "auto",
+        description="of the network's products; auto is bf16 where the device computes this network faster in it",
     )
 
     max_n: int = Field(64, ge=1, le=4096, description="most images in a request")
@@ -81,8 +84,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=65_536,
-        description="most U-Net rows in a network call (it decides an image's last bits); 0 is 32 on a "
-        "CPU, 8 there from 10 million parameters on, up to 256 on a GPU",
+        description="most U-Net rows in a network call (it decides an image's last bits); 0 is 8 on a "
+        "CPU, up to 256 on a GPU",
     )
     api_keys_file: str = Field("", description="file of API keys (see app/auth.py); with one, requests need a key")
     api_keys: SecretStr = Field(
