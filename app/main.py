@@ -33,12 +33,14 @@ from app.middleware import (
 )
 from app.model_registry import ModelRegistry
 from app.openapi import DescribedApp
-from app.routes import docs, generate, health, models, sequence, ui
+from app.routes import docs, generate, health, image, models, openai, sequence, ui
 from app.routes.state import AppState
 from app.settings import Settings
+from app.signing import image_access
 from app.tracing import Tracer, TracingMiddleware
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint
+from model.nn.config import UNetConfig
 
 VERSION = "0.1.0"
 WATCH_S = 0.25
@@ -56,6 +58,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     `make_runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
     """
     keys = APIKeyStore(settings)
+    access = image_access(settings, keys.required)
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
     # OpenMP keeps a team of threads for every thread that used it, and all of them would want the same cores. So this
     # thread gets none, as those that come, and the engine shares out its work itself: see `app.engine.workers`.
@@ -69,7 +72,8 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     def make(checkpoint: Checkpoint) -> ModelInstance:
         precision: str = settings.precision
         if precision == "auto":
-            precision = best_precision(device, checkpoint.config.unet.base_channels)
+            unet = checkpoint.config.unet
+            precision = best_precision(device, unet.base_channels if isinstance(unet, UNetConfig) else unet.dim)
         micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device, runtime)
         runner = make_runner(checkpoint, device, micro_batch_size, threads, runtime, precision)
         return ModelInstance(checkpoint, runner, settings.max_batch_size)
@@ -109,9 +113,9 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
         redoc_url=None,
         redirect_slashes=False,  # middleware.TrailingSlash
     )
-    app.state.service, app.state.keys = AppState(settings, served, engine, metrics), keys
+    app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    routers = [module.router for module in (generate, sequence, models, ui, docs)] + [health.health]
+    routers = [module.router for module in (generate, sequence, image, openai, models, ui, docs)] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
@@ -120,7 +124,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     app.add_middleware(HeadAsGetMiddleware)
     app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
     if keys.required:
-        app.add_middleware(AuthMiddleware, keys=keys)
+        app.add_middleware(AuthMiddleware, keys=keys, images=access)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

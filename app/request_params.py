@@ -9,7 +9,7 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from app.engine.instance import ModelInstance
 from app.engine.request import OutputStream, Request, View
 from app.errors import InvalidClassLabel, InvalidRequest
-from app.schemas import Sampling, SequenceQuery
+from app.schemas import Sampling, SequenceQuery, StreamedSampling
 from app.settings import Settings
 from model.checkpoint import CheckpointConfig
 from model.sampling.noise import draw_class
@@ -36,6 +36,7 @@ class GenerationJob:
     class_label: int | None
     sampling: SamplingParams
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
+    each_class: bool = False
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
     def provenance(self) -> dict[str, str]:
@@ -45,6 +46,7 @@ class GenerationJob:
         label = {} if self.class_label is None else {"class_label": names[self.class_label]}
         settings = {name: str(value) for name, value in vars(self.sampling).items()}
         variance = {"variance": self.variance} if self.variance else {}
+        each_class = {"each_class": "true"} if self.each_class else {}
         return {
             "model": self.checkpoint.name,
             "checkpoint": self.checkpoint.sha256,
@@ -54,13 +56,14 @@ class GenerationJob:
             "guidance_interval": ",".join(map(str, self.sampling.guidance_interval)),
             **variance,
             **label,
+            **each_class,
         }
 
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""
         name = self.class_of(i)[1]
         own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
-        return self.provenance() | own
+        return replace(self, each_class=False).provenance() | own
 
     def class_of(self, i: int) -> tuple[int | str | None, str | None]:
         """What to send for image i's class, and its name; None for an unconditional checkpoint.
@@ -96,24 +99,24 @@ def build_request(
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
     label = class_index(asked.class_label, checkpoint.config.class_names)
     places = range(asked.index, asked.index + asked.n)
+    if asked.each_class and (label is not None or unet.num_classes is None):
+        why = "this checkpoint has none" if unet.num_classes is None else "leave out class_label"
+        raise InvalidRequest(f"each_class asks for all classes: {why}", param="each_class")
     classes = None
     if unet.num_classes is not None:
-        classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
+        if asked.each_class:
+            classes = tuple(i % unet.num_classes for i in places)
+        else:
+            classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
 
-    view: View = "xt"
-    steps_shown: frozenset[int] = frozenset()
-    keep = 1
-    if isinstance(asked, SequenceQuery):
-        view, steps_shown = asked.view, frame_steps(asked.frames, sampling.steps, asked.view)
-        size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
-        if size > settings.max_sequence_bytes:
-            raise InvalidRequest(
-                f"{len(steps_shown)} frames of {asked.n} images are {size} bytes of pixels; "
-                f"at most {settings.max_sequence_bytes} are served",
-                param="frames",
-            )
-        if asked.format in ("gif", "webp"):
-            keep = len(steps_shown)  # a file holds every frame, a stream the newest
+    view, steps_shown, keep = shown_frames(asked, sampling.steps)
+    size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
+    if size > settings.max_sequence_bytes:
+        raise InvalidRequest(
+            f"{len(steps_shown)} frames of {asked.n} images are {size} bytes of pixels; "
+            f"at most {settings.max_sequence_bytes} are served",
+            param="frames" if isinstance(asked, SequenceQuery) else "partial_images",
+        )
     request = Request(
         schedule=schedule,
         seed=seed,
@@ -127,7 +130,7 @@ def build_request(
         frame_steps=steps_shown,
         view=view,
     )
-    return GenerationJob(request, checkpoint, label, sampling, variance)
+    return GenerationJob(request, checkpoint, label, sampling, variance, asked.each_class)
 
 
 def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
@@ -158,14 +161,14 @@ def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
             return named[0]
         if not named and number < len(names):
             return number
-    for alike in (_composed, _folded):
+    for alike in (_composed, folded):
         same = [i for i, name in enumerate(names) if alike(name) == alike(text)]
         if len(same) == 1:
             return same[0]
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    folded = {_folded(name): name for name in names[:2000]}  # of more it would keep everybody waiting
-    near = difflib.get_close_matches(_folded(text[:80]), folded, n=1)
-    meant = f"; did you mean {folded[near[0]]!r:.80}?" if near else ";"
+    known = {folded(name): name for name in names[:2000]}  # of more it would keep everybody waiting
+    near = difflib.get_close_matches(folded(text[:80]), known, n=1)
+    meant = f"; did you mean {known[near[0]]!r:.80}?" if near else ";"
     raise InvalidClassLabel(
         f"no class {label!r:.80}{meant} there are {shown} (or their numbers, 0 to {len(names) - 1})",
         param="class_label",
@@ -176,11 +179,28 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # macOS's archives have names in the other form, which looks the same
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """A name without differences of case and Unicode form."""
     return _composed(_composed(name).casefold())
+
+
+def shown_frames(asked: Sampling, steps: int) -> tuple[View, frozenset[int], int]:
+    """What a client wants to see on the way: as x_t or x_0, after which steps, and how many frames may wait for it."""
+    if isinstance(asked, SequenceQuery):
+        shown = frame_steps(asked.frames, steps, asked.view)
+        return asked.view, shown, len(shown) if asked.format in ("gif", "webp") else 1  # a stream keeps the newest
+    partials = asked.partial_images if isinstance(asked, StreamedSampling) else 0
+    return "x0" if partials else "xt", partial_steps(partials, steps), max(1, partials)
 
 
 def frame_steps(frames: int, steps: int, view: View) -> frozenset[int]:
     """`frames` steps spread evenly from the noise (step 0; for x0 from step 1) to the last, which is always shown."""
     first = 1 if view == "x0" else 0
     return frozenset(np.linspace(steps, first, frames).round().astype(int).tolist())
+
+
+def partial_steps(partials: int, steps: int) -> frozenset[int]:
+    """`partials` steps spread evenly between the first and the last, or all of those where they are fewer."""
+    if partials >= steps:
+        return frozenset(range(1, steps))
+    return frozenset(round(i * steps / (partials + 1)) for i in range(1, partials + 1))

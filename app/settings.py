@@ -48,14 +48,14 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 lets the system choose")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is the GPU where there is one")
     threads: int = Field(
-        0, ge=0, le=1024, description="network calls that run side by side on a CPU, one thread each; 0 is one per core"
+        0, ge=0, le=1024, description="CPU threads: as many network calls run side by side; 0 is one per core"
     )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="what runs the network; auto is torch, openvino needs the extra of that name and a CPU"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="of the network's products; auto is bf16 where the device computes this network faster in it",
+        description="of the network's products; auto is bf16 where the device is faster in it",
     )
 
     max_n: int = Field(64, ge=1, le=4096, description="most images in a request")
@@ -65,6 +65,9 @@ class Settings(BaseSettings):
         64 * 2**20,
         ge=1,
         description="most bytes of pixels in a denoising sequence: frames x n x size of an image",
+    )
+    max_enlarged_bytes: int = Field(
+        32 * 2**20, ge=1, description="most bytes of pixels in an answer of enlarged images: n x size of an image"
     )
     max_timeout_s: float = Field(300, gt=0, le=86_400, description="longest time a request may take, and the default")
     max_body_bytes: int = Field(65_536, ge=1, description="largest request body")
@@ -97,6 +100,14 @@ class Settings(BaseSettings):
     )
     key_concurrency: int = Field(
         0, ge=0, le=1_000_000, description="requests under way of a key that the file gives no other limit; 0 for any"
+    )
+    public_images: bool = Field(False, description="GET /images needs no key, and every cache may keep what it answers")
+    signing_key_file: str = Field(
+        "",
+        description="file of a secret of 32 characters or more; what `ddpm-serve sign` signs with it needs no API key",
+    )
+    signing_key: SecretStr = Field(
+        SecretStr(""), description="the same secret; as a variable only, since `ps` shows everybody the flags"
     )
     cors_origins: str = Field(
         "", description="origins whose pages may use this server, by commas (https://a.example), or * for all"

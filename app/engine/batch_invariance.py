@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.nn.unet import UNet
+from model.nn.networks import AnyUNet
 
 GPU_MICRO_BATCH_SIZE = 256
 GPU_POSITIONS = GPU_MICRO_BATCH_SIZE * 32 * 32  # of larger images fewer fill a GPU, and its memory
@@ -29,7 +29,7 @@ def gpu_micro_batch_size(image_size: tuple[int, int]) -> int:
     return min(GPU_MICRO_BATCH_SIZE, 1 << max(fit.bit_length() - 1, 0))
 
 
-def default_micro_batch_size(network: UNet, device: torch.device, runtime: str = "torch") -> int:
+def default_micro_batch_size(network: AnyUNet, device: torch.device, runtime: str = "torch") -> int:
     """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
     if device.type == "cuda":
         return gpu_micro_batch_size(network.config.image_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -43,7 +44,7 @@ CHANGES: dict[int | str, dict[str, object]] = {
 @router.get("/models", summary="The checkpoints that are served")
 async def models(service: StateDep) -> ModelList:
     """Class names, samplers, defaults, limits, and where each checkpoint comes from. The default is the first."""
-    cards = [ModelCard(**card(service, served)) for served in service.models]
+    cards = [ModelCard(**model_card(service, served)) for served in service.models]
     return ModelList(models=cards, loading=service.models.loading)
 
 
@@ -57,7 +58,7 @@ async def load(body: LoadBody, service: StateDep) -> LoadedModel:
     """Answers when new requests get it. Those that are under way end on the weights that they began with. Where it
     cannot be served nothing changes. Needs an API key with `admin = true`."""
     served, replaced = await service.models.load(body.name)
-    return LoadedModel(**card(service, served), replaced=replaced)
+    return LoadedModel(**model_card(service, served), replaced=replaced)
 
 
 @router.delete("/models/{name}", summary="Serve a checkpoint no more", dependencies=[Administrator], responses=CHANGES)
@@ -68,10 +69,17 @@ async def remove(name: str, service: StateDep) -> ModelList:
     return await models(service)
 
 
-def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
+def model_card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
     samplers = [*SAMPLERS, *([FITTED] if config.fitted else [])]
+    default_steps = {config.sampling.sampler: config.sampling.steps}  # all that a distilled checkpoint may know
+    if config.distilled and config.distilled.has_fixed_steps:
+        samplers = list(default_steps)
+    else:
+        default_steps = {
+            sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
+        }
     timesteps = config.diffusion.num_timesteps
     state = "starting" if not served.warm else "loading" if service.models.loading == served.name else "ready"
     return {
@@ -86,10 +94,10 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "num_timesteps": timesteps,
         "samplers": samplers,
         "defaults": vars(config.sampling),
-        "default_steps": {
-            sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
-        },
+        "default_steps": default_steps,
+        "distilled": asdict(config.distilled) if config.distilled else None,
         "fitted_steps": sorted({table.steps for table in config.fitted}),
+        "guidance": config.unet.null_class,
         "limits": {
             "n": settings.max_n,
             "steps": min(settings.max_steps, timesteps),

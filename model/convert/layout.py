@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model.diffusion import DiffusionConfig, Table, cosine_betas, linear_betas
+from model.diffusion import TRAINED, DiffusionConfig
 from model.nn.config import UNetConfig
+from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
 
 Weights = dict[str, Tensor]
+
+HO: dict[str, Any] = {"norm_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0, "time_freq_shift": 1}
+"""The conventions of Ho et al.'s code, which projects after it have for granted."""
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -51,6 +54,7 @@ class Flags:
     schedule: str | None = None
     schedule_low: float | None = None  # of 1000 timesteps, as in training
     schedule_high: float | None = None
+    trained_betas: tuple[float, ...] = ()  # instead of a schedule
     prediction: str | None = None
     variance: str | None = None
     num_heads: int | None = None
@@ -59,6 +63,7 @@ class Flags:
     new_attention_order: bool = False
     rescale_timesteps: bool = False
     time_scale: float | None = None
+    time_theta: float | None = None  # of lucidrains' files: its sinusoidal_pos_emb_theta
     null_class: bool = False  # the last class means none
     norm: str | None = None  # of the original's files: with in they have tensors of the same names
     norm_groups: int | None = None
@@ -71,13 +76,32 @@ class Flags:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if v is not None and v is not False and v != ()}
 
+    def with_schedule(self) -> Flags:
+        """The same, with the T and schedule of `trained_betas`. Raises UnsupportedCheckpointError if others say it."""
+        if not self.trained_betas:
+            return self
+        for name in ("num_timesteps", "schedule", "schedule_low", "schedule_high"):
+            if getattr(self, name) is not None:
+                raise UnsupportedCheckpointError(f"--trained_betas say all of the schedule: leave out --{name}")
+        return replace(self, num_timesteps=len(self.trained_betas), schedule=TRAINED)
+
     def need(self, **defaults: Any) -> None:
         """Raises UnsupportedCheckpointError unless all are given; `defaults` are what their project has for them."""
-        if missing := [f"--{name} {written(value)}" for name, value in defaults.items() if getattr(self, name) is None]:
+        if self.schedule not in (None, "linear"):  # the others have no ends
+            defaults = {name: value for name, value in defaults.items() if not name.startswith("schedule_")}
+        if missing := [
+            f"--{name} {format_value(value)}" for name, value in defaults.items() if getattr(self, name) is None
+        ]:
             raise UnsupportedCheckpointError(
                 f"the file does not tell all that it needs: add {' '.join(missing)}, "
                 "or what it was trained with instead (these are its project's defaults)"
             )
+
+    def need_ends(self) -> None:
+        """Those of a linear schedule, of projects that do not scale it by 1000 / T. T and schedule are known."""
+        if self.schedule == "linear" and self.num_timesteps is not None and self.num_timesteps != 1000:
+            scale = self.num_timesteps / 1000
+            self.need(schedule_low=1e-4 * scale, schedule_high=0.02 * scale)
 
     def classes(self, rows: int | None) -> dict[str, Any]:
         """`num_classes` and `null_class` of a network whose table of classes has so many rows; None: no table."""
@@ -95,7 +119,7 @@ class Imported:
     """
 
     weights: Weights
-    unet: UNetConfig
+    unet: AnyConfig
     diffusion: DiffusionConfig
     origin: str
     assumed: tuple[str, ...] = ()
@@ -106,22 +130,27 @@ class Imported:
         """Raises UnsupportedCheckpointError for a flag that contradicts what was imported, or means nothing for it."""
         has = {f.name: getattr(part, f.name) for part in (self.unet, self.diffusion) for f in fields(part)}
         is_linear = self.diffusion.schedule == "linear"
+        if flags.variance == "learned_range" and not self.unet.learned_variance:
+            raise UnsupportedCheckpointError("--variance learned_range: its network does not say its variance")
         for name, value in flags.given().items():
             if name in self.used or name == "class_names":
                 continue
+            if name == "trained_betas" and value != has[name]:
+                raise UnsupportedCheckpointError("--trained_betas contradict the file, which has betas: leave them out")
             if name not in has or (name.startswith("schedule_") and not is_linear):
                 raise UnsupportedCheckpointError(f"--{name} means nothing for this file: leave it out")
             same = math.isclose(value, has[name], rel_tol=1e-4) if isinstance(value, float) else value == has[name]
             if not same:
+                given, found = format_value(value), format_value(has[name])
                 raise UnsupportedCheckpointError(
-                    f"--{name} {written(value)} contradicts the file, which has {written(has[name])}: leave it out"
+                    f"--{name} {given} contradicts the file, which has {found}: leave it out"
                 )
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """As on a command line."""
     if isinstance(value, tuple):
-        return ",".join(map(written, value))
+        return ",".join(map(format_value, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -168,11 +197,12 @@ def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
             f"{len(left)} tensors belong to no layer of such a network, {min(left)!r} among them"
         )
     for name, shape in expected.items():
-        result[name] = _float32(name, result[name], shape)
+        result[name] = as_float32(name, result[name], shape)
     return result
 
 
-def _float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def as_float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of ours. Raises UnsupportedCheckpointError unless it has this shape, and only finite numbers."""
     if not tensor.is_floating_point():
         raise UnsupportedCheckpointError(
             f"{name} is {str(tensor.dtype).removeprefix('torch.')} in the file, not floating point"
@@ -201,6 +231,15 @@ def checked_groups(config: UNetConfig, flags: Flags) -> UNetConfig:
             f"its channels do not divide into {config.norm_groups} groups: {how} it was trained with"
         )
     return config
+
+
+def checked_size(config: UNetConfig) -> UNetConfig:
+    """Raises UnsupportedCheckpointError where a network that pads nothing could not halve its images."""
+    if any(side % config.multiple for side in config.image_size):
+        raise UnsupportedCheckpointError(
+            f"--image_size {format_value(config.image_size)}: its levels need sides that {config.multiple} divides"
+        )
+    return checked_groups(config, Flags())
 
 
 def norm_groups(config: UNetConfig) -> set[int]:
@@ -252,26 +291,6 @@ def cosines_first(weight: Tensor) -> Tensor:
 
 def diffusion_by_flags(flags: Flags, **settings: Any) -> DiffusionConfig:
     """The diffusion that flags tell; `settings` are fields that they leave open."""
-    names = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "prediction", "variance")
+    names = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "trained_betas", "prediction", "variance")
     given = {name: value for name, value in flags.given().items() if name in names}
     return DiffusionConfig(**settings | given)
-
-
-PRECISION = {torch.float16: (2e-3, 6e-8), torch.bfloat16: (8e-3, 1e-9)}  # relative, absolute: of rounded betas
-
-
-def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: Any) -> DiffusionConfig:
-    """The diffusion whose beta schedule these betas [T] are, as rounded to `dtype`; `settings` are its other fields."""
-    if betas.ndim != 1 or not 2 <= len(betas) <= 100_000 or not np.all((betas > 0) & (betas <= 1)):
-        raise UnsupportedCheckpointError("its betas are not from 2 to 100000 numbers between 0 and 1")
-    steps = len(betas)
-    scale = 1000 / steps
-    rtol, atol = PRECISION.get(dtype, (1e-5, 1e-9))
-    if np.allclose(cosine_betas(steps), betas, rtol, atol):
-        return DiffusionConfig(steps, "cosine", **settings)
-    ends = [(1e-4, 0.02)]  # the usual ones, where they are meant
-    ends += [(float(f"{betas[0] / scale:.{n}g}"), float(f"{betas[-1] / scale:.{n}g}")) for n in (2, 3, 6)]
-    for low, high in ends:
-        if np.allclose(linear_betas(steps, low, high), betas, rtol, atol):
-            return DiffusionConfig(steps, "linear", low, high, **settings)
-    raise UnsupportedCheckpointError("its betas are neither a linear nor the cosine schedule")

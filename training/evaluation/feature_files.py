@@ -17,7 +17,7 @@ from model.atomic_write import atomic_write
 from training.data import Images
 from training.evaluation.feature_extractor import FeatureExtractor
 
-AT_ONCE = 500  # real images that the judge sees together
+BATCH_SIZE = 500  # real images in one call of the extractor
 
 
 class FeatureFile:
@@ -30,7 +30,7 @@ class FeatureFile:
     def __init__(self, out: Path, key: dict[str, Any], columns: int, batch_size: int) -> None:
         header = json.dumps(key | {"columns": columns}, sort_keys=True).encode() + b"\n"
         self.path = out.with_name(f"{out.stem}-{hashlib.sha256(header).hexdigest()[:12]}.features")
-        self.columns, self._begin = columns, len(header)
+        self.columns, self.begin = columns, len(header)
         if not self.path.exists() or self.path.stat().st_size < len(header):
             self.path.write_bytes(header)
         with self.path.open("rb") as file:
@@ -43,7 +43,7 @@ class FeatureFile:
 
     @property
     def _end(self) -> int:
-        return self._begin + 4 * self.columns * self.count
+        return self.begin + 4 * self.columns * self.count
 
     def append(self, rows: Tensor) -> None:
         """Adds rows [batch_size, columns]. Raises OSError where the file is not as this object left it."""
@@ -57,16 +57,16 @@ class FeatureFile:
     def read(self) -> Tensor:
         """All rows, float32 [count, columns]."""
         with self.path.open("rb") as file:
-            file.seek(self._begin)
+            file.seek(self.begin)
             rows = np.fromfile(file, "<f4", self.count * self.columns)
         return torch.from_numpy(rows.astype(np.float32, copy=False)).reshape(-1, self.columns)
 
 
 def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
-    """What the judge says of every image of a split: features and logits, float32 [N, F + K] on the CPU, in order.
+    """What the extractor makes of every image of a split: features and logits, float32 [N, F + K] on the CPU, in order.
 
-    It is kept in a file beside the judge's, one for each split: F + K numbers of four bytes for an image. Other images
-    have another file; another judge of that name, or device, or torch, writes over it. Where it cannot be written,
+    It is kept in a file beside the extractor's, one for each split: 4·(F + K) bytes for an image. Other images have
+    another file; another extractor of that name, or device, or torch, writes over it. Where it cannot be written,
     nothing is kept, and a line says so.
     """
     hashed = hashlib.sha256(str(tuple(images.images.shape)).encode())
@@ -75,7 +75,7 @@ def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
     path = extractor.path.with_name(f"{extractor.path.stem}-{digest[:12]}.real")
     shape = (len(images), extractor.size + len(extractor.class_names))
     key = {
-        "judge": extractor.sha256,
+        "extractor": extractor.sha256,
         "images": digest,
         "shape": shape,
         "torch": torch.__version__,
@@ -90,8 +90,8 @@ def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
                     return torch.from_numpy(kept.astype(np.float32, copy=False)).reshape(shape)
     except FileNotFoundError:
         pass
-    parts = images.images.split(AT_ONCE)
-    bar = tqdm(parts, desc="real images", unit_scale=AT_ONCE, unit="image", leave=False)
+    parts = images.images.split(BATCH_SIZE)
+    bar = tqdm(parts, desc="real images", unit_scale=BATCH_SIZE, unit="image", leave=False)
     rows = torch.cat([torch.cat(extractor.network.extract(part), dim=1).cpu() for part in bar])
     try:
         with atomic_write(path) as part:
