@@ -166,14 +166,14 @@ async def _tell_progress(models: ModelRegistry) -> None:
     """What happens between "running" and "ready", when it begins, now and then, and when it has ended."""
     started = time.monotonic()
     names = ", ".join(served.name for served in models)
-    log.info("warming up %s: tries batch sizes and measures them; until then requests are answered 503", names)
+    log.info("warming up %s: measuring batch sizes; requests get 503 until that ends", names)
     told = started
     while cold := next((served for served in models if not served.warm), None):
         await asyncio.sleep(WATCH_S)
         if time.monotonic() - told > PROGRESS_S:
             told = time.monotonic()
-            log.info("still warming up %s, for %.0f s now", cold.name, told - started)
-    log.info("takes requests, after %.1f s of warming up", time.monotonic() - started)
+            log.info("still warming up %s after %.0f s", cold.name, told - started)
+    log.info("ready for requests after %.1f s of warm-up", time.monotonic() - started)
 
 
 def log_device(asked: str, device: torch.device, runtime: str, threads: int) -> None:
@@ -186,6 +186,7 @@ def log_device(asked: str, device: torch.device, runtime: str, threads: int) -> 
 
 
 async def _watch(engine: Engine) -> None:
+    """By a clock: the engine's thread would have to tell the event loop of every step, and cannot while one hangs."""
     while engine.failure is None:
         engine.watch()
         await asyncio.sleep(WATCH_S)

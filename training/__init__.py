@@ -5,12 +5,13 @@
 - `sample`: checkpoint → a folder of PNGs
 - `evaluate`: checkpoint → Fréchet distance, precision, recall, copies
 - `classifier`: images → the network in whose features `evaluate` compares
+- `fit_sampler`: checkpoint → the same one with schedules of few steps that were learned for it
 - `model_card`: checkpoint → its model card
 - `export_checkpoint`: checkpoint → a smaller one, or one with other sampling defaults
 - `decay`: a run → a copy whose learning rate falls to 0
 
 The nouns are in `data`, `run` (a run's folder, options and records), `loop` (what a training step needs),
-`distillation`, `evaluation` and `cli`.
+`distillation`, `fitting`, `evaluation` and `cli`.
 """
 
 import os

@@ -47,13 +47,13 @@ def measured(device: Device, micro_batch_size: int = 8, kind: str = "cpu") -> tu
         (lambda rows: 0.003, "cuda", 32, (1024, 1024)),
     ],
 )
-def test_it_is_the_fewest_rows_that_run_about_as_fast_as_any_and_the_most_that_gain_something(
+def test_autotune_finds_the_target_and_the_largest_batch(
     curve: Callable[[int], float], kind: str, micro_batch_size: int, expected: tuple[int, int]
 ) -> None:
     assert measured(Device(curve), micro_batch_size, kind) == expected
 
 
-def test_a_disturbance_in_one_of_three_rounds_changes_nothing() -> None:
+def test_autotune_ignores_one_slow_round_of_three() -> None:
     turns: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
     disturbed = Device(lambda rows: 0.01 * rows * (9 if next(turns[rows]) == 2 and rows == 2 else 1))
     assert measured(disturbed) == (2, 4)

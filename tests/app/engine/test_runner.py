@@ -98,9 +98,7 @@ def test_a_step_that_raises_changes_nothing(
     assert all(s.step == step and torch.equal(s.x, x) for s, (step, x) in zip(samples, before, strict=True))  # type: ignore[arg-type]
 
 
-def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
-    checkpoint: Checkpoint, mixed: list[Request]
-) -> None:
+def test_non_finite_values_are_reported_for_their_sample_only(checkpoint: Checkpoint, mixed: list[Request]) -> None:
     runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
     samples = mixed[0].samples
     runner.init_latents(samples)
@@ -129,7 +127,7 @@ def both_runtimes() -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("runtime", "precision"), both_runtimes())
-def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
+def test_runtimes_and_precisions_are_batch_invariant(
     checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
 ) -> None:
     runner = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)
@@ -152,7 +150,7 @@ def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
 
 
 @pytest.mark.parametrize(("runtime", "precision"), both_runtimes())
-def test_runtimes_and_precisions_make_the_same_images_but_for_rounding(
+def test_runtimes_and_precisions_agree_up_to_rounding(
     checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
 ) -> None:
     runner = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)
