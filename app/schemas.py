@@ -199,6 +199,7 @@ _MadeWithSettings: Any = create_model("_MadeWithSettings", __base__=_Made, **REQ
 class GenerateResponse(_MadeWithSettings):
     """Response of POST /generate as application/json."""
 
+    nfe: int = Field(description="network rows that each image cost")
     images: list[GeneratedImage]
 
 
