@@ -29,12 +29,12 @@ def administrator(http: Request) -> None:
 
 Administrator = Depends(administrator)
 STATUSES = {
-    403: "the key has no right to it",
+    403: "the key is not an admin key",
     404: "no such model",
-    409: "another one is being loaded, or it is the default",
-    422: "malformed, or the file is not a checkpoint that can be served",
-    500: "the device does not run it",
-    507: "the device has not enough memory for it beside what is there",
+    409: "another checkpoint is loading, or this is the default",
+    422: "malformed, or the file is not a usable checkpoint",
+    500: "the device cannot run it",
+    507: "not enough device memory beside the served checkpoints",
 }
 CHANGES: dict[int | str, dict[str, object]] = {
     **{status: ERRORS[status] for status in (401, 408, 413, 415, 503)},

@@ -146,6 +146,7 @@ def test_a_class_can_be_named_or_numbered(client: TestClient, one: int | str, sa
 def test_headers_and_text_say_what_to_send_again(client: TestClient) -> None:
     first = generate(client, n=2, seed=5, index=3, class_label=BEETLE, sampler="ddim", steps=4, eta=0.123456789)
     told = {name.removeprefix("x-ddpm-"): unquote(v) for name, v in first.headers.items() if name.startswith("x-ddpm")}
+    assert told.pop("nfe") == "4"
     assert {name.replace("-", "_"): value for name, value in told.items()} == text_of(first.content)
     card = client.get("/models").json()["models"][0]
     assert (told["model"], told["checkpoint"]) == (card["name"], card["checkpoint"])

@@ -167,7 +167,7 @@ def test_a_long_warm_up_is_told_again_and_again(
     monkeypatch.setattr(main, "PROGRESS_S", 0.0)
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True):
-        wait_for(lambda: sum("still warming up grey, for " in message for message in caplog.messages) >= 2)
+        wait_for(lambda: sum("still warming up grey after " in message for message in caplog.messages) >= 2)
         assert any(message.startswith("warming up grey: ") for message in caplog.messages)
         held.warm.set()
-        wait_for(lambda: caplog.messages[-1].startswith("takes requests, after "))
+        wait_for(lambda: caplog.messages[-1].startswith("ready for requests after "))

@@ -85,7 +85,7 @@ def test_the_log_says_what_happens_until_it_is_ready(server: ServerProcess, grey
     running = next(message for message in messages if "running on" in message)
     assert running == f"ddpm-serve running on {server.url} (Ctrl-C ends it)"
     assert any(message.startswith(f"loaded {grey_checkpoint} in ") for message in messages)
-    wait_for(lambda: any(line["message"].startswith("takes requests, after ") for line in server.logs()))
+    wait_for(lambda: any(line["message"].startswith("ready for requests after ") for line in server.logs()))
     assert any(message.startswith("warming up grey: ") for message in messages)
 
 
