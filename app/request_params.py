@@ -59,6 +59,15 @@ class GenerationJob:
             **each_class,
         }
 
+    @property
+    def nfe(self) -> int:
+        """Network rows that each image costs (number of function evaluations)."""
+        return int(self.request.schedule.nfe.sum())
+
+    def headers(self) -> dict[str, str]:
+        """X-DDPM-… headers: what to send again, and what an image cost."""
+        return {**headers(self.provenance()), "X-DDPM-NFE": str(self.nfe)}
+
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""
         name = self.class_of(i)[1]
@@ -188,7 +197,8 @@ def shown_frames(asked: Sampling, steps: int) -> tuple[View, frozenset[int], int
     """What a client wants to see on the way: as x_t or x_0, after which steps, and how many frames may wait for it."""
     if isinstance(asked, SequenceQuery):
         shown = frame_steps(asked.frames, steps, asked.view)
-        return asked.view, shown, len(shown) if asked.format in ("gif", "webp") else 1  # a stream keeps the newest
+        keeps_all = asked.every_frame or asked.format in ("gif", "webp")
+        return asked.view, shown, len(shown) if keeps_all else 1
     partials = asked.partial_images if isinstance(asked, StreamedSampling) else 0
     return "x0" if partials else "xt", partial_steps(partials, steps), max(1, partials)
 

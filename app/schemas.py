@@ -134,6 +134,7 @@ class SequenceQuery(Sampling):
     frames: Annotated[int, Whole] = Field(20, ge=1, description="pictures on the way, spread evenly over the steps")
     view: Literal["xt", "x0"] = Field("xt", description="the noisy state, or the network's idea of the final image")
     format: Format | None = Field(None, description="left out, Accept decides")
+    every_frame: bool = Field(False, description="a stream skips no frame, however slowly it is read")
     columns: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="columns of the grid")
 
     def check(self, settings: Settings) -> None:
@@ -199,6 +200,7 @@ _MadeWithSettings: Any = create_model("_MadeWithSettings", __base__=_Made, **REQ
 class GenerateResponse(_MadeWithSettings):
     """Response of POST /generate as application/json."""
 
+    nfe: int = Field(description="network rows that each image cost")
     images: list[GeneratedImage]
 
 
@@ -227,6 +229,10 @@ class ModelCard(BaseModel):
         "row a step: another guidance_scale is refused; null for others"
     )
     fitted_steps: list[int] = Field(description="numbers of steps that sampler fitted takes here; others are refused")
+    plans: dict[str, dict[str, str | int | float]] = Field(
+        description="fast, balanced and exact: sampler, steps, guidance_scale, and nfe, an image's network rows; "
+        "{} without fitted tables"
+    )
     guidance: bool = Field(description="whether guidance_scale can be other than 1")
     limits: dict[str, int | float]
     provenance: dict[str, Any]

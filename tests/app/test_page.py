@@ -100,7 +100,7 @@ def test_the_slider_is_at_the_end_of_a_longer_second_run(page: Any, server: Serv
     page.fill("#steps", "9")
     page.click("#gallery li:nth-child(1) button")
     finished(page)
-    assert page.input_value("#scrub") == page.get_attribute("#scrub", "max")
+    assert (page.input_value("#scrub"), page.get_attribute("#scrub", "max")) == ("9", "9")
     assert page.inner_text("#count") == "step 9 of 9"
 
 
@@ -133,6 +133,15 @@ def test_what_is_copied_makes_the_same_image(page: Any, server: ServerProcess, t
     program = page.evaluate("navigator.clipboard.readText()") + '\nimage.save("by-python.png")'
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "by-python.png")), made)
+
+
+def test_the_image_address_copied_is_that_image(page: Any, server: ServerProcess) -> None:
+    page.goto(server.url + "/#seed=8&steps=2&image=1")
+    finished(page)
+    page.click("#copy_image")
+    response = server.client.get(page.evaluate("navigator.clipboard.readText()"), follow_redirects=True)
+    assert response.headers["content-type"] == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(response.content))), pixels(page, "#xt"))
 
 
 def test_samplers_are_compared_on_one_seed(page: Any, server: ServerProcess) -> None:
@@ -241,5 +250,24 @@ def test_a_key_is_asked_for_without_scolding(page: Any, grey_checkpoint: Path, t
         page.wait_for_selector("#form:not([hidden])")
         assert page.inner_text("#alert") == ""
         page.fill("#steps", "2")
+        page.click("#go")
+        page.wait_for_selector("text=Choose an image to see it large.")
+
+
+def test_the_page_offers_fitted_steps_by_name(page: Any, fitted_checkpoint: Path) -> None:
+    def controls() -> list[str]:
+        return [page.locator(f"#{name}").input_value() for name in ("plan", "sampler", "steps", "guidance")]
+
+    with ServerProcess("app", "--checkpoint", str(fitted_checkpoint)) as server:
+        page.goto(server.url)
+        page.wait_for_selector("#plans:not([hidden])")
+        assert controls() == ["fast", "fitted", "3", "1.5"]
+        page.select_option("#plan", "exact")
+        assert controls() == ["exact", "dpmpp_2m", "20", "1.5"]
+        page.fill("#guidance", "3")
+        page.press("#guidance", "Tab")
+        assert controls() == ["", "dpmpp_2m", "20", "3"]
+        page.select_option("#sampler", "fitted")
+        assert controls() == ["fast", "fitted", "3", "1.5"]
         page.click("#go")
         page.wait_for_selector("text=Choose an image to see it large.")
