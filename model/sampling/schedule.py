@@ -132,12 +132,13 @@ class SamplingSchedule:
     """A sampler made concrete for one request.
 
     `timesteps` int64 [S], descending, is what the network sees; `table` float64 [S, 10] holds the scalars of
-    `COEFFICIENTS`.
+    `COEFFICIENTS`. x begins as start[0] · reference + start[1] · noise: as noise alone, unless it begins midway.
     """
 
     sampler: str
     timesteps: Timesteps
     table: Table
+    start: tuple[float, float] = (0.0, 1.0)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -154,6 +155,7 @@ def make_schedule(
     steps: int,
     *,
     variance: str | None = None,
+    strength: float = 1.0,
     **settings: Any,
 ) -> SamplingSchedule:
     """The table of `sampler` over `steps` timesteps; `settings` are the other fields of `SamplingParams`.
@@ -165,7 +167,9 @@ def make_schedule(
     explodes before, unless ddpm takes all T steps. `variance` is ddpm's, the diffusion's own if None; fixed_large
     with fewer steps than T would leave noise in the image: it is refused, or, if not asked for here, replaced by
     fixed_small with a warning. With zero terminal SNR the first timestep must be the last of training (Lin et al.
-    2023, §3.3). Raises ValueError, InvalidSamplingParams where one number is at fault.
+    2023, §3.3). `strength` in (0, 1] is for an image to begin from: steps before the timestep nearest to that part of
+    T - 1 are left out, and multistep solvers begin there. Raises ValueError, InvalidSamplingParams where one number is
+    at fault.
     """
     params = SamplingParams(sampler, steps, **settings)
     params.check()
@@ -186,6 +190,13 @@ def make_schedule(
             "spacing",
             f"{params.spacing} starts at timestep {timesteps[0]}: zero terminal SNR needs {num_timesteps - 1}",
         )
+    start = (0.0, 1.0)
+    if not 0 < strength <= 1:
+        raise InvalidSamplingParams("strength", f"must be above 0 and at most 1, not {strength}")
+    if strength < 1:
+        timesteps = timesteps[np.abs(timesteps - strength * (diffusion.num_timesteps - 1)).argmin() :]
+        alpha_bar = float(diffusion.alphas_cumprod[timesteps[0]])
+        start = (math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
     low, high = params.guidance_interval
     p, q = diffusion.x0_coefficients(timesteps)
     place = timesteps / (diffusion.num_timesteps - 1)
@@ -203,7 +214,7 @@ def make_schedule(
         diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance)
     )
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
-    return SamplingSchedule(sampler, timesteps, table.astype(np.float64))
+    return SamplingSchedule(sampler, timesteps, table.astype(np.float64), start)
 
 
 def usable_variance(diffusion: GaussianDiffusion, steps: int) -> str:
