@@ -73,13 +73,13 @@ down:
 compose-test: $(VENV)/.test
 	$(BIN)/python -m tests.docker.compose $(ARGS)
 
-# Everything that may happen to a server, half an hour of it, ten minutes all together (MINUTES=60 for more); the report
-# is build/soak.md. ARGS: --help lists the parts and their numbers.
-stress: $(VENV)/.soak
-	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(ARGS)
+# Everything that may happen to a server: half an hour, ten minutes of it mixed load (MINUTES=60 for more); the report
+# is build/stress.md. ARGS: --help lists the parts and their numbers.
+stress: $(VENV)/.stress
+	$(BIN)/python -m tests.stress --minutes $(or $(MINUTES),10) $(ARGS)
 
-$(VENV)/.soak: $(VENV)/.test
-	$(BIN)/pip install -q -e ".[soak]"
+$(VENV)/.stress: $(VENV)/.test
+	$(BIN)/pip install -q -e ".[stress]"
 	@touch $@
 
 TOOLS := $(VENV)/tools

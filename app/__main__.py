@@ -7,6 +7,7 @@ from app.interruption import end_in_one_line
 if __name__ == "__main__":
     end_in_one_line("python -m app")  # importing the rest takes seconds
 
+import asyncio
 import functools
 import gc
 import logging
@@ -27,9 +28,9 @@ from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from app import logs
 from app.auth import APIKeyStore
-from app.connection import Connection, Limits
 from app.engine.memory import is_out_of_memory
 from app.engine.runner import ModelRunner
+from app.http_protocol import ConnectionLimits, HardenedHttpProtocol
 from app.listening import bind, complaint, url
 from app.main import MakeRunner, create_app, create_operations_app
 from app.routes.state import AppState
@@ -38,8 +39,8 @@ from app.tracing import Tracer
 
 log = logging.getLogger("ddpm.start")
 
-TWICE_S = 0.5  # signals this close are one: a terminal and what runs under it may both pass on a Ctrl-C
-GRACE_S = 5  # beyond the drain, for answers to reach their clients
+DUPLICATE_SIGNAL_S = 0.5  # signals this close are one: a terminal and what runs under it may both pass on a Ctrl-C
+SHUTDOWN_GRACE_S = 5  # beyond the drain, for answers to reach their clients
 
 
 class Server(uvicorn.Server):
@@ -52,18 +53,21 @@ class Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         service: AppState,
+        keys: APIKeyStore,
         tracer: Tracer | None,
         operations: uvicorn.Server | None = None,
         operations_sockets: Sequence[socket.socket] = (),
     ) -> None:
         super().__init__(config)
         self._operations_sockets = list(operations_sockets)
-        self._service, self._operations, self._tracer = service, operations, tracer
+        self._service, self._keys, self._operations, self._tracer = service, keys, operations, tracer
         self._signalled: float | None = None
         self._done = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen, on both ports. Raises SystemExit where another process was faster."""
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.request_reload)
         settings = self._service.settings
         host, port, prefix = settings.host, settings.port, ""
         try:
@@ -81,6 +85,11 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
             sys.exit(1)
 
+    def request_reload(self) -> None:
+        """SIGHUP: the files of keys and checkpoints are read again."""
+        self._keys.request_reload()
+        self._service.models.request_reload()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends when all connections have, or their time is up."""
         await super().shutdown(sockets)
@@ -92,7 +101,7 @@ class Server(uvicorn.Server):
         """Whether to shut down, asked ten times a second: also where the engine has failed for good."""
         if self._service.engine.failure is None:
             return await super().on_tick(counter)
-        self.config.timeout_graceful_shutdown = GRACE_S  # everyone is answered; there is no work to wait for
+        self.config.timeout_graceful_shutdown = SHUTDOWN_GRACE_S  # everyone is answered; there is no work to wait for
         return True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -100,14 +109,14 @@ class Server(uvicorn.Server):
         ends the process at once."""
         if self._done:  # uvicorn raises the signal again
             return
-        if self._signalled is not None and time.monotonic() - self._signalled > TWICE_S:
-            end(self._tracer, 128 + sig)
+        if self._signalled is not None and time.monotonic() - self._signalled > DUPLICATE_SIGNAL_S:
+            exit_now(self._tracer, 128 + sig)
         self._signalled = self._signalled or time.monotonic()
         self._service.engine.drain(self._service.settings.drain_s)
         super().handle_exit(sig, frame)
 
 
-def end(tracer: Tracer | None, code: int) -> NoReturn:
+def exit_now(tracer: Tracer | None, code: int) -> NoReturn:
     """Ends the process whatever hangs in it, at once but for the spans that have to be sent."""
     if tracer:
         tracer.flush()
@@ -115,14 +124,14 @@ def end(tracer: Tracer | None, code: int) -> NoReturn:
 
 
 def _config(app: FastAPI, settings: Settings, host: str, port: int) -> uvicorn.Config:
-    limits = Limits(
+    limits = ConnectionLimits(
         settings.max_connections, settings.max_header_bytes, settings.read_timeout_s, settings.write_timeout_s
     )
     return uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=functools.partial(Connection, limits),  # type: ignore[arg-type]
+        http=functools.partial(HardenedHttpProtocol, limits),  # type: ignore[arg-type]
         ws="none",
         workers=1,
         proxy_headers=bool(settings.trusted_proxies),  # uvicorn's own default believes whatever comes from localhost
@@ -131,7 +140,7 @@ def _config(app: FastAPI, settings: Settings, host: str, port: int) -> uvicorn.C
         access_log=False,
         server_header=False,
         timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # it goes to `call_later`
-        timeout_graceful_shutdown=math.ceil(settings.drain_s) + GRACE_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s) + SHUTDOWN_GRACE_S,
     )
 
 
@@ -188,13 +197,10 @@ def serve(settings: Settings, make_runner: MakeRunner = ModelRunner) -> None:
             _config(create_operations_app(app.state.service), settings, settings.metrics_host, settings.metrics_port)
         )
     config = _config(app, settings, settings.host, settings.port)
-    server = Server(config, app.state.service, app.state.tracer, operations, operations_sockets)
-
-    def look_again(sig: int, frame: FrameType | None) -> None:
-        keys.stale = app.state.service.models.stale = True
+    server = Server(config, app.state.service, keys, app.state.tracer, operations, operations_sockets)
 
     if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.signal(signal.SIGHUP, look_again)
+        signal.signal(signal.SIGHUP, lambda *_: server.request_reload())  # until `Server.startup`, which has a loop
     # uvicorn puts its own handlers in place when it runs, and raises the signal again when it has shut down; a
     # drained server has nothing to die of.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -203,7 +209,9 @@ def serve(settings: Settings, make_runner: MakeRunner = ModelRunner) -> None:
     if failure := app.state.service.engine.failure:
         log.critical("fatal error, exiting for restart: %s", failure)
         logging.shutdown()
-        end(app.state.tracer, 1)  # the engine's thread may hang in the device's driver, which an orderly end waits for
+        exit_now(
+            app.state.tracer, 1
+        )  # in good order it would wait for the engine's thread, which may hang in the driver
 
 
 if __name__ == "__main__":

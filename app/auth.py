@@ -23,6 +23,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ class Key:
     admin: bool = False
 
 
-class Usage:
+class RateLimiter:
     """What one name has used: a bucket that holds a minute's requests and fills evenly, and what is under way."""
 
     def __init__(self, now: float) -> None:
         self.spent, self.since, self.running = 0.0, now, 0
 
-    def take(self, key: Key, now: float) -> None:
+    def acquire(self, key: Key, now: float) -> None:
         """Counts one request in. Raises Overloaded, and counts nothing, where a limit is passed."""
         if key.concurrent and self.running >= key.concurrent:
             raise Overloaded(f"this key may have {key.concurrent} requests under way at once", retry_after=1)
@@ -82,13 +83,13 @@ class APIKeyStore:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
         self._path = Path(settings.api_keys_file) if settings.api_keys_file else None
-        self._usage: dict[str, Usage] = {}
+        self._usage: dict[str, RateLimiter] = {}
         self._keys: tuple[Key, ...] = ()
         self._stamp: object = None
-        self.stale = False  # set by a signal handler: read the file again, changed or not
+        self._reload_requested = asyncio.Event()
         self.required = bool(self._path or settings.api_keys.get_secret_value().strip())
         if self.required:
-            self._stamp = self._look()
+            self._stamp = self._file_stamp()
             self._keys = self._read()
 
     @property
@@ -125,24 +126,31 @@ class APIKeyStore:
             raise Unauthorized("no such key", rejected=True)
         return key
 
-    def admit(self, key: Key) -> Usage:
+    def admit(self, key: Key) -> RateLimiter:
         """Counts a request in; the caller counts it out, by `running -= 1`. Raises Overloaded beyond a limit."""
-        usage = self._usage.setdefault(key.name, Usage(self._clock()))
-        usage.take(key, self._clock())
+        usage = self._usage.setdefault(key.name, RateLimiter(self._clock()))
+        usage.acquire(key, self._clock())
         return usage
 
     async def watch(self) -> None:
-        """Reads the file again whenever it changed. A wrong one changes nothing, and is logged."""
+        """Reads the file again when it has changed or `request_reload` was called. A wrong one is logged and changes
+        nothing. Python is told of no change to a file, so this looks at its stamp every RELOAD_S."""
         while self._path:
-            await asyncio.sleep(RELOAD_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._reload_requested.wait(), RELOAD_S)
             self.refresh()
 
+    def request_reload(self) -> None:
+        """`watch` reads the file again now, changed or not. For a signal handler."""
+        self._reload_requested.set()
+
     def refresh(self) -> None:
-        """Reads the file again if it changed or `stale` is set. Usage is kept by name, across versions of the file."""
-        stamp = self._look()
-        if stamp == self._stamp and not self.stale:
+        """Reads the file again if it changed or that was requested. Usage is kept by name, across versions of it."""
+        stamp = self._file_stamp()
+        if stamp == self._stamp and not self._reload_requested.is_set():
             return
-        self._stamp, self.stale = stamp, False
+        self._stamp = stamp
+        self._reload_requested.clear()
         try:
             self._keys = self._read()
         except ValueError as error:
@@ -153,7 +161,7 @@ class APIKeyStore:
                 del self._usage[name]
         log.info("keys reloaded", extra={"keys": self.names})
 
-    def _look(self) -> object:
+    def _file_stamp(self) -> object:
         """Something that changes when the file does; None where there is none."""
         try:
             stat = self._path.stat() if self._path else None

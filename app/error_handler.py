@@ -19,6 +19,7 @@ from app.errors import (
     ServiceError,
 )
 from app.openapi import fields
+from app.request_context import context_of
 from app.validation import explain
 
 HTTP_ERRORS: dict[int, type[ServiceError]] = {400: BadRequest, 408: RequestTimeout, 413: BodyTooLarge}
@@ -32,10 +33,11 @@ def handle_errors(app: FastAPI) -> None:
 
 async def _answer(request: Request, exception: Exception) -> JSONResponse:
     error, extra = _service_error(request, exception)
-    request.state.outcome = error.code
+    context = context_of(request.scope)
+    context.outcome = error.code
     extra |= error.headers()
     if type(error) is ServiceError:  # an unforeseen exception is answered outside of all middleware
-        extra |= {"X-Request-Id": request.state.request_id, **request.app.state.headers}
+        extra |= {"X-Request-Id": context.request_id, **request.app.state.headers}
     return JSONResponse(error.body(), error.status, headers=extra)
 
 

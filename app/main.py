@@ -67,8 +67,8 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     precision = best_precision(device) if settings.precision == "auto" else settings.precision
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
-        chunk = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device)
-        runner = make_runner(checkpoint, device, chunk, threads, runtime, precision)
+        micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device)
+        runner = make_runner(checkpoint, device, micro_batch_size, threads, runtime, precision)
         return ModelInstance(checkpoint, runner, settings.max_batch_size)
 
     metrics = Metrics()

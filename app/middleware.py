@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.auth import APIKeyStore
 from app.errors import ServiceError
 from app.metrics import Metrics
+from app.request_context import context_of
 
 log = logging.getLogger("ddpm.request")
 
@@ -26,8 +27,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestLogMiddleware:
     """Gives every request an id (a client's own X-Request-Id, if it is a plain one), logs it, and counts it.
 
-    Handlers leave an error's code in `scope["state"]["outcome"]`; a stream may do so after its status was sent. They
-    leave the checkpoint's name in `scope["state"]["model"]`.
+    What it says about the request stands in its `RequestContext`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
@@ -40,8 +40,8 @@ class RequestLogMiddleware:
         started = time.perf_counter()
         offered = Headers(scope=scope).get("x-request-id", "")
         request_id = offered if _REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state["request_id"], state["outcome"], state["model"] = request_id, "ok", ""
+        context = context_of(scope)
+        context.request_id = request_id
         status = 0
         sent = 0
 
@@ -57,19 +57,19 @@ class RequestLogMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except BaseException:
-            state["outcome"] = "internal_error" if state["outcome"] == "ok" else state["outcome"]
+            context.outcome = "internal_error" if context.outcome == "ok" else context.outcome
             status = status or 500  # which Starlette sends, outside of this
             raise
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"  # where it was refused before its route
             endpoint = getattr(scope.get("route"), "path", path)
             seconds = time.perf_counter() - started
-            labels = endpoint, state["model"], state["outcome"]
+            labels = endpoint, context.model, context.outcome
             self.metrics.requests.labels(*labels).inc()
             self.metrics.request_latency.labels(*labels).observe(seconds)
-            if "key" in state:
-                self.metrics.key_requests.labels(state["key"], state["outcome"]).inc()
-            quiet = scope["path"] in PROBED and state["outcome"] in ("ok", "not_ready")
+            if context.key:
+                self.metrics.key_requests.labels(context.key.name, context.outcome).inc()
+            quiet = scope["path"] in PROBED and context.outcome in ("ok", "not_ready")
             log.log(
                 logging.DEBUG if quiet else logging.INFO,
                 "request",
@@ -78,37 +78,36 @@ class RequestLogMiddleware:
                     "method": scope["method"],
                     "path": scope["path"],
                     "status": status,
-                    "outcome": state["outcome"],
+                    "outcome": context.outcome,
                     "seconds": round(seconds, 4),
                     "bytes": sent,
                     "client": (scope.get("client") or ["-"])[0],
-                    **({"key": state["key"]} if "key" in state else {}),
-                    **state.get("log", {}),
+                    **({"key": context.key.name} if context.key else {}),
+                    **context.job_fields(),
                 },
             )
 
 
-OPEN = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz", "/health"})
+PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz", "/health"})
 """Paths that need no key: what tells nothing that is not in the sources, and what probes ask."""
 
 
 class AuthMiddleware:
-    """Lets nobody without a key beyond OPEN, and no key beyond its limits. What it refuses reaches no handler."""
+    """Lets nobody without a key beyond PUBLIC_PATHS, and no key beyond its limits. No handler sees what it refuses."""
 
     def __init__(self, app: ASGIApp, keys: APIKeyStore) -> None:
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in OPEN:
+        if scope["type"] == "lifespan" or scope["path"] in PUBLIC_PATHS:
             await self.app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
+        context = context_of(scope)
         try:
-            key = self.keys.authenticate(scope["headers"])
-            state["key"], state["admin"] = key.name, key.admin
+            context.key = key = self.keys.authenticate(scope["headers"])
             usage = self.keys.admit(key)
         except ServiceError as error:
-            state["outcome"] = error.code
+            context.outcome = error.code
             await JSONResponse(error.body(), error.status, headers=error.headers())(scope, receive, send)
             return
         try:
@@ -158,7 +157,8 @@ class TrailingSlashMiddleware:
 
 
 class HeadAsGetMiddleware:
-    """Answers HEAD as GET without the body (RFC 9110, 9.3.2). A handler that would work for it asks `is_head`."""
+    """Answers HEAD as GET without the body (RFC 9110, 9.3.2). A handler that would work for it asks
+    `RequestContext.is_head`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -167,7 +167,7 @@ class HeadAsGetMiddleware:
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self.app(scope, receive, send)
             return
-        scope.setdefault("state", {})["head"] = True
+        context_of(scope).is_head = True
         as_get = {**scope, "method": "GET"}
 
         async def send_head(message: Message) -> None:

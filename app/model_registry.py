@@ -23,8 +23,6 @@ from model.checkpoint import Checkpoint, CheckpointError
 
 log = logging.getLogger("ddpm.models")
 
-LOOK_S = 0.25  # between looks at what a signal asked for
-
 
 class ModelRegistry:
     """Used on the event loop only. A new checkpoint is read and packed by a thread for that, is warmed up by the
@@ -43,7 +41,7 @@ class ModelRegistry:
         self._served: dict[str, ModelInstance] = {}
         self._files: dict[str, Path] = {}
         self.loading: str | None = None  # its name
-        self.stale = False  # set by a signal handler: look at all files again
+        self._reload_requested = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
         # OpenMP keeps a team for every thread that used it, which would hinder the engine's: see `create_app`. This
         # sets the thread's own number, and that of threads to come; the engine's stays as it is.
@@ -89,16 +87,19 @@ class ModelRegistry:
                     with suppress(ServiceError):
                         await self._load(name, self._file(name))
 
+    def request_reload(self) -> None:
+        """`watch` reloads soon. For a signal handler."""
+        self._reload_requested.set()
+
     async def watch(self) -> None:
-        """Reloads whenever `stale` is set."""
+        """Reloads whenever it is requested."""
         while True:
-            await asyncio.sleep(LOOK_S)
-            if self.stale:
-                self.stale = False
-                try:
-                    await self.reload()
-                except Exception:
-                    log.exception("models not reloaded")
+            await self._reload_requested.wait()
+            self._reload_requested.clear()
+            try:
+                await self.reload()
+            except Exception:
+                log.exception("models not reloaded")
 
     def remove(self, name: str) -> None:
         """Raises ModelNotFound, or ModelConflict for the default and for one that is being loaded."""
@@ -108,7 +109,7 @@ class ModelRegistry:
         if self.loading == name:
             raise ModelConflict(f"{name} is being loaded; try again when it is done", retry_after=5)
         del self._served[name]
-        self._leave(served)
+        self._unload(served)
         log.info("model removed", extra={"model": name, "sha256": served.sha256})
 
     def close(self) -> None:
@@ -137,7 +138,7 @@ class ModelRegistry:
             return old, known
         self._served[name] = new  # an old one keeps its place, and so the default stays the default
         if old is not None:
-            self._leave(old)
+            self._unload(old)
         self._declare(new)
         return new, known
 
@@ -184,6 +185,6 @@ class ModelRegistry:
         self._metrics.engine.init_labels(served.name)
         self._metrics.init_labels(served.name, served.sha256, **served.runs_on)
 
-    def _leave(self, served: ModelInstance) -> None:
+    def _unload(self, served: ModelInstance) -> None:
         self._metrics.remove_labels(served.name, served.sha256, **served.runs_on)
         self._engine.unload_model(served)

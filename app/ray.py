@@ -30,7 +30,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import checkpoints, logs
-from app.__main__ import GRACE_S, end, read_settings
+from app.__main__ import SHUTDOWN_GRACE_S, exit_now, read_settings
 from app.engine.engine import Engine
 from app.main import create_app
 from app.settings import Settings, default_variables
@@ -117,7 +117,7 @@ class Replica:
         """Raises RuntimeError where /readyz would say no. The first call, a part of the start, waits to be warm."""
         if failure := self._engine.failure:
             log.critical("fatal error, exiting for restart: %s", failure)
-            end(self.app.state.tracer, 1)  # Ray has a new one sooner than after three such checks
+            exit_now(self.app.state.tracer, 1)  # Ray has a new one sooner than after three such checks
         until = time.monotonic() + (0 if self._was_ready else WARM_UP_S)
         while (reason := self._engine.unready_reason) and time.monotonic() < until:  # noqa: ASYNC110  it is a thread
             await asyncio.sleep(0.05)
@@ -139,7 +139,7 @@ class Replica:
         """Takes no more work, and returns when the admitted work is answered."""
         self._draining = True
         self._engine.drain(seconds)
-        await asyncio.to_thread(self._engine.join, seconds + GRACE_S)
+        await asyncio.to_thread(self._engine.join, seconds + SHUTDOWN_GRACE_S)
 
     @property
     def _engine(self) -> Engine:
@@ -170,7 +170,7 @@ def application(settings: RaySettings, gpus: float, max_replicas: int) -> Any:
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=10,
         # A replica that autoscaling takes away may finish everything it has.
-        graceful_shutdown_timeout_s=settings.max_timeout_s + DEREGISTER_S + GRACE_S,
+        graceful_shutdown_timeout_s=settings.max_timeout_s + DEREGISTER_S + SHUTDOWN_GRACE_S,
         graceful_shutdown_wait_loop_s=0.5,
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
@@ -187,7 +187,7 @@ def application(settings: RaySettings, gpus: float, max_replicas: int) -> Any:
     return deployment(serve.ingress(build)(Replica)).bind()
 
 
-def shares(settings: RaySettings, resources: dict[str, float]) -> tuple[float, int]:
+def plan_replicas(settings: RaySettings, resources: dict[str, float]) -> tuple[float, int]:
     """GPUs of a replica, and how many replicas there may be. Raises ValueError where not even the least fit."""
     gpus = settings.replica_gpus
     if gpus is None:
@@ -255,7 +255,7 @@ def main(argv: list[str]) -> None:
         for source in checkpoints.parse(settings.checkpoint):  # a wrong one is told here, and not by every replica
             checkpoints.load(source)
         ray.init(settings.ray_address or None, runtime_env={"env_vars": variables}, include_dashboard=False)
-        gpus, most = shares(settings, ray.cluster_resources())
+        gpus, most = plan_replicas(settings, ray.cluster_resources())
     except (ValueError, ConnectionError) as error:
         sys.exit(f"python -m app.ray: {error}")
 
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         quiet = {"enable_access_log": False}  # the application has a line for every request, and a better one
         handle = serve.run(application(settings, gpus, most), name=NAME, logging_config=quiet)
-        found = discovery(settings.host, settings.discovery_port, lambda: ask(handle, "metrics_address"))
+        found = discovery(settings.host, settings.discovery_port, lambda: broadcast(handle, "metrics_address"))
         places = {
             "url": f"http://{settings.host}:{settings.port}",
             "targets": f"http://{settings.host}:{found.server_port}/targets",
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> None:
         log.info("serving", extra={**places, "replicas": f"{settings.min_replicas} to {most}"})
         stop.wait()
         log.info("draining")
-        ask(handle, "drain", settings.drain_s, patience_s=settings.drain_s + 2 * GRACE_S)
+        broadcast(handle, "drain", settings.drain_s, patience_s=settings.drain_s + 2 * SHUTDOWN_GRACE_S)
         found.shutdown()
     except Exception as error:
         log.exception("Ray Serve failed")
@@ -284,7 +284,7 @@ def main(argv: list[str]) -> None:
         ray.shutdown()
 
 
-def ask(handle: Any, method: str, *args: object, patience_s: float = 5) -> list[Any]:
+def broadcast(handle: Any, method: str, *args: object, patience_s: float = 5) -> list[Any]:
     """What each replica answers, but for those that cannot just now: one may have died a moment ago."""
     answers = handle.broadcast(method, *args).results(timeout_s=patience_s, return_exceptions=True)
     return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -9,7 +9,7 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import numpy as np
@@ -133,15 +133,9 @@ def build_request(
 def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
     """The checkpoint's settings with what a client asked for in their place. Raises InvalidRequest."""
     try:
-        sampling = config.sampling.with_overrides(config.diffusion.num_timesteps, **asked.overrides())
+        return config.sampling_params(settings.max_steps, **asked.overrides())  # asked.check has refused more
     except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
-    if sampling.guidance_scale != 1 and not config.unet.null_class:
-        raise InvalidRequest(
-            "this checkpoint was trained without a null class: guidance_scale must be 1",
-            param="guidance_scale",
-        )
-    return replace(sampling, steps=min(sampling.steps, settings.max_steps))  # asked.check has refused more
 
 
 def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:

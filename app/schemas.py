@@ -189,6 +189,7 @@ class ModelCard(BaseModel):
     samplers: list[str]
     defaults: dict[str, Any] = Field(description="sampler, steps, eta, … when a request does not say")
     default_steps: dict[str, int] = Field(description="by sampler, when a request names it without steps")
+    fitted_steps: list[int] = Field(description="numbers of steps that sampler fitted takes here; others are refused")
     limits: dict[str, int | float]
     provenance: dict[str, Any]
 

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.middleware import PROBED
+from app.request_context import context_of
 from app.request_params import GenerationJob
 
 SEND_S = 3.0  # in which a collector has to take what is sent
@@ -44,20 +45,20 @@ class Tracer:
         """The spans of a request that has just ended. `started` is in seconds of `time.monotonic`."""
         trace, ended = self._trace, time.monotonic()
         offset = time.time_ns() - time.monotonic_ns()
-        state = scope["state"]
+        context = context_of(scope)
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         route = getattr(scope.get("route"), "path", None)
         attributes: dict[str, Any] = {
             "http.request.method": scope["method"],
             "http.response.status_code": status,
-            "ddpm.outcome": state["outcome"],
-            "ddpm.request_id": state["request_id"],
+            "ddpm.outcome": context.outcome,
+            "ddpm.request_id": context.request_id,
         }
         if route:
             attributes["http.route"] = route
-        job: GenerationJob | None = state.get("job")
+        job = context.job if context.admitted else None
         if job is not None:
-            attributes |= {"ddpm.model": job.request.model} | {f"ddpm.{k}": v for k, v in state["log"].items()}
+            attributes |= {"ddpm.model": job.request.model} | {f"ddpm.{k}": v for k, v in context.job_fields().items()}
 
         def ns(seconds: float) -> int:
             return offset + int(seconds * 1e9)
@@ -69,8 +70,8 @@ class Tracer:
             start_time=ns(started),
             attributes=attributes,
         )
-        if status >= 500 or (status == 200 and state["outcome"] != "ok"):  # a stream fails after its status
-            root.set_status(trace.StatusCode.ERROR, state["outcome"])
+        if status >= 500 or (status == 200 and context.outcome != "ok"):  # a stream fails after its status
+            root.set_status(trace.StatusCode.ERROR, context.outcome)
         inside = trace.set_span_in_context(root)
         for name, begin, end in [] if job is None else _parts(job, ended):
             self._tracer.start_span(name, context=inside, start_time=ns(begin)).end(ns(end))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,21 @@ from torch import Tensor
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
-from model.safetensors_io import not_data, write_tensors
-from model.sampling.schedule import SamplingParams, make_schedule
+from model.safetensors_io import hash_tensors, not_data, private_copy, write_tensors
+from model.sampling.fitted import FittedTable, FittedTableError, resolve, table_of, weights_digest
+from model.sampling.schedule import (
+    DEFAULT_STEPS,
+    FITTED,
+    InvalidSamplingParams,
+    SamplingParams,
+    SamplingSchedule,
+    make_schedule,
+)
 
 FORMAT = "ddpm-serve/1"
 PRETRAINED = Path(__file__).parent / "pretrained"
+SOLVER = "dpmpp_2m"  # of a request that a checkpoint's fitted tables have nothing for
+CHANGED = "the file changed while it was read"  # or the weights could be of one file and the hash of another
 CHECKSUMS_FILE = "SHA256SUMS"  # beside the bundled checkpoints: what `sha256sum` says of them
 
 
@@ -40,7 +51,7 @@ class CheckpointConfig:
     """What a checkpoint knows about itself besides its weights.
 
     `class_names` has one name per class (empty for an unconditional network). `provenance` is for people:
-    data set, steps, metrics, command, git revision, …
+    data set, steps, metrics, command, git revision, … `fitted` are tables that were learned for these weights.
     """
 
     unet: UNetConfig
@@ -48,20 +59,78 @@ class CheckpointConfig:
     class_names: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     provenance: dict[str, Any] = field(default_factory=dict)
+    fitted: tuple[FittedTable, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.class_names) != (self.unet.num_classes or 0):
             raise ValueError(f"{len(self.class_names)} class names for {self.unet.num_classes or 0} classes")
         if self.unet.learned_variance != (self.diffusion.variance == "learned_range"):
             raise ValueError("variance learned_range and a network with learned_variance belong together")
+        for table in self.fitted:
+            table.check(self.diffusion.num_timesteps, self.unet.null_class, self.unet.time_table > 0)
+        if len({(table.steps, *table.fitted_to.values()) for table in self.fitted}) < len(self.fitted):
+            raise FittedTableError("two fitted tables are for the same settings")
         # What a request gets that says nothing must be possible: ValueError where it is not.
-        make_schedule(GaussianDiffusion(self.diffusion), **asdict(self.sampling))
+        self.schedule(self.sampling)
         if self.sampling.guidance_scale != 1 and not self.unet.null_class:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
 
+    def schedule(
+        self, params: SamplingParams, variance: str | None = None, diffusion: GaussianDiffusion | None = None
+    ) -> SamplingSchedule:
+        """The schedule of such settings, by `make_schedule` or of a fitted table. `diffusion` is the checkpoint's own,
+        where somebody has it.
+
+        Raises what `make_schedule` does, InvalidSamplingParams where there is no such table.
+        """
+        if params.sampler == FITTED:
+            return table_of(self.fitted, params).schedule()
+        return make_schedule(diffusion or GaussianDiffusion(self.diffusion), variance=variance, **vars(params))
+
+    def sampling_params(self, max_steps: int | None = None, **given: Any) -> SamplingParams:
+        """The checkpoint's settings with what somebody asked for in their place; None is not asked for.
+
+        Where the default is a fitted table and there is none for what was asked, with no sampler named, it is
+        `SOLVER`. Steps that were not asked for are at most `max_steps`. Raises InvalidSamplingParams where settings
+        contradict each other or this checkpoint.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        params = self._overridden(max_steps, given)
+        if params.guidance_scale != 1 and not self.unet.null_class:
+            raise InvalidSamplingParams(
+                "guidance_scale", "must be 1: the checkpoint has no null class to guide away from"
+            )
+        if max_steps is None or "steps" in given or params.sampler == FITTED:
+            return params
+        return replace(params, steps=min(params.steps, max_steps))
+
+    def _overridden(self, max_steps: int | None, given: Mapping[str, Any]) -> SamplingParams:
+        timesteps = self.diffusion.num_timesteps
+        if given.get("sampler", self.sampling.sampler) != FITTED:
+            return self.sampling.with_overrides(timesteps, **given)
+        tables = [table for table in self.fitted if max_steps is None or table.steps <= max_steps]
+        try:
+            return resolve(tables, self.sampling, given)
+        except InvalidSamplingParams:
+            if "sampler" in given:
+                raise
+        own = {"sampler": SOLVER, "spacing": self.sampling.spacing}
+        return self.sampling.with_overrides(timesteps, **own | dict(given))
+
+    def without_tables(self) -> CheckpointConfig:
+        """For other weights: without fitted tables, and with `SOLVER` where they were the default."""
+        sampling = self.sampling
+        if sampling.sampler == FITTED:
+            steps = min(DEFAULT_STEPS[SOLVER], self.diffusion.num_timesteps)
+            sampling = replace(sampling, sampler=SOLVER, steps=steps)
+        return replace(self, sampling=sampling, fitted=())
+
     def to_json(self) -> str:
         """What the file's metadata holds; `from_json` reads it."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
+        data = {"format": FORMAT, **asdict(self)}
+        if not self.fitted:
+            del data["fitted"]
+        return json.dumps(data, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointConfig:
@@ -79,6 +148,7 @@ class CheckpointConfig:
             class_names=tuple(str(name) for name in data["class_names"]),
             sampling=SamplingParams(**data["sampling"]),
             provenance=dict(data["provenance"]),
+            fitted=tuple(FittedTable.from_json(table) for table in data.get("fitted", ())),
         )
 
 
@@ -98,7 +168,11 @@ class Checkpoint:
 
 
 def save(path: str | Path, weights: dict[str, Tensor], config: CheckpointConfig) -> None:
-    """Writes a U-Net's state dict and its `config` atomically: a reader sees the old file or the new."""
+    """Writes a U-Net's state dict and its `config` atomically: a reader sees the old file or the new.
+
+    Raises FittedTableError where the config has tables that were fitted to other weights.
+    """
+    _check_tables(config, weights)
     data = json.loads(config.to_json())
     data["sha256"] = _digest(data, weights)
     write_tensors(Path(path), weights, {"ddpm": json.dumps(data, ensure_ascii=False)})
@@ -137,18 +211,20 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
                 network = UNet(config.unet)
             names = file.keys()
             _check_shapes(network, {name: tuple(file.get_slice(name).get_shape()) for name in names})
-            tensors = {name: file.get_tensor(name) for name in names}  # mapped, and not in memory yet
+        with private_copy(path) as (copy, sha256), safe_open(copy, framework="pt", device="cpu") as file:
+            if (file.metadata() or {}).get("ddpm") != metadata or file.keys() != names:
+                raise CheckpointError(CHANGED)
+            tensors = {name: file.get_tensor(name) for name in names}  # mapped, and not copied yet
             data = json.loads(metadata)
             if "sha256" in data and data["sha256"] != _digest(data, tensors):
                 raise CheckpointError("the file is damaged: its contents are not those that it was saved with")
+            _check_tables(config, tensors)
             weights = {name: _float32(name, tensor) for name, tensor in tensors.items()}
-        with path.open("rb") as content:
-            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        if _stamp(path) != before:  # or the weights could be of one file and the hash of another
-            raise CheckpointError("the file changed while it was read")
+        if _stamp(path) != before:
+            raise CheckpointError(CHANGED)
         if _shipped(path) not in (None, sha256):
             raise CheckpointError(f"the file is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE} beside it")
-    except CheckpointError as error:
+    except (CheckpointError, FittedTableError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     except SafetensorError as error:  # in whose words nothing helps
         raise CheckpointError(f"{path} is not a readable safetensors file, or is damaged") from error
@@ -168,11 +244,13 @@ def _digest(data: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """
     rest = {key: value for key, value in data.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        digest.update(json.dumps([name, kind, list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    hash_tensors(digest, tensors)
     return digest.hexdigest()
+
+
+def _check_tables(config: CheckpointConfig, tensors: Mapping[str, Tensor]) -> None:
+    if config.fitted and {table.weights for table in config.fitted} != {weights_digest(tensors)}:
+        raise FittedTableError("its fitted tables are not of these weights: fit them again, or leave them out")
 
 
 def _shipped(path: Path) -> str | None:

@@ -25,7 +25,7 @@ from typing import TextIO
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ["torch", "app.main", "app.connection", "app.tracing", "uvicorn.lifespan.on", "uvicorn.loops.auto"]
+IMPORTED = ["torch", "app.main", "app.http_protocol", "app.tracing", "uvicorn.lifespan.on", "uvicorn.loops.auto"]
 IMPORTED += ["training.train", "matplotlib.pyplot", "torch._dynamo"]  # but no `__main__`: that is what runs
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read when the libraries are loaded
 

@@ -10,7 +10,6 @@ given.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -163,7 +162,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "plan": hashlib.sha256(schedule.timesteps.tobytes() + schedule.table.tobytes()).hexdigest(),
+        "plan": schedule.digest(),
     }
     key = {"checkpoint": source.sha256, "features": extractor.sha256, **how}
     network = compile_for_inference(source.network, device, args.precision)

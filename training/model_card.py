@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     with atomic_write(file.with_suffix(".md")) as part:
         part.write_text(text, encoding="utf-8")
-    save_png(file.with_suffix(".png"), sample_grid(loaded.network, loaded.diffusion, loaded.config.sampling))
+    save_png(file.with_suffix(".png"), sample_grid(loaded.network, loaded.config.schedule(loaded.config.sampling)))
     print(f"{file.with_suffix('.md')} and {file.with_suffix('.png').name}")
     return 0
 

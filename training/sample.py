@@ -20,7 +20,7 @@ from tqdm import tqdm
 from model.atomic_write import atomic_write
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.images import to_uint8
-from model.sampling.schedule import SamplingParams, SamplingSchedule
+from model.sampling.schedule import SamplingSchedule
 from model.sampling.step import sample
 from training.cli.command import add_known_options, check_choices
 from training.cli.options import Parser, expanded
@@ -123,11 +123,11 @@ def batch_size(config: CheckpointConfig) -> int:
     return max(1, min(64, 64 * 64 * 64 // (height * width)))
 
 
-def write_sequence(source: Checkpoint, sampling: SamplingParams, some: list[Item], folder: Path, seed: int) -> None:
+def write_sequence(source: Checkpoint, schedule: SamplingSchedule, some: list[Item], folder: Path, seed: int) -> None:
     """How these images come to be: strip.png and animation.gif."""
     _, indices, classes = zip(*some, strict=True)
     labels = None if source.config.unet.num_classes is None else [k for k in classes if k is not None]
-    frames = sequence(source.network, source.diffusion, sampling, indices, labels, seed)
+    frames = sequence(source.network, schedule, indices, labels, seed)
     folder.mkdir(exist_ok=True)
     save_strip(folder / "strip.png", frames)
     save_gif(folder / "animation.gif", frames)
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     write(source, schedule, todo, folder, args.seed, args.batch_size or batch_size(source.config))
     print(f"{args.num_images} images in {folder}")
     if args.sequence:
-        write_sequence(source, sampling, todo[: args.sequence], folder / "sequence", args.seed)
+        write_sequence(source, schedule, todo[: args.sequence], folder / "sequence", args.seed)
 
 
 def main(argv: list[str] | None = None) -> int:

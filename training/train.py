@@ -17,7 +17,7 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import GaussianDiffusion, Network
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
-from model.sampling.schedule import SamplingParams
+from model.sampling.schedule import SamplingParams, make_schedule
 from training.cli import command
 from training.cli.options import printable
 from training.console import lasting_output
@@ -257,9 +257,10 @@ class Trainer:
         if self.config.use_labels:
             classes = range(min(SHOWN, len(self.data.class_names)))
         self._say_in_bar("drawing samples")
-        samples = sample_grid(network, self.diffusion, sampling)
+        schedule = make_schedule(self.diffusion, **vars(sampling))
+        samples = sample_grid(network, schedule)
         self._trackers.picture(now.iteration, "samples", samples)
-        frames = sequence(network, self.diffusion, sampling, classes or range(SHOWN), classes)
+        frames = sequence(network, schedule, classes or range(SHOWN), classes)
         if self.run:
             self.run.save_pictures(now.iteration, samples, frames)
 

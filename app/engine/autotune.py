@@ -1,9 +1,9 @@
 """How many rows a batch usually has, and how many at most, by what they take.
 
-A network runs chunk by chunk, so beyond one chunk a larger batch saves only what a step costs besides, and everyone
-who comes waits for a longer one: on a CPU no more than a chunk is tried. Usually a batch has no more rows than at the
-knee of that curve: a sixth of the throughput at most is the price of the shortest wait that can be had for it. A crowd
-gets the most throughput that there is.
+A network runs micro-batch by micro-batch, so beyond one a larger batch saves only what a step costs besides, and
+everyone who comes waits for a longer one: on a CPU no more than a micro-batch is tried. Usually a batch has
+no more rows than at the knee of that curve: a sixth of the throughput at most is the price of the shortest wait that
+can be had for it. A crowd gets the most throughput that there is.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ from app.engine.memory import is_out_of_memory
 
 log = logging.getLogger("ddpm.engine")
 
-BY_DEVICE = {"cpu": (8, 0), "cuda": (256, 1024)}  # usual rows if nothing can be measured; the most tried, or a chunk
+BY_DEVICE = {"cpu": (8, 0), "cuda": (256, 1024)}  # target if nothing can be measured; the most tried, or a micro-batch
 ROUNDS = 5  # of all sizes in turn, so that a disturbance meets them alike; medians
-BESIDES_S = 1e-3  # of a step: what the engine does
-KNEE, MOST = 1.2, 1.02  # times the least per row; the times themselves are uncertain by some percent
-SECONDS = 4.0  # that it may take; larger batches are not tried where they would take longer
-TOO_SHORT_S = 2e-4  # such a call tells of the clock, not of the network
+STEP_OVERHEAD_S = 1e-3  # of a step: what the engine does
+LATENCY_SLACK, THROUGHPUT_SLACK = 1.2, 1.02  # times the least per row; the times are uncertain by some percent
+TIME_BUDGET_S = 4.0  # that it may take; larger batches are not tried where they would take longer
+MIN_TIMEABLE_S = 2e-4  # such a call tells of the clock, not of the network
 
 
 def autotune_batch_size(
-    run: Callable[[int], None], chunk: int, device: str, clock: Callable[[], float] = time.monotonic
+    run: Callable[[int], None], micro_batch_size: int, device: str, clock: Callable[[], float] = time.monotonic
 ) -> Generator[None, None, tuple[int, int]]:
-    """Returns the usual rows and the most. `run` is one call with so many; it yields after each.
+    """Returns the target rows and the most. `run` is one call with so many; it yields after each.
 
-    Raises what a chunk raises.
+    Raises what a micro-batch raises.
     """
-    usual, limit = BY_DEVICE[device]
-    otherwise, limit = (usual, max(usual, chunk)), max(limit, chunk)
+    target, limit = BY_DEVICE[device]
+    otherwise, limit = (target, max(target, micro_batch_size)), max(limit, micro_batch_size)
 
     def timed(rows: int) -> float:
         started = clock()
         run(rows)
         return clock() - started
 
-    timed(chunk)  # pays for kernel selection and memory
+    timed(micro_batch_size)  # pays for kernel selection and memory
     yield
-    first = timed(chunk)
+    first = timed(micro_batch_size)
     yield
-    if first < TOO_SHORT_S:
+    if first < MIN_TIMEABLE_S:
         return otherwise
     tried: list[int] = []
-    rows = max(1, chunk // 4)
-    while rows <= limit and (ROUNDS + 1) * (sum(tried) + rows) / chunk * first < SECONDS:
+    rows = max(1, micro_batch_size // 4)
+    while rows <= limit and (ROUNDS + 1) * (sum(tried) + rows) / micro_batch_size * first < TIME_BUDGET_S:
         try:
             timed(rows)
         except Exception as error:
             if not is_out_of_memory(error, rows):
                 raise
-            otherwise = (tried[-1], tried[-1]) if tried else (chunk, chunk)
+            otherwise = (tried[-1], tried[-1]) if tried else (micro_batch_size, micro_batch_size)
             break
         tried.append(rows)
         rows *= 2
@@ -64,12 +64,13 @@ def autotune_batch_size(
     times: dict[int, list[float]] = {rows: [] for rows in tried}
     for _ in range(ROUNDS):
         for rows in tried:
-            times[rows].append((timed(rows) + BESIDES_S) / rows)
+            times[rows].append((timed(rows) + STEP_OVERHEAD_S) / rows)
             yield
     per_row = {rows: statistics.median(values) for rows, values in times.items()}
-    usual, most = (
-        min(rows for rows in tried if per_row[rows] <= within * min(per_row.values())) for within in (KNEE, MOST)
+    target, most = (
+        min(rows for rows in tried if per_row[rows] <= within * min(per_row.values()))
+        for within in (LATENCY_SLACK, THROUGHPUT_SLACK)
     )
     told = {str(rows): round(1e3 * seconds, 3) for rows, seconds in per_row.items()}
-    log.info("batches measured", extra={"rows": usual, "most": most, "milliseconds_per_row": told})
-    return usual, most
+    log.info("batches measured", extra={"rows": target, "most": most, "milliseconds_per_row": told})
+    return target, most

@@ -13,18 +13,19 @@ from model.sampling.schedule import COEFFICIENTS, THRESHOLDING
 
 Ints = NDArray[np.int64]
 G, LIMIT, S = (COEFFICIENTS.index(name) for name in ("g", "limit", "s"))
-WORD = 0xFFFFFFFF
+UINT32_MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One row for each of N samples; thrown away after the step.
 
-    `t` and `y` [N] are what the network sees (y None where it has no classes), `coefficients` float64 [N, 10] a row of
-    each sample's schedule, `words` [N, 4] what the noise is drawn from (see `model.sampling.noise.normals_of`).
+    `t` float64 [N] and `y` [N] are what the network sees (y None where it has no classes), `coefficients` float64
+    [N, 10] a row of each sample's schedule, `words` [N, 4] what the noise is drawn from (see
+    `model.sampling.noise.normals_of`).
     """
 
-    t: Ints
+    t: NDArray[np.float64]
     y: Ints | None
     coefficients: NDArray[np.float64]
     words: Ints
@@ -38,7 +39,8 @@ class Batch:
         y = None
         if samples[0].request.classes is not None:
             y = np.array([s.request.classes[s.i] for s in samples], np.int64)  # type: ignore[index]
-        return cls(np.array(t, np.int64), y, np.stack(rows), rng_counters(samples, [s.step + 1 for s in samples]))
+        draws = [schedule.draw(sample.step) for schedule, sample in zip(schedules, samples, strict=True)]
+        return cls(np.array(t, np.float64), y, np.stack(rows), rng_counters(samples, draws))
 
     def of_those(self, which: NDArray[np.bool_]) -> Batch:
         """The rows where `which` [N] is true."""
@@ -66,4 +68,4 @@ class Batch:
 def rng_counters(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:
     """What each one's noise of such a step (0: x_T) is drawn from, int64 [N, 4]: seed, low word first, index, step."""
     seeds = [(s.request.seed, s.request.index + s.i, step) for s, step in zip(samples, steps, strict=True)]
-    return np.array([(seed & WORD, seed >> 32, i, step) for seed, i, step in seeds], np.int64).reshape(-1, 4)
+    return np.array([(seed & UINT32_MASK, seed >> 32, i, step) for seed, i, step in seeds], np.int64).reshape(-1, 4)

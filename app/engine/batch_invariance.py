@@ -11,34 +11,35 @@ import math
 import torch
 from torch import Tensor
 
-GPU_CHUNK = 256
-GPU_POSITIONS = GPU_CHUNK * 32 * 32  # of larger images fewer fill a GPU, and its memory
-ALL = 16  # rows up to which a CPU tries all numbers: of more, few are filled up, and each try takes longer
-SINGLE = 32  # rows, at most, that a single image is filled up to where others agree on larger numbers only
+GPU_MICRO_BATCH_SIZE = 256
+GPU_POSITIONS = GPU_MICRO_BATCH_SIZE * 32 * 32  # of larger images fewer fill a GPU, and its memory
+DENSE_UP_TO = 16  # rows up to which a CPU tries all numbers: of more, few are filled up, and each try takes longer
+MAX_PADDED_SINGLE = 32  # rows, at most, that a single image is filled up to where others agree on larger numbers only
 
 
 def gpu_micro_batch_size(image_size: tuple[int, int]) -> int:
     """The most rows of a call where nobody says how many, a power of two; image_size is (height, width)."""
     fit = GPU_POSITIONS // math.prod(image_size)
-    return min(GPU_CHUNK, 1 << max(fit.bit_length() - 1, 0))
+    return min(GPU_MICRO_BATCH_SIZE, 1 << max(fit.bit_length() - 1, 0))
 
 
-def candidate_batch_sizes(chunk: int, device: str) -> list[int]:
+def candidate_batch_sizes(micro_batch_size: int, device: str) -> list[int]:
     """What is tried, largest first: all numbers, of the large ones every fourth; on a GPU, where each costs a graph,
     powers of two."""
     if device != "cuda":
-        return [rows for rows in range(chunk, 0, -1) if rows <= ALL or rows % 4 == 0 or rows == chunk]
-    return [chunk] + [2**i for i in range(chunk.bit_length(), -1, -1) if 2**i < chunk]
+        smaller = range(micro_batch_size - 1, 0, -1)
+        return [micro_batch_size] + [rows for rows in smaller if rows <= DENSE_UP_TO or rows % 4 == 0]
+    return [micro_batch_size] + [2**i for i in range(micro_batch_size.bit_length(), -1, -1) if 2**i < micro_batch_size]
 
 
 def largest_invariant_set(outs: dict[int, Tensor]) -> list[int]:
     """Those that agree with one another, ascending; `outs` has the last rows of one batch, in each number.
 
-    Of all such sets the one with the largest number, if a single image fits into `SINGLE` rows there.
+    Of all such sets the one with the largest number, if a single image fits into `MAX_PADDED_SINGLE` rows there.
     """
     sizes = sorted(outs, reverse=True)
     for largest in sizes:
         same = [largest] + [n for n in sizes if n < largest and torch.equal(outs[n], outs[largest][-n:])]
-        if same[-1] <= SINGLE:
+        if same[-1] <= MAX_PADDED_SINGLE:
             break
     return same[::-1]

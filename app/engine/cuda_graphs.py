@@ -21,9 +21,9 @@ from model.sampling.step import apply_cfg, apply_step
 
 # Columns of the table that say where things are, before the coefficients. Rows of the slots' tables: which x and x_0
 # are read, and which are written; `null`: the row of the same call that has the null class.
-PLACES = ("x", "x0", "x0_prev", "x_next", "x0_next", "null", "t", "y", "seed_low", "seed_high", "index", "draw")
-WORDS = slice(PLACES.index("seed_low"), len(PLACES))
-START, SILENT, NOISY = "start", "silent", "noisy"
+INDEX_COLUMNS = ("x", "x0", "x0_prev", "x_next", "x0_next", "null", "t", "y", "seed_low", "seed_high", "index", "draw")
+WORDS = slice(INDEX_COLUMNS.index("seed_low"), len(INDEX_COLUMNS))
+START, DETERMINISTIC, STOCHASTIC = "start", "deterministic", "stochastic"
 
 Bools = NDArray[np.bool_]
 
@@ -31,8 +31,8 @@ Bools = NDArray[np.bool_]
 class CUDAGraphRunner:
     """Steps of samples in `slots`, by a graph for each number of network rows and each kind of step.
 
-    A graph gathers the states, draws the noise (in steps of the kind NOISY; it costs a small network's step much), runs
-    the network, guides, updates, and writes the new states beside the old. Kind START writes x_T, as if by a step
+    A graph gathers the states, draws the noise (in steps of the kind STOCHASTIC; it costs a small network's step much),
+    runs the network, guides, updates, and writes the new states beside the old. Kind START writes x_T, as if by a step
     number -1. Larger batches are cut in parts. What a table holds is exact in float64: 32-bit words, and coefficients.
 
     The host waits once for all parts of a step (an event), so it is never ahead of the device. One thread at a time.
@@ -51,8 +51,8 @@ class CUDAGraphRunner:
         self._network, self._config, self._sizes, self.slots, self._record = network, config, sizes, slots, record
         self._null_class = config.num_classes if config.null_class else None
         self._graphs: dict[tuple[str, int], Callable[[], None]] = {}
-        columns = len(PLACES) + len(COEFFICIENTS)
-        # Two parts in a row have more than `chunk` rows together, before they are filled up.
+        columns = len(INDEX_COLUMNS) + len(COEFFICIENTS)
+        # Two micro-batches in a row have more than `sizes[-1]` rows together, before they are filled up.
         most, pinned = 4 * slots.count + sizes[-1], device.type == "cuda"
         self._table = torch.zeros(sizes[-1], columns, dtype=torch.float64, device=device)
         self._finite = torch.zeros(sizes[-1], dtype=torch.bool, device=device)
@@ -60,14 +60,14 @@ class CUDAGraphRunner:
         self._host_finite = torch.zeros(most, dtype=torch.bool, pin_memory=pinned)
         # A thread that waits for it sleeps: others have work for its core.
         self._done = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
-        nowhere = np.array([slots.nobody])
-        self._padding = self._rows(nowhere, np.array([0]), _nothing(1))[0]
+        nowhere = np.array([slots.null_slot])
+        self._padding = self._rows(nowhere, np.array([0]), dummy_batch(1))[0]
         self._table.copy_(torch.from_numpy(self._padding))
 
     @property
     def rows(self) -> list[int]:
         """Numbers of network rows that have a graph for each kind of step, ascending."""
-        return [n for n in self._sizes if all((kind, n) in self._graphs for kind in (START, SILENT, NOISY))]
+        return [n for n in self._sizes if all((kind, n) in self._graphs for kind in (START, DETERMINISTIC, STOCHASTIC))]
 
     def capture(self, rows: int) -> Iterator[None]:
         """Makes those of one number of rows; the largest comes first: the others use its memory. Yields before each.
@@ -76,36 +76,36 @@ class CUDAGraphRunner:
         """
         for kind, run in (
             (START, partial(self._start, rows)),
-            (SILENT, partial(self._step, rows, False)),
-            (NOISY, partial(self._step, rows, True)),
+            (DETERMINISTIC, partial(self._step, rows, False)),
+            (STOCHASTIC, partial(self._step, rows, True)),
         ):
             yield
             self._graphs[kind, rows] = self._record(run)
 
-    def fits(self, batch: Batch) -> bool:
+    def can_run(self, batch: Batch) -> bool:
         """Whether a step of it is one of those that are recorded."""
         most_rows = 2 if batch.guided.any() else 1
         return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.dynamic.any()
 
-    def start(self, slots: Ints, words: Ints) -> None:
+    def init_latents(self, slots: Ints, words: Ints) -> None:
         """Puts x_T of these words there, and zeros for x_0."""
-        batch = _nothing(len(slots))
+        batch = dummy_batch(len(slots))
         self._run(START, slots, np.full(len(slots), -1), Batch(batch.t, batch.y, batch.coefficients, words))
 
     def step(self, slots: Ints, steps: Ints, batch: Batch) -> Bools:
         """Steps number `steps` of what is in `slots`, which stays there, beside what comes of it. Whose x is finite."""
-        return self._run(NOISY if batch.noisy.any() else SILENT, slots, steps, batch)
+        return self._run(STOCHASTIC if batch.noisy.any() else DETERMINISTIC, slots, steps, batch)
 
     def fill(self) -> None:
-        """Puts noise into all slots, for `idle`. Nobody has one yet."""
+        """Puts noise into all slots, for `replay_dummy`. Nobody has one yet."""
         slots = np.arange(self.slots.count)
-        self.start(slots, np.stack([slots, 0 * slots, slots, 0 * slots], axis=1))
+        self.init_latents(slots, np.stack([slots, 0 * slots, slots, 0 * slots], axis=1))
 
-    def idle(self, rows: int) -> None:
+    def replay_dummy(self, rows: int) -> None:
         """A step of as many rows that changes no sample: of free slots, whose noise takes as long as a sample does. On
         zeros, or in one place, a GPU is faster."""
-        free = np.array(self.slots.free() or [self.slots.nobody])
-        self._run(SILENT, np.resize(free, rows), np.zeros(rows, np.int64), _nothing(rows))
+        free = np.array(self.slots.free() or [self.slots.null_slot])
+        self._run(DETERMINISTIC, np.resize(free, rows), np.zeros(rows, np.int64), dummy_batch(rows))
 
     # On the host
 
@@ -113,7 +113,7 @@ class CUDAGraphRunner:
         table, spans, at = self._host_table.numpy(), [], 0
         rows, is_guided = self._rows(slots, steps, batch), batch.guided
         try:
-            for part in parts(1 + is_guided, self._sizes[-1]):
+            for part in split_micro_batches(1 + is_guided, self._sizes[-1]):
                 used = self._fill(table[at:], rows[part], np.flatnonzero(is_guided[part]))
                 size = next(size for size in self._sizes if size >= used)
                 table[at + used : at + size] = self._padding
@@ -141,7 +141,9 @@ class CUDAGraphRunner:
             "t": batch.t,
             "y": np.zeros(len(slots)) if batch.y is None else batch.y,
         }
-        return np.column_stack([*(places[name] for name in PLACES[: WORDS.start]), batch.words, batch.coefficients])
+        return np.column_stack(
+            [*(places[name] for name in INDEX_COLUMNS[: WORDS.start]), batch.words, batch.coefficients]
+        )
 
     def _fill(self, table: NDArray[np.float64], rows: NDArray[np.float64], is_guided: Ints) -> int:
         """Writes them down, with those of the null class after them; how many there are."""
@@ -150,30 +152,31 @@ class CUDAGraphRunner:
         table[: len(rows)] = rows
         if len(nulls):
             assert self._null_class is not None, "guidance needs a network with a null class"
-            table[is_guided, PLACES.index("null")] = nulls
+            table[is_guided, INDEX_COLUMNS.index("null")] = nulls
             table[nulls] = self._padding
             for name in ("x", "t"):
-                table[nulls, PLACES.index(name)] = rows[is_guided, PLACES.index(name)]
-            table[nulls, PLACES.index("y")] = self._null_class
+                table[nulls, INDEX_COLUMNS.index(name)] = rows[is_guided, INDEX_COLUMNS.index(name)]
+            table[nulls, INDEX_COLUMNS.index("y")] = self._null_class
         return used
 
     # On the device; nothing waits for it here, and all memory that outlives a call stays where it is
 
-    def _told(self, rows: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Places int64 [rows] by name, words int64 [rows, 4], coefficients float32 [rows, 10]."""
-        ints = self._table[:rows, : len(PLACES)].long()
-        columns = dict(zip(PLACES, ints.t().contiguous().unbind(), strict=True))
-        return columns, ints[:, WORDS], self._table[:rows, len(PLACES) :].float()
+    def _unpack_inputs(self, rows: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Indices int64 [rows] by name (t float32), words int64 [rows, 4], coefficients float32 [rows, 10]."""
+        ints = self._table[:rows, : len(INDEX_COLUMNS)].long()
+        columns = dict(zip(INDEX_COLUMNS, ints.t().contiguous().unbind(), strict=True))
+        columns["t"] = self._table[:rows, INDEX_COLUMNS.index("t")].float()
+        return columns, ints[:, WORDS], self._table[:rows, len(INDEX_COLUMNS) :].float()
 
     def _start(self, rows: int) -> None:
-        at, words, _ = self._told(rows)
+        at, words, _ = self._unpack_inputs(rows)
         x = normals_of(words, self._config.image_shape)
         self.slots.x.index_copy_(0, at["x_next"], x)
         for place in ("x0", "x0_next"):  # of steps -2 and -1
             self.slots.x0.index_copy_(0, at[place], torch.zeros_like(x))
 
     def _step(self, rows: int, noisy: bool) -> None:
-        at, words, coefficients = self._told(rows)
+        at, words, coefficients = self._unpack_inputs(rows)
         x = self.slots.x.index_select(0, at["x"])
         x0_prev, x0_prev2 = (self.slots.x0.index_select(0, at[name]) for name in ("x0", "x0_prev"))
         out = self._network(x, at["t"], None if self._config.num_classes is None else at["y"])
@@ -188,30 +191,32 @@ class CUDAGraphRunner:
         self._finite[:rows].copy_(torch.isfinite(x_next).flatten(1).all(1))
 
 
-def parts(costs: Ints, chunk: int) -> Iterator[slice]:
-    """Cuts samples into runs of them that cost at most `chunk` network rows; each costs `costs` [N]."""
+def split_micro_batches(costs: Ints, micro_batch_size: int) -> Iterator[slice]:
+    """Cuts samples into runs of them that cost at most `micro_batch_size` network rows; each costs `costs` [N]."""
     start, rows = 0, 0
     for i, cost in enumerate(costs.tolist()):
-        if rows + cost > chunk:
+        if rows + cost > micro_batch_size:
             yield slice(start, i)
             start, rows = i, 0
         rows += cost
     yield slice(start, len(costs))
 
 
-def _nothing(n: int) -> Batch:
+def dummy_batch(n: int) -> Batch:
     """n rows that change nothing: unguided, and multiplied by zero."""
     coefficients = np.zeros((n, len(COEFFICIENTS)))
     coefficients[:, COEFFICIENTS.index("g")] = 1
     zeros = np.zeros(n, np.int64)
-    return Batch(zeros, zeros, coefficients, np.zeros((n, 4), np.int64))
+    return Batch(zeros.astype(np.float64), zeros, coefficients, np.zeros((n, 4), np.int64))
 
 
 Update = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A step without graphs: of a batch and its x, x0_prev and x0_prev2 → x_next, x0."""
 
 
-def agree(graphs: CUDAGraphRunner, config: UNetConfig, rows: int, last_timestep: int, update: Update) -> bool:
+def verify_against_eager(
+    graphs: CUDAGraphRunner, config: UNetConfig, rows: int, last_timestep: int, update: Update
+) -> bool:
     """Whether made-up samples that fill `rows` rows of the network come out of `update` the same, to the bit.
 
     They take a step of each kind and one more, so that every slot is written to in every place, from x_T on, and have
@@ -219,16 +224,16 @@ def agree(graphs: CUDAGraphRunner, config: UNetConfig, rows: int, last_timestep:
     """
     slots, places = graphs.slots, np.arange(rows)
     words = np.stack([7 * places + 1, places, places, 0 * places], axis=1)
-    graphs.start(places, words)
+    graphs.init_latents(places, words)
     seeds = [int(low) + 2**32 * int(high) for low, high in words[:, :2]]
     x = normals(seeds, places.tolist(), [0] * rows, config.image_shape, slots.x.device)
     n = rows - (rows + 1) // 3 if config.null_class else rows
     x, places, words = x[:n], places[:n], words[:n]
     x0 = x0_prev = torch.zeros_like(x)
     for step in range(4):
-        row = _made_up(n, step, n - rows, config)
+        row = random_coefficients(n, step, n - rows, config)
         y = None if config.num_classes is None else (places + step) % config.num_classes
-        batch = Batch(last_timestep * (places + step + 1) // (n + 3), y, row, words + np.array([0, 0, 0, step + 1]))
+        batch = Batch(last_timestep * (places + step + 1) / (n + 3), y, row, words + np.array([0, 0, 0, step + 1]))
         finite = graphs.step(places, np.full(n, step), batch)
         x, new = update(batch, x, x0, x0_prev)
         x0, x0_prev = new, x0
@@ -238,7 +243,7 @@ def agree(graphs: CUDAGraphRunner, config: UNetConfig, rows: int, last_timestep:
     return True
 
 
-def _made_up(n: int, step: int, guided: int, config: UNetConfig) -> NDArray[np.float64]:
+def random_coefficients(n: int, step: int, guided: int, config: UNetConfig) -> NDArray[np.float64]:
     """Rows of a schedule [n, 10]; the last `guided` (a negative number) are guided."""
     row = np.outer(np.arange(1, n + 1) + step, np.arange(1.0, len(COEFFICIENTS) + 1)).astype(np.float64) * 0.618
     row -= np.floor(row)

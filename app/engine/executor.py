@@ -42,7 +42,7 @@ class StepExecutor:
         new = [sample for sample in batch.samples if not sample.has_noise]
         if not new:
             return []
-        batch.model.runner.start(new)
+        batch.model.runner.init_latents(new)
         self._outputs.enqueue(batch.model, new)
         started = {s.request: None for s in new if s.request.status is RequestStatus.WAITING}
         now = time.monotonic()

@@ -13,7 +13,7 @@ from app.engine.autotune import autotune_batch_size
 from app.engine.request import Request
 from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
-from model.sampling.schedule import SamplingParams, SamplingSchedule, make_schedule
+from model.sampling.schedule import SamplingParams, SamplingSchedule
 
 log = logging.getLogger("ddpm.engine")
 
@@ -44,13 +44,13 @@ class ModelInstance:
         self.warmup_steps = self._warm_up()  # what has to run before it serves, each about as long as a step
 
     def _schedule(self, sampling: SamplingParams, variance: str | None) -> SamplingSchedule:
-        return make_schedule(self.diffusion, variance=variance, **vars(sampling))
+        return self.config.schedule(sampling, variance, self.diffusion)
 
     def _warm_up(self) -> Iterator[None]:
         runner, limits = self.runner, self.batch_limits
-        yield from runner.probe()
+        yield from runner.find_invariant_sizes()
         if not limits.max:
-            limits.set(*(yield from autotune_batch_size(runner.warm_up, runner.chunk, runner.device.type)))
+            limits.set(*(yield from autotune_batch_size(runner.warm_up, runner.micro_batch_size, runner.device.type)))
         seconds = []
         for _ in range(WARMUP_STEPS):
             started = time.monotonic()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from app.engine.request import Sample
 
-MOST = 1024  # slots: as many rows as a batch is given on a GPU where nobody says how many; see `app.engine.autotune`
-BYTES = 2**29  # of both tables, where that is room for a call of the network
+MAX_SLOTS = 1024  # as many rows as a batch is given on a GPU where nobody says how many; see `app.engine.autotune`
+POOL_BYTES = 2**29  # of both tables, where that is room for a call of the network
 
 Number = TypeVar("Number", int, NDArray[np.int64])
 
@@ -29,16 +29,17 @@ def x0_row(slot: Number, step: Number) -> Number:
     return 3 * slot + step % 3
 
 
-def pool_size(shape: tuple[int, ...], chunk: int) -> int:
-    """How many samples of such images [C, H, W] have a slot, at least a call of the network's `chunk`."""
-    return max(chunk, min(MOST, BYTES // (5 * 4 * math.prod(shape)) - 1))
+def pool_size(shape: tuple[int, ...], micro_batch_size: int) -> int:
+    """How many samples of such images [C, H, W] have a slot, at least one `micro_batch_size`."""
+    return max(micro_batch_size, min(MAX_SLOTS, POOL_BYTES // (5 * 4 * math.prod(shape)) - 1))
 
 
 class LatentPool:
     """The states of at most `count` samples: x float32 [2·(count + 1), C, H, W] and x0 [3·(count + 1), C, H, W].
 
     A step writes beside what it reads, and which row is which follows from the sample's step. So a step is committed
-    by counting it (`sample.step += 1`), and one that failed has changed nothing. The last slot is `nobody`'s.
+    by counting it (`sample.step += 1`), and one that failed has changed nothing. The last slot is the
+    `null_slot`, which no sample has.
 
     There are never more: growing would mean new addresses, and new graphs in the middle of the work. A sample that
     finds none free gets that of the one that has waited longest, whose state moves into tensors of its own
@@ -47,11 +48,11 @@ class LatentPool:
     """
 
     def __init__(self, count: int, shape: tuple[int, ...], device: torch.device) -> None:
-        self.count = self.nobody = count
+        self.count = self.null_slot = count
         self.x = torch.zeros(2 * (count + 1), *shape, device=device)
         self.x0 = torch.zeros(3 * (count + 1), *shape, device=device)
         self._holders: list[weakref.ref[Sample] | None] = [None] * count
-        self._used, self._clock = [0] * count, 0  # when each was stepped last, in calls of `enter`
+        self._used, self._clock = [0] * count, 0  # when each was stepped last, in calls of `load`
 
     def x_of(self, sample: Sample) -> Tensor:
         """Its x [C, H, W]: of its slot, and no copy, or its own."""
@@ -72,7 +73,7 @@ class LatentPool:
         holders = [holder() if holder else None for holder in self._holders]
         return [slot for slot, sample in enumerate(holders) if sample is None or sample.request.status.is_final]
 
-    def find(self, n: int, stay: list[Sample]) -> list[int]:
+    def allocate(self, n: int, stay: list[Sample]) -> list[int]:
         """n slots that may be given away. Samples make room where it has to be, but not those that `stay`."""
         kept = {sample.slot for sample in stay}
         free, others = [], []
@@ -87,11 +88,11 @@ class LatentPool:
             others.sort(key=lambda sample: self._used[sample.slot or 0])
             leaving = others[: n - len(free)]
             free += [sample.slot for sample in leaving if sample.slot is not None]
-            self.leave(leaving)
+            self.evict(leaving)
         assert len(free) >= n
         return free[:n]
 
-    def give(self, samples: list[Sample], slots: list[int]) -> None:
+    def assign(self, samples: list[Sample], slots: list[int]) -> None:
         """Their states are in these slots now."""
         for sample, slot in zip(samples, slots, strict=True):
             holder = self._holders[slot]
@@ -100,24 +101,24 @@ class LatentPool:
             self._holders[slot] = weakref.ref(sample)
             sample.slot, sample.x, sample.x0, sample.x0_prev = slot, None, None, None
 
-    def enter(self, samples: list[Sample]) -> None:
+    def load(self, samples: list[Sample]) -> None:
         """All of them have a slot after it. At most `count`."""
         outside = [sample for sample in samples if sample.slot is None]
         if outside:
-            slots = self.find(len(outside), samples)
+            slots = self.allocate(len(outside), samples)
             pairs = list(zip(slots, outside, strict=True))
             rows = [[x_row(slot, s.step), x0_row(slot, s.step - 1), x0_row(slot, s.step - 2)] for slot, s in pairs]
             x_rows, x0_rows, x0_prev_rows = torch.tensor(rows, device=self.x.device).unbind(1)
             self.x.index_copy_(0, x_rows, torch.stack([self.x_of(s) for s in outside]))
             self.x0.index_copy_(0, x0_rows, torch.stack([self.x0_of(s) for s in outside]))
             self.x0.index_copy_(0, x0_prev_rows, torch.stack([self.x0_of(s, 1) for s in outside]))
-            self.give(outside, slots)
+            self.assign(outside, slots)
         self._clock += 1
         for sample in samples:
             assert sample.slot is not None
             self._used[sample.slot] = self._clock
 
-    def leave(self, samples: list[Sample]) -> None:
+    def evict(self, samples: list[Sample]) -> None:
         """Their states are tensors of their own after it."""
         inside = [sample for sample in samples if sample.slot is not None]
         if not inside:

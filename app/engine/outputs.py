@@ -111,4 +111,4 @@ class OutputProcessor:
 
 
 def _read(model: ModelInstance, samples: list[Sample], view: View) -> list[tuple[Sample, Image]]:
-    return list(zip(samples, model.runner.read(samples, view), strict=True)) if samples else []
+    return list(zip(samples, model.runner.to_images(samples, view), strict=True)) if samples else []

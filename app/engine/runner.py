@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.engine.batch import Batch, rng_counters
 from app.engine.batch_invariance import candidate_batch_sizes, gpu_micro_batch_size, largest_invariant_set
-from app.engine.cuda_graphs import CUDAGraphRunner, agree
+from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
 from app.engine.latent_pool import LatentPool, pool_size
 from app.engine.memory import is_out_of_memory, trim_malloc
 from app.engine.request import Sample, View
@@ -27,30 +27,30 @@ from model.sampling.step import apply_step, cfg_forward
 
 log = logging.getLogger("ddpm.engine")
 
-SMALL = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
+SMALL_NETWORK = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
 
 
 def default_micro_batch_size(network: UNet, device: torch.device) -> int:
     """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
     if device.type == "cuda":
         return gpu_micro_batch_size(network.config.image_size)
-    return 32 if sum(weights.numel() for weights in network.parameters()) < SMALL else 8
+    return 32 if sum(weights.numel() for weights in network.parameters()) < SMALL_NETWORK else 8
 
 
 class ModelRunner:
     """Steps samples of one checkpoint on one device.
 
-    The U-Net runs on `chunk` rows, or on fewer where that gives the same bits. The first warm-up finds out which
-    numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a GPU each number
-    that agrees gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps
-    that are not among those run without, to the same bits. Runtime and precision are those of all batches.
+    The U-Net runs on `micro_batch_size` rows, or on fewer where that gives the same bits. The first warm-up finds out
+    which numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a GPU each
+    number that agrees gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots;
+    steps that are not among those run without, to the same bits. Runtime and precision are those of all batches.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         device: torch.device,
-        chunk: int,
+        micro_batch_size: int,
         threads: int = 0,
         runtime: str = "torch",
         precision: str = "fp32",
@@ -58,7 +58,7 @@ class ModelRunner:
         """Raises ValueError for a runtime or precision that is not there; `threads` 0 is as many as torch has now."""
         self.config = checkpoint.config.unet
         self._threads = threads
-        self.device, self.chunk, self.runtime, self.precision = device, chunk, runtime, precision
+        self.device, self.micro_batch_size, self.runtime, self.precision = device, micro_batch_size, runtime, precision
         if runtime == "openvino":
             if device.type != "cpu":
                 raise ValueError(f"runtime openvino runs on the CPU, not on {device.type}")
@@ -68,18 +68,18 @@ class ModelRunner:
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
         self._graphs: CUDAGraphRunner | None = None
         self._last_timestep = checkpoint.config.diffusion.num_timesteps - 1
-        self.sizes = [chunk]  # numbers of rows that may run, ascending
-        self._probed = False
+        self.sizes = [micro_batch_size]  # numbers of rows that may run, ascending
+        self._sizes_found = False
         self._null_class = self.config.num_classes if self.config.null_class else None
 
     @torch.inference_mode()
-    def start(self, samples: list[Sample]) -> None:
+    def init_latents(self, samples: list[Sample]) -> None:
         """Draws x_T. Nothing is changed if it raises."""
         words = rng_counters(samples, [0] * len(samples))
         if self._graphs is not None and len(samples) <= self._graphs.slots.count:
-            slots = self._graphs.slots.find(len(samples), samples)
-            self._graphs.start(np.array(slots), words)
-            self._graphs.slots.give(samples, slots)
+            slots = self._graphs.slots.allocate(len(samples), samples)
+            self._graphs.init_latents(np.array(slots), words)
+            self._graphs.slots.assign(samples, slots)
             return
         noise = self._noise(words)
         for sample, x in zip(samples, noise.unbind(), strict=True):
@@ -108,14 +108,14 @@ class ModelRunner:
     def _recorded(self, batch: Batch) -> NDArray[np.bool_]:
         """Whom graphs step [N]. A dynamic limit is its own request's affair: the others keep theirs."""
         recorded = ~batch.dynamic
-        if self._graphs is None or not recorded.any() or not self._graphs.fits(batch.of_those(recorded)):
+        if self._graphs is None or not recorded.any() or not self._graphs.can_run(batch.of_those(recorded)):
             return np.zeros_like(recorded)
         return recorded
 
     def _step_by_graphs(self, samples: list[Sample], batch: Batch) -> list[bool]:
         """Whose x is finite. The new states lie beside the old ones, which are theirs until the step is counted."""
         assert self._graphs is not None
-        self._graphs.slots.enter(samples)
+        self._graphs.slots.load(samples)
         steps = np.array([sample.step for sample in samples])
         finite: list[bool] = self._graphs.step(np.array([sample.slot for sample in samples]), steps, batch).tolist()
         return finite
@@ -123,7 +123,7 @@ class ModelRunner:
     def _step_eagerly(self, samples: list[Sample], batch: Batch) -> tuple[list[tuple[Tensor, Tensor]], list[bool]]:
         """Their next x and x_0, and whose x is finite, kernel by kernel."""
         if self._graphs is not None:
-            self._graphs.slots.leave(samples)
+            self._graphs.slots.evict(samples)
         x = torch.stack([s.x for s in samples])  # type: ignore[misc]
         x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
         x0_prev2 = torch.stack([s.x0_prev for s in samples])  # type: ignore[misc]
@@ -134,7 +134,7 @@ class ModelRunner:
     def _update(self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
         table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
-        t = torch.from_numpy(batch.t).to(self.device)
+        t = torch.from_numpy(batch.t.astype(np.float32)).to(self.device)
         y = None if batch.y is None else torch.from_numpy(batch.y).to(self.device)
         z = torch.zeros_like(x)
         noisy = np.flatnonzero(batch.noisy)
@@ -146,8 +146,8 @@ class ModelRunner:
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
         parts = []
-        for start in range(0, len(x), self.chunk):
-            rows = slice(start, start + self.chunk)
+        for start in range(0, len(x), self.micro_batch_size):
+            rows = slice(start, start + self.micro_batch_size)
             parts.append(self._padded(x[rows], t[rows], None if y is None else y[rows]))
         return torch.cat(parts)
 
@@ -161,30 +161,31 @@ class ModelRunner:
         return self._network(x, t, y)[:n]
 
     @torch.inference_mode()
-    def probe(self) -> Iterator[None]:
+    def find_invariant_sizes(self) -> Iterator[None]:
         """Fills `sizes`: numbers of rows whose rows come out alike, to the bit; then makes their graphs.
 
         Which instructions run is a matter of shapes and not of numbers, so noise tells. One network call at a time.
         """
         self._take_threads()
-        x = normals([0] * self.chunk, range(self.chunk), [0] * self.chunk, self.config.image_shape, self.device)
-        t = torch.linspace(0, self._last_timestep, self.chunk, device=self.device).long()
+        most = self.micro_batch_size
+        x = normals([0] * most, range(most), [0] * most, self.config.image_shape, self.device)
+        t = torch.linspace(0, self._last_timestep, most, device=self.device).floor()
         classes = self.config.num_classes
-        y = None if classes is None else torch.arange(self.chunk, device=self.device) % classes
+        y = None if classes is None else torch.arange(most, device=self.device) % classes
         outs: dict[int, Tensor] = {}
-        for size in candidate_batch_sizes(self.chunk, self.device.type):
-            if size < self.chunk:
+        for size in candidate_batch_sizes(most, self.device.type):
+            if size < most:
                 yield
-            out = self._tried(*last(size, x, t, y))  # at other places than in the whole
+            out = self._try_batch(*take_last(size, x, t, y))  # at other places than in the whole
             if out is not None:
                 outs[size] = out
         self.sizes = largest_invariant_set(outs)
-        self.chunk = self.sizes[-1]
+        self.micro_batch_size = self.sizes[-1]
         if self._record is not None:
             yield from self._capture(self._record)
-        self._probed = True
+        self._sizes_found = True
 
-    def _tried(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
+    def _try_batch(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
         """What the network computes. None on a GPU that has no room for it, or where a row's place changes its bits."""
         if self._record is None:
             return self._network(x, t, y)
@@ -203,13 +204,13 @@ class ModelRunner:
         """Graphs for each of `sizes`. If one cannot be made, or computes something else, there are none."""
         shape = self.config.image_shape
         try:
-            slots = LatentPool(pool_size(shape, self.chunk), shape, self.device)
+            slots = LatentPool(pool_size(shape, self.micro_batch_size), shape, self.device)
             graphs = CUDAGraphRunner(self._network, self.config, self.sizes, slots, record, self.device)
             for size in reversed(self.sizes):
                 yield from graphs.capture(size)
             for size in self.sizes:
                 yield
-                if not agree(graphs, self.config, size, self._last_timestep, self._update):
+                if not verify_against_eager(graphs, self.config, size, self._last_timestep, self._update):
                     raise RuntimeError(f"graphs of {size} rows do not give the bits of a step without them")
             graphs.fill()
         except Exception as error:
@@ -221,7 +222,7 @@ class ModelRunner:
         slots = graphs = None  # type: ignore[assignment]
         self.free_memory()
 
-    def read(self, samples: list[Sample], view: View) -> Image:
+    def to_images(self, samples: list[Sample], view: View) -> Image:
         """The samples as pictures, uint8 [N, C, H, W] on the host."""
         if self._graphs is not None:
             of = self._graphs.slots.x0_of if view == "x0" else self._graphs.slots.x_of
@@ -234,15 +235,15 @@ class ModelRunner:
     def warm_up(self, rows: int) -> None:
         """Runs `rows` rows once, as the engine will, on `threads` threads from now on (0: as is)."""
         self._take_threads()
-        if not self._probed:
-            for _ in self.probe():
+        if not self._sizes_found:
+            for _ in self.find_invariant_sizes():
                 pass
         if self._graphs is not None and rows <= self._graphs.slots.count:
-            self._graphs.idle(rows)
+            self._graphs.replay_dummy(rows)
             return
         x = torch.zeros(rows, *self.config.image_shape, device=self.device)
-        t = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.forward(x, t, None if self.config.num_classes is None else t)
+        t = torch.zeros(rows, device=self.device)
+        self.forward(x, t, None if self.config.num_classes is None else t.long())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -267,6 +268,6 @@ class ModelRunner:
         return normals_of(torch.from_numpy(words).to(self.device), self.config.image_shape)
 
 
-def last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def take_last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The last `size` rows."""
     return x[-size:], t[-size:], None if y is None else y[-size:]

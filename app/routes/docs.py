@@ -10,7 +10,7 @@ from html import escape
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
-from app.middleware import OPEN
+from app.middleware import PUBLIC_PATHS
 from app.openapi import fields, resolved
 from app.routes.ui import hash_of
 from app.wording import Schema, in_words
@@ -72,7 +72,7 @@ def _curl(schema: Schema, method: str, path: str, operation: Schema, server: str
     content = operation.get("requestBody", {}).get("content", {})
     query = "".join(f"&{name}={value}" for name, value in operation.get("x-example", {}).items())
     words.append(shlex.quote(server.rstrip("/") + path + query.replace("&", "?", 1)))
-    if keys and path not in OPEN:
+    if keys and path not in PUBLIC_PATHS:
         words += ["-H", '"authorization: Bearer $KEY"']
     for media_type, body in content.items():
         example = resolved(schema, body["schema"])["examples"][0]

@@ -9,8 +9,10 @@ from fastapi import APIRouter, Depends, Request
 from app.body import JSONRoute
 from app.engine.instance import ModelInstance
 from app.errors import Forbidden
+from app.request_context import context_of
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
+from model.sampling.schedule import FITTED
 from model.sampling.solvers import SAMPLERS
 
 router = APIRouter(tags=["models"], route_class=JSONRoute)
@@ -18,7 +20,8 @@ router = APIRouter(tags=["models"], route_class=JSONRoute)
 
 def administrator(http: Request) -> None:
     """A dependency of what changes the service for everybody. Raises Forbidden."""
-    if not getattr(http.state, "admin", False):
+    key = context_of(http.scope).key
+    if key is None or not key.admin:
         raise Forbidden("only an API key that has admin = true in --api-keys-file may load and remove models")
 
 
@@ -68,6 +71,7 @@ async def remove(name: str, service: StateDep) -> ModelList:
 def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
+    samplers = [*SAMPLERS, *([FITTED] if config.fitted else [])]
     timesteps = config.diffusion.num_timesteps
     state = "starting" if not served.warm else "loading" if service.models.loading == served.name else "ready"
     return {
@@ -80,12 +84,12 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "image_shape": config.unet.image_shape,
         "class_names": list(config.class_names),
         "num_timesteps": timesteps,
-        "samplers": list(SAMPLERS),
+        "samplers": samplers,
         "defaults": vars(config.sampling),
         "default_steps": {
-            sampler: min(config.sampling.with_overrides(timesteps, sampler=sampler).steps, settings.max_steps)
-            for sampler in SAMPLERS
+            sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
         },
+        "fitted_steps": sorted({table.steps for table in config.fitted}),
         "limits": {
             "n": settings.max_n,
             "steps": min(settings.max_steps, timesteps),

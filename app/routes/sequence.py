@@ -15,8 +15,9 @@ from fastapi.responses import StreamingResponse
 from app import images
 from app.errors import NotReady, ServiceError
 from app.negotiation import negotiate
+from app.request_context import context_of
 from app.request_params import GenerationJob, build_request, headers
-from app.routes.state import ERRORS, AppState, StateDep, in_flight, is_head
+from app.routes.state import ERRORS, AppState, StateDep, in_flight
 from app.schemas import Format, SequenceQuery
 from app.streaming import with_heartbeats
 from app.validation import refuse_repeated
@@ -61,7 +62,7 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     served = service.models.find(query.model)
     job = build_request(query, served, service.settings, service.metrics.frames_dropped.labels(served.name).inc)
     extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
-    if is_head(http):
+    if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)
         return StreamingResponse(_nothing(), media_type=_media_type(format), headers=extra)
@@ -131,7 +132,7 @@ async def _sse(service: AppState, http: Request, job: GenerationJob, columns: in
         final = await _png(service, job, await job.request.output.images(), columns)
         yield _event("completed", {**start, "png": base64.b64encode(final).decode()}, id=len(job.request.schedule))
     except ServiceError as error:
-        http.state.outcome = error.code
+        context_of(http.scope).outcome = error.code
         yield _event("error", error.body())
 
 
@@ -147,7 +148,7 @@ async def _multipart(service: AppState, http: Request, job: GenerationJob, colum
             yield part("image/png", png) + begin
         yield part("image/png", await _png(service, job, await job.request.output.images(), columns))
     except ServiceError as error:
-        http.state.outcome = error.code
+        context_of(http.scope).outcome = error.code
         yield part("application/json", json.dumps(error.body()).encode())
     yield f"--{BOUNDARY}--\r\n".encode()
 

@@ -15,6 +15,7 @@ from app.engine.engine import Engine
 from app.errors import Cancelled
 from app.metrics import Metrics
 from app.model_registry import ModelRegistry
+from app.request_context import context_of
 from app.request_params import GenerationJob
 from app.schemas import ErrorResponse
 from app.settings import Settings
@@ -70,18 +71,13 @@ async def service(request: Request) -> AppState:
 StateDep = Annotated[AppState, Depends(service)]
 
 
-def is_head(http: Request) -> bool:
-    """Whether a GET without its body was asked for: see middleware.HeadAsGet."""
-    return getattr(http.state, "head", False)
-
-
 @asynccontextmanager
 async def in_flight(service: AppState, http: Request, job: GenerationJob) -> AsyncIterator[None]:
     """Submits the job, and cancels it as soon as its client leaves or the block ends without an answer."""
-    http.state.log = {"n": job.request.n, "steps": len(job.request.schedule), "sampler": job.request.schedule.sampler}
-    http.state.model = job.checkpoint.name
+    context = context_of(http.scope)
+    context.job = job
     service.engine.submit(job.checkpoint, job.request)
-    http.state.job = job
+    context.admitted = True
     watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
     try:
         yield
@@ -94,4 +90,4 @@ async def _cancel_on_disconnect(service: AppState, http: Request, job: Generatio
     while (await http.receive())["type"] != "http.disconnect":
         pass
     if service.engine.cancel(job.request):
-        http.state.outcome = Cancelled.code  # for log and metrics: a stream ends here, and never sees the answer
+        context_of(http.scope).outcome = Cancelled.code  # a stream ends here and never sees the answer

@@ -23,8 +23,8 @@ def compile_openvino(network: UNet, precision: str, threads: int) -> Network:
     except ImportError as error:
         raise ValueError("runtime openvino needs the package: pip install 'ddpm-serve[openvino]'") from error
     config = network.config
-    t = torch.zeros(2, dtype=torch.int64)
-    example = (torch.zeros(2, *config.image_shape), t) + ((t,) if config.num_classes is not None else ())
+    t, y = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    example = (torch.zeros(2, *config.image_shape), t) + ((y,) if config.num_classes is not None else ())
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # it traces with torch.jit, which is deprecated
         converted = ov.convert_model(network.eval(), example_input=example)
@@ -40,7 +40,7 @@ def compile_openvino(network: UNet, precision: str, threads: int) -> Network:
     run = ov.Core().compile_model(converted, "CPU", how).create_infer_request()
 
     def forward(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        given = (x, t.long()) if y is None else (x, t.long(), y)
+        given = (x, t.float()) if y is None else (x, t.float(), y)
         out = run.infer([tensor.contiguous().numpy() for tensor in given], share_inputs=True)
         return torch.from_numpy(out[0])
 

@@ -210,9 +210,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     try:
-        export(checkpoint.load(given.source), given.destination, given.class_label)
+        source = checkpoint.load(given.source)
+        export(source, given.destination, given.class_label)
     except (ValueError, OSError) as error:
         print(f"model.exporters: {error}", file=sys.stderr)
         return 2
+    if source.config.fitted:
+        print("model.exporters: diffusers has no fitted tables: they are left out", file=sys.stderr)
     print(given.destination)
     return 0

@@ -1,17 +1,19 @@
 """Sampling schedules: a sampler made concrete for one request, one row of scalars per step, in float64.
 
-With e the network's output for the class, u that for the null class and z standard normal noise, a step is
+With e the network's output for the class, u that for the null class and z standard normal noise (fresh, or x_T again),
+a step is
 
     out    = u + g·(e - u)                      g = 1: only e is computed
     x0     = limit(p·x - q·out)                 limit: none, clamp to ±1, or dynamic
     x_next = a·x + b·x0 + c·x0_prev + d·x0_prev2 + s·exp(k·v)·z
 
 so that requests with different samplers and step counts share one batch without a branch. v is the second half of e,
-where the variance is learned.
+where the variance is learned. Which noise z is says the row's `draw`: the step's own number, or 0, which is x_T.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Collection
@@ -28,6 +30,7 @@ from model.sampling.timestep_spacing import LAMBDA_MIN_CLIPPED, SPACINGS, Timest
 
 COEFFICIENTS = ("g", "p", "q", "limit", "a", "b", "c", "d", "k", "s")
 THRESHOLDING = ("none", "clamp", "dynamic")  # of x0; the column holds the place in this list
+FITTED = "fitted"  # the sampler whose rows no formula has: the checkpoint does, see `model.sampling.fitted`
 
 
 DEFAULT_STEPS = {  # of a sampler that is not the checkpoint's own, where nobody says how many
@@ -62,7 +65,7 @@ class SamplingParams:
     has its `description`, and the `choices` or `bounds` of its value, or None.
     """
 
-    sampler: str = _setting("ddim", "", SAMPLERS)
+    sampler: str = _setting("ddim", "", (*SAMPLERS, FITTED))
     steps: int = _setting(50, "denoising steps", bounds=(1, math.inf))
     eta: float = _setting(0.0, "ddim's noise: 0 deterministic, 1 ancestral", bounds=(0, 1))
     guidance_scale: float = _setting(1.0, "classifier-free guidance; 1 for none")
@@ -85,11 +88,11 @@ class SamplingParams:
 
         Steps, eta and spacing are the sampler's: with another one they are `DEFAULT_STEPS`, at most `num_timesteps`
         (T), 0 and trailing. Without guidance there is no interval of it. Raises InvalidSamplingParams where they
-        contradict each other.
+        contradict each other. `CheckpointConfig.sampling_params` knows fitted tables, too.
         """
         given = {name: value for name, value in given.items() if value is not None}
         sampler = given.get("sampler", self.sampler)
-        one_of("sampler", sampler, SAMPLERS)
+        one_of("sampler", sampler, SAMPLERS)  # fitted's are in a table, whose checkpoint is not known here
         if given.get("eta") and sampler != "ddim":
             raise InvalidSamplingParams("eta", f"belongs to the ddim sampler; {sampler} takes none")
         settings = self
@@ -131,17 +134,29 @@ class SamplingParams:
 class SamplingSchedule:
     """A sampler made concrete for one request.
 
-    `timesteps` int64 [S], descending, is what the network sees; `table` float64 [S, 10] holds the scalars of
-    `COEFFICIENTS`. x begins as start[0] · reference + start[1] · noise: as noise alone, unless it begins midway.
+    `timesteps` [S], descending, is what the network sees: int64, or float64 where they were fitted. `table` float64
+    [S, 10] holds the scalars of `COEFFICIENTS`. `draws` int64 [S] is the number of each step's noise z: 1 … S, or 0,
+    which is x_T's, drawn again. None is 1 … S. x begins as start[0] · reference + start[1] · noise: noise alone, unless
+    it begins midway.
     """
 
     sampler: str
-    timesteps: Timesteps
+    timesteps: Timesteps | Table
     table: Table
+    draws: Timesteps | None = None
     start: tuple[float, float] = (0.0, 1.0)
+
+    def draw(self, step: int) -> int:
+        """The number of the noise of step `step` (from 0)."""
+        return step + 1 if self.draws is None else int(self.draws[step])
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all that it does."""
+        draws = b"" if self.draws is None else self.draws.tobytes()
+        return hashlib.sha256(self.timesteps.tobytes() + self.table.tobytes() + draws).hexdigest()
 
     @cached_property
     def nfe(self) -> NDArray[np.int64]:
@@ -173,6 +188,8 @@ def make_schedule(
     """
     params = SamplingParams(sampler, steps, **settings)
     params.check()
+    if sampler == FITTED:
+        raise InvalidSamplingParams("sampler", "fitted needs a checkpoint with fitted tables")
     num_timesteps, log_snr = diffusion.num_timesteps, diffusion.log_snr()
     is_ancestral = sampler == "ddpm" and steps == num_timesteps  # which never divides by more than √(1 - β)
     if diffusion.config.prediction == "eps" and params.limit == "none" and not is_ancestral:
@@ -214,7 +231,7 @@ def make_schedule(
         diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance)
     )
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
-    return SamplingSchedule(sampler, timesteps, table.astype(np.float64), start)
+    return SamplingSchedule(sampler, timesteps, table.astype(np.float64), start=start)
 
 
 def usable_variance(diffusion: GaussianDiffusion, steps: int) -> str:

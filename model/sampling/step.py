@@ -113,15 +113,15 @@ def sample(
         kept = None if edit.mask is None else (edit.image, edit.mask)
     x0 = x0_prev = torch.zeros_like(x)
     y = None if classes is None else torch.tensor(classes, device=device)
-    for i, (timestep, row) in enumerate(zip(schedule.timesteps, schedule.table, strict=True), start=1):
+    for step, (timestep, row) in enumerate(zip(schedule.timesteps, schedule.table, strict=True)):
         rows = torch.tensor(row, dtype=dtype, device=device).expand(len(x), -1)
-        t = torch.full((len(x),), int(timestep), device=device)
+        t = torch.full((len(x),), timestep.item(), device=device)
         noise = torch.zeros_like(x)
         if row[-1]:
-            noise = normals(seeds, indices, [i] * len(seeds), shape, device).to(dtype)
+            noise = normals(seeds, indices, [schedule.draw(step)] * len(seeds), shape, device).to(dtype)
         out = cfg_forward(network, x, t, y, rows[:, 0], null_class)
         x, new = apply_step(x, out, x0, x0_prev, rows, noise, kept=kept)
         x0, x0_prev = new, x0
         if on_step:
-            on_step(i, x, x0)
+            on_step(step + 1, x, x0)
     return x

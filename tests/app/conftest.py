@@ -91,7 +91,7 @@ class HeldRunner(ModelRunner):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(checkpoint.load(path), torch.device("cpu"), chunk=4)
+        super().__init__(checkpoint.load(path), torch.device("cpu"), micro_batch_size=4)
         self.released, self.warm = threading.Event(), threading.Event()
         self.warm.set()
 

@@ -38,12 +38,12 @@ class FaultyRunner(ModelRunner):
     crashes = 2
     broken = refused = False
 
-    def start(self, samples: list[Sample]) -> None:
+    def init_latents(self, samples: list[Sample]) -> None:
         if any(sample.request.seed == CANNOT_START for sample in samples):
             raise RuntimeError("no noise, said a test")
-        super().start(samples)
+        super().init_latents(samples)
 
-    def read(self, samples: list[Sample], view: View) -> Image:
+    def to_images(self, samples: list[Sample], view: View) -> Image:
         for sample in samples:
             if sample.i == 1 and sample.finished and sample.request.seed in (CRASHES, CRASHES_TWICE):
                 if sample.request.seed == CRASHES:
@@ -51,7 +51,7 @@ class FaultyRunner(ModelRunner):
                 if self.crashes:
                     self.crashes -= 1
                     raise RuntimeError("an image that cannot be read at first, said a test")
-        return super().read(samples, view)
+        return super().to_images(samples, view)
 
     def warm_up(self, rows: int) -> None:
         if os.environ.get("FAULT") == WARM_UP or self.broken or self.refused:
@@ -88,10 +88,10 @@ class FaultyRunner(ModelRunner):
 
 
 def make_runner(
-    checkpoint: Checkpoint, device: torch.device, chunk: int, threads: int, runtime: str, precision: str
+    checkpoint: Checkpoint, device: torch.device, micro_batch_size: int, threads: int, runtime: str, precision: str
 ) -> FaultyRunner:
     """By the server's settings."""
-    runner = FaultyRunner(checkpoint, device, chunk, threads, runtime, precision)
+    runner = FaultyRunner(checkpoint, device, micro_batch_size, threads, runtime, precision)
     runner.refused = checkpoint.config.class_names[-1:] == (REFUSED,)
     return runner
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.__main__ import TWICE_S
+from app.__main__ import DUPLICATE_SIGNAL_S
 from tests.app.faulty_server import BREAKS_DEVICE, CANNOT_START, CRASHES_TWICE, HANGS, LONG, RAISES, SLOW, WARM_UP
 from tests.app.processes import PATIENCE, ROOT, ServerProcess, environment, run_to_its_end, wait_for
 from tests.app.test_faults import ask
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_the_process_at_once(grey_checkpoint: Path) -> None
         server.terminate()
         server.terminate()  # so soon that it counts as the same
         wait_for(lambda: refused(server), "the refusal of new work")
-        time.sleep(TWICE_S)
+        time.sleep(DUPLICATE_SIGNAL_S)
         assert server.process.poll() is None
         server.terminate()
         assert server.exit_code() == 128 + signal.SIGTERM

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from app.main import create_app
-from app.ray import BacklogAutoscalingPolicy, DropRequestIdMiddleware, RaySettings, Replica, discovery, shares
+from app.ray import BacklogAutoscalingPolicy, DropRequestIdMiddleware, RaySettings, Replica, discovery, plan_replicas
 from app.settings import Settings
 from tests.app.conftest import HeldRunner
 from tests.app.processes import PATIENCE, ROOT, environment, metric, wait_for
@@ -64,7 +64,7 @@ def test_without_a_report_nothing_changes() -> None:
 def test_a_replica_is_a_gpu_or_a_share_of_the_cpus(
     settings: dict[str, float], resources: dict[str, float], expected: tuple[float, int]
 ) -> None:
-    assert shares(RaySettings(**settings), resources) == expected
+    assert plan_replicas(RaySettings(**settings), resources) == expected
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_replica_is_a_gpu_or_a_share_of_the_cpus(
 )
 def test_what_does_not_fit_is_refused_with_a_sentence(settings: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        shares(RaySettings(**settings), {"CPU": 8.0})
+        plan_replicas(RaySettings(**settings), {"CPU": 8.0})
 
 
 def test_the_settings_are_the_servers_and_more() -> None:

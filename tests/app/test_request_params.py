@@ -30,7 +30,7 @@ def grey(grey_checkpoint: Path) -> Checkpoint:
 
 
 def served(checkpoint: Checkpoint) -> ModelInstance:
-    return ModelInstance(checkpoint, ModelRunner(checkpoint, torch.device("cpu"), chunk=4), max_batch_size=8)
+    return ModelInstance(checkpoint, ModelRunner(checkpoint, torch.device("cpu"), micro_batch_size=4), max_batch_size=8)
 
 
 def job(checkpoint: Checkpoint, asked: GenerateBody | SequenceQuery, **settings: object) -> GenerationJob:

@@ -1,4 +1,4 @@
-"""/openapi.json against the server that it describes, by schemathesis (the extra `soak`). `make stress` tries more."""
+"""/openapi.json against the server that it describes, by schemathesis (extra `stress`). `make stress` tries more."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.app.processes import ServerProcess
-from tests.soak.schema import installed, run_schemathesis
-from tests.soak.spoiled import settings
+from tests.stress.corrupt_checkpoints import settings
+from tests.stress.schema import installed, run_schemathesis
 
 
 @pytest.mark.skipif(not installed(), reason="schemathesis is not installed")

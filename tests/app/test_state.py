@@ -13,6 +13,7 @@ from fastapi import Request
 
 from app import images
 from app.errors import Cancelled
+from app.request_context import context_of
 from app.request_params import build_request
 from app.routes.state import AppState, in_flight
 from app.schemas import GenerateBody
@@ -52,7 +53,7 @@ async def disconnect() -> Any:
 
 
 def request(receive: Any) -> Request:
-    return Request({"type": "http", "method": "POST", "headers": [], "state": {"outcome": "ok"}}, receive)
+    return Request({"type": "http", "method": "POST", "headers": []}, receive)
 
 
 def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_client_that_leaves_marks_the_outcome_while_the_handler_still_waits(
         async with in_flight(service, http, job):
             with pytest.raises(Cancelled):
                 await job.request.output.images()
-            return http.state.outcome
+            return context_of(http.scope).outcome
 
     with serving(grey_checkpoint, held) as client:
         assert asyncio.run(handle(client.app.state.service)) == "cancelled"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from app.__main__ import TWICE_S
+from app.__main__ import DUPLICATE_SIGNAL_S
 from app.main import create_app
 from app.settings import Settings
 from tests.app.conftest import HeldRunner
@@ -136,7 +136,7 @@ def test_what_ends_at_once_sends_its_spans_before(grey_checkpoint: Path, collect
         connection = ask(server, "POST", "/generate", {"n": 4, "steps": 1000, "seed": SLOW})
         wait_for(lambda: server.rows() == 4, "work")
         server.terminate()
-        time.sleep(TWICE_S + 0.1)
+        time.sleep(DUPLICATE_SIGNAL_S + 0.1)
         assert not collector.spans
         server.terminate()
         assert server.exit_code() == 128 + signal.SIGTERM

@@ -1,6 +1,7 @@
 """The runner on a GPU: whole steps with and without CUDA graphs, beside the bare network, and one image to its bytes.
 
-    python -m tests.bench.gpu [--nets cifar10,mnist] [--rows 1,8,64,256,512,1024] [--precision bf16] [--chunk N]
+    python -m tests.bench.gpu [--nets cifar10,mnist] [--rows 1,8,64,256,512,1024] [--precision bf16]
+        [--micro_batch_size N]
 
 Steps are the engine's, with the host's part: deterministic ones (ddim), and noisy ones (ddpm), whose noise is drawn in
 the graph. It needs torch, numpy and safetensors, and nothing else. The weights of cifar10 are random. Contenders take
@@ -101,8 +102,8 @@ class Bench:
         self.config, self.diffusion, self.flops = loaded.config.unet, loaded.diffusion, flops(loaded.network)
         self.network, self.args = copy.deepcopy(loaded.network), args
         precision = best_precision(self.device) if args.precision == "auto" else args.precision
-        self.chunk = args.chunk or default_micro_batch_size(loaded.network, self.device)
-        self.runner = ModelRunner(loaded, self.device, self.chunk, 0, "torch", precision)
+        self.micro_batch_size = args.micro_batch_size or default_micro_batch_size(loaded.network, self.device)
+        self.runner = ModelRunner(loaded, self.device, self.micro_batch_size, 0, "torch", precision)
         self.served = ModelInstance(loaded, self.runner, 0)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -130,7 +131,7 @@ class Bench:
         """A step of so many samples, over and over."""
         samples = self.request(rows, 1000, sampler).samples
         with self.graphs(graphs):
-            self.runner.start(samples)
+            self.runner.init_latents(samples)
 
         def step() -> None:
             if samples[0].finished:
@@ -144,8 +145,8 @@ class Bench:
     def eagerly(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network with as many rows at a time as the runner takes, but no padding."""
         network, parts = self.runner._network, []
-        for start in range(0, len(x), self.runner.chunk):
-            rows = slice(start, start + self.runner.chunk)
+        for start in range(0, len(x), self.runner.micro_batch_size):
+            rows = slice(start, start + self.runner.micro_batch_size)
             parts.append(network(x[rows], t[rows], None if y is None else y[rows]))
         return torch.cat(parts)
 
@@ -156,7 +157,7 @@ class Bench:
             requests = [self.request(max(1, rows // 2), 10, sampler) for sampler in ("ddim", "ddpm")]
             samples: list[Sample] = [sample for request in requests for sample in request.samples][: max(2, rows)]
             with self.graphs(graphs):
-                self.runner.start(samples)
+                self.runner.init_latents(samples)
                 while not samples[0].finished:
                     self.runner.step(samples)
                 states = [self.runner._graphs.slots.x_of(s) if self.runner._graphs else s.x for s in samples]
@@ -184,10 +185,10 @@ class Bench:
             for _ in range(3 + 4 * self.rounds):
                 samples = self.request(1, STEPS).samples
                 started = time.perf_counter()
-                self.runner.start(samples)
+                self.runner.init_latents(samples)
                 while not samples[0].finished:
                     self.runner.step(samples)
-                self.runner.read(samples, "xt")
+                self.runner.to_images(samples, "xt")
                 times.append(time.perf_counter() - started)
         return statistics.median(times[3:]), max(times[3:])
 
@@ -196,12 +197,15 @@ class Bench:
         runner = self.runner
         print(f"{self.flops / 1e9:.4g} GFLOP a row, {runner.precision}; ready after {self.ready:.1f} s; ", end="")
         print(f"{used:.1f} of {total:.0f} GiB in use")
-        print(f"same bits: {same_bits(runner._network, self.config, self.chunk, self.device, inputs)}; ", end="")
+        print(
+            f"same bits: {same_bits(runner._network, self.config, self.micro_batch_size, self.device, inputs)}; ",
+            end="",
+        )
         print(f"run: {' '.join(map(str, runner.sizes))}; ", end="")
         graphs = runner._graphs
         print(f"graphs: {f'all of them, {graphs.slots.count} slots' if graphs else 'none'}; ", end="")
         print(f"rows in a step at most: {self.served.batch_limits.max}")
-        print(padding(runner.sizes, self.chunk))
+        print(padding(runner.sizes, self.micro_batch_size))
         if self.device.type == "cuda":
             print(warm_up_memory(self.device, graphs is not None))
         print()
@@ -219,7 +223,7 @@ class Bench:
             how = "as served" if graphs_too else "no graphs"
             print(f"\none image, {STEPS} steps of ddim, {how}: {1e3 * middle:.2f} ms (longest {1e3 * longest:.2f})")
         print()
-        for line in norms(self.network, self.args, runner.precision, self.chunk, inputs, medians):
+        for line in norms(self.network, self.args, runner.precision, self.micro_batch_size, inputs, medians):
             print(line, flush=True)
         print()
         self.loop.close()
@@ -231,7 +235,7 @@ def main() -> None:
     parser.add_argument("--nets", default="cifar10,mnist", help=f"{', '.join(CONFIGS)}, or bundled")
     parser.add_argument("--rows", default="1,8,64,256,512,1024")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    parser.add_argument("--chunk", type=int, default=0, help="as --micro-batch-size of the server")
+    parser.add_argument("--micro_batch_size", type=int, default=0, help="as --micro-batch-size of the server")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)  # why there are no graphs

@@ -23,11 +23,11 @@ MIB = 2**20
 
 
 @torch.inference_mode()
-def same_bits(network: Network, config: UNetConfig, chunk: int, device: torch.device, inputs: Inputs) -> str:
+def same_bits(network: Network, config: UNetConfig, micro_batch_size: int, device: torch.device, inputs: Inputs) -> str:
     """Numbers of rows that give the same bits, group by group."""
-    x, t, y = inputs(config, chunk, device)
+    x, t, y = inputs(config, micro_batch_size, device)
     found: list[tuple[Tensor, list[int]]] = []
-    for size in candidate_batch_sizes(chunk, device.type):
+    for size in candidate_batch_sizes(micro_batch_size, device.type):
         out = network(x[-size:], t[-size:], None if y is None else y[-size:])
         for first, sizes in found:
             if torch.equal(out, first[-size:]):
@@ -40,9 +40,9 @@ def same_bits(network: Network, config: UNetConfig, chunk: int, device: torch.de
 
 @torch.inference_mode()
 def norms(
-    network: UNet, args: argparse.Namespace, precision: str, chunk: int, inputs: Inputs, medians: Medians
+    network: UNet, args: argparse.Namespace, precision: str, micro_batch_size: int, inputs: Inputs, medians: Medians
 ) -> list[str]:
-    """The network by both group norms: milliseconds of calls with at most `chunk` rows, and who gives the same bits."""
+    """The network by both group norms: milliseconds of calls with at most so many rows, and who gives the same bits."""
     device, config = torch.device(args.device), network.config
     both = {
         name: autocast_network(copy.deepcopy(network), device, PRECISIONS[precision], flag)
@@ -50,7 +50,7 @@ def norms(
     }
     lines = ["| rows | " + " | ".join(f"norm: {name}, ms" for name in NORMS) + " | ratio |", "|---:|---:|---:|---:|"]
     ratio = 1.0
-    for rows in sorted({min(int(n), chunk) for n in args.rows.split(",")}):
+    for rows in sorted({min(int(n), micro_batch_size) for n in args.rows.split(",")}):
         given = inputs(config, rows, device)
         runs = {name: lambda call=call, given=given: call(*given) for name, call in both.items()}
         took = medians(runs, device, args.rounds)
@@ -58,7 +58,8 @@ def norms(
         lines.append(f"| {rows} | " + " | ".join(f"{1e3 * s:.3f}" for s in took.values()) + f" | {ratio:.2f} |")
     lines.append("")
     lines += [
-        f"same bits, norm {name}: {same_bits(call, config, chunk, device, inputs)}" for name, call in both.items()
+        f"same bits, norm {name}: {same_bits(call, config, micro_batch_size, device, inputs)}"
+        for name, call in both.items()
     ]
     lines.append(
         f"norms: with the most rows, channels last takes {ratio:.2f} of the time of PyTorch's. If that is less than 1, "

@@ -171,7 +171,7 @@ def step_times(threads: int, most: int, seconds: float) -> list[float]:
     schedule = make_schedule(loaded.diffusion, "ddim", 1000)
     times: list[list[float]] = [[0.0], *([] for _ in range(most))]
     request = Request(schedule, 0, 0, most, (0,) * most, 0.0, None, "")  # type: ignore[arg-type]
-    runner.start(request.samples)
+    runner.init_latents(request.samples)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(times[most]) < 5:
         for rows in range(1, most + 1):

@@ -24,7 +24,7 @@ def test_a_timed_turn_begins_where_its_contender_was(monkeypatch: pytest.MonkeyP
 def test_the_bench_prints_what_only_a_gpu_can_decide(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "gpu --device cpu --nets tiny --rows 1,4 --chunk 4 --rounds 1 --precision fp32"
+    words = "gpu --device cpu --nets tiny --rows 1,4 --micro_batch_size 4 --rounds 1 --precision fp32"
     monkeypatch.setattr("sys.argv", words.split())
     monkeypatch.setattr(gpu, "TURN_S", 0.002)
     monkeypatch.setattr(gpu, "matrix_peak", lambda device, clock: 1e12)

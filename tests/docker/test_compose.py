@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from app.__main__ import GRACE_S
+from app.__main__ import SHUTDOWN_GRACE_S
 from app.settings import Settings
 from tests.docker.files import DOCKER, ROOT
 
@@ -117,7 +117,7 @@ def test_every_service_is_hardened_limited_watched_and_restarted() -> None:
 def test_the_times_fit_each_other() -> None:
     defaults = Settings.model_fields
     grace = int(services()["server"]["stop_grace_period"].removesuffix("s"))
-    assert grace >= defaults["drain_s"].default + GRACE_S + 2
+    assert grace >= defaults["drain_s"].default + SHUTDOWN_GRACE_S + 2
     assert int(services()["balancer"]["stop_grace_period"].removesuffix("s")) >= grace
     for side in ("client", "server"):
         found = re.search(rf"timeout {side} +(\d+)s", HAPROXY)

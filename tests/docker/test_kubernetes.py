@@ -13,7 +13,7 @@ import yaml
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from app.__main__ import GRACE_S
+from app.__main__ import SHUTDOWN_GRACE_S
 from app.routes import health
 from app.settings import Settings
 from tests.docker.files import DOCKER, metrics_in
@@ -80,7 +80,7 @@ def test_the_server_is_an_unprivileged_user_who_writes_to_tmp_only() -> None:
 def test_a_pod_has_time_for_its_drain() -> None:
     before = int(server()["lifecycle"]["preStop"]["exec"]["command"][-1])
     drain = Settings.model_fields["drain_s"].default
-    assert pod()["terminationGracePeriodSeconds"] > before + drain + GRACE_S
+    assert pod()["terminationGracePeriodSeconds"] > before + drain + SHUTDOWN_GRACE_S
 
 
 def test_probes_and_scrapes_ask_for_paths_and_ports_that_are_there() -> None:

@@ -96,6 +96,22 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(
         load(path)
 
 
+def test_a_file_cut_while_it_is_read_ends_no_process(
+    tiny: UNet, config: CheckpointConfig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file has no bytes there any more: that is SIGBUS, and no exception."""
+    digest = checkpoint._digest
+
+    def late(*args: Any) -> str:
+        os.truncate(path, 0)  # as `cp` begins
+        return digest(*args)
+
+    save(path, tiny.state_dict(), config)
+    monkeypatch.setattr(checkpoint, "_digest", late)
+    with pytest.raises(CheckpointError, match="the file changed while it was read"):
+        load(path)
+
+
 def test_an_unconditional_checkpoint_has_no_class_names(tiny_config: UNetConfig, path: Path) -> None:
     config = CheckpointConfig(replace(tiny_config, num_classes=None, null_class=False), DiffusionConfig())
     save(path, UNet(config.unet).state_dict(), config)

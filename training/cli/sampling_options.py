@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from model.checkpoint import Checkpoint
-from model.sampling.schedule import InvalidSamplingParams, SamplingParams, SamplingSchedule, make_schedule
+from model.sampling.schedule import InvalidSamplingParams, SamplingParams, SamplingSchedule
 from training.cli.options import numbers, one_of
 
 OWN = "the checkpoint's"
@@ -37,11 +37,7 @@ def settings_of(source: Checkpoint, args: Namespace) -> tuple[SamplingParams, Sa
     config = source.config
     try:
         given = {setting.name: getattr(args, setting.name) for setting in fields(SamplingParams)}
-        settings = config.sampling.with_overrides(config.diffusion.num_timesteps, **given)
-        if settings.guidance_scale != 1 and not config.unet.null_class:
-            raise InvalidSamplingParams(
-                "guidance_scale", "must be 1: the checkpoint has no null class to guide away from"
-            )
-        return settings, make_schedule(source.diffusion, **vars(settings))
+        settings = config.sampling_params(**given)
+        return settings, config.schedule(settings)
     except InvalidSamplingParams as error:
         raise ValueError(f"--{error}") from error

@@ -16,11 +16,10 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from model.atomic_write import atomic_write
-from model.diffusion import GaussianDiffusion
 from model.images import Image, grid, to_uint8
 from model.nn.unet import UNet
 from model.sampling.noise import normals
-from model.sampling.schedule import SamplingParams, make_schedule
+from model.sampling.schedule import SamplingSchedule
 from model.sampling.step import sample
 
 Frames = NDArray[np.uint8]
@@ -32,18 +31,17 @@ LEAST_SIDE = 64  # pixels; smaller images are enlarged in strips and GIFs
 LAST_FRAME_MS = 1500
 
 
-def sample_grid(network: UNet, diffusion: GaussianDiffusion, d: SamplingParams, per_class: int = 8) -> Image:
+def sample_grid(network: UNet, schedule: SamplingSchedule, per_class: int = 8) -> Image:
     """A picture uint8 [H', W', C]: one row of images per class (at most 16 of them), or 8 × 8 without classes."""
     rows = min(network.config.num_classes or per_class, ROWS)
     indices = list(range(rows * per_class))
     classes = None if network.config.num_classes is None else [i // per_class for i in indices]
-    return grid(to_uint8(_sample(network, diffusion, d, indices, classes)).cpu().numpy(), columns=per_class)
+    return grid(to_uint8(_sample(network, schedule, indices, classes)).cpu().numpy(), columns=per_class)
 
 
 def sequence(
     network: UNet,
-    diffusion: GaussianDiffusion,
-    d: SamplingParams,
+    schedule: SamplingSchedule,
     indices: Sequence[int],
     classes: Sequence[int] | None = None,
     seed: int = 0,
@@ -56,7 +54,7 @@ def sequence(
     """
     if frames < 2:
         raise ValueError(f"a sequence has at least 2 frames, not {frames}")
-    shown = set(np.linspace(0, d.steps, min(frames, d.steps + 1)).round().astype(int).tolist())
+    shown = set(np.linspace(0, len(schedule), min(frames, len(schedule) + 1)).round().astype(int).tolist())
     device = next(network.parameters()).device
     x = normals([seed] * len(indices), list(indices), [0] * len(indices), network.config.image_shape, device)
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -67,7 +65,7 @@ def sequence(
             pairs.append((to_uint8(x), to_uint8(x0)))
         x = x_next
 
-    last = to_uint8(_sample(network, diffusion, d, indices, classes, seed, keep))
+    last = to_uint8(_sample(network, schedule, indices, classes, seed, keep))
     return np.stack([np.stack([part.cpu().numpy() for part in pair]) for pair in [*pairs, (last, last)]])
 
 
@@ -110,8 +108,7 @@ def save_gif(path: Path, frames: Frames, seconds: float = 3.0) -> None:
 
 def _sample(
     network: UNet,
-    diffusion: GaussianDiffusion,
-    d: SamplingParams,
+    schedule: SamplingSchedule,
     indices: Sequence[int],
     classes: Sequence[int] | None,
     seed: int = 0,
@@ -120,7 +117,7 @@ def _sample(
     config = network.config
     return sample(
         network,
-        make_schedule(diffusion, **vars(d)),
+        schedule,
         config.image_shape,
         seeds=[seed] * len(indices),
         indices=indices,

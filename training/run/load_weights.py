@@ -141,6 +141,7 @@ def _of_state(path: Path, config: CheckpointConfig, which: int | str | None, dev
 
 
 def _checkpoint(path: Path, config: CheckpointConfig, tensors: Weights, device: torch.device) -> Checkpoint:
+    config = config.without_tables()  # which are of the checkpoint's own weights
     with torch.device("meta"):
         network = UNet(config.unet)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)

@@ -43,8 +43,8 @@ class HeldRunner(ModelRunner):
     """The real runner. `hold()` stops it before its next step until `release(k)` lets k steps pass (or `free()` all);
     `fail` decides, from the samples of a step, whether it raises; `poison` which samples turn to NaN."""
 
-    def __init__(self, checkpoint: Checkpoint, chunk: int = CHUNK) -> None:
-        super().__init__(checkpoint, torch.device("cpu"), chunk)
+    def __init__(self, checkpoint: Checkpoint, micro_batch_size: int = CHUNK) -> None:
+        super().__init__(checkpoint, torch.device("cpu"), micro_batch_size)
         self.batches: list[list[tuple[int, int, int]]] = []  # (seed, place, step) of every step tried
         self.fail: Callable[[list[Sample]], bool] = lambda samples: False
         self.poison: Callable[[Sample], bool] = lambda sample: False
@@ -179,9 +179,9 @@ def record_by_repeating(run: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def graphed(checkpoint: Checkpoint, chunk: int) -> ModelRunner:
+def graphed(checkpoint: Checkpoint, micro_batch_size: int) -> ModelRunner:
     """On the CPU, as on a GPU."""
-    runner = ModelRunner(checkpoint, torch.device("cpu"), chunk)
+    runner = ModelRunner(checkpoint, torch.device("cpu"), micro_batch_size)
     runner._record = record_by_repeating
     return runner
 
@@ -209,7 +209,7 @@ def state(runner: ModelRunner, sample: Sample) -> Tensor:
 
 def finish(runner: ModelRunner, samples: list[Sample]) -> list[Tensor]:
     """Steps them together, each until it is done."""
-    runner.start(samples)
+    runner.init_latents(samples)
     while left := [s for s in samples if not s.finished]:
         assert runner.step(left) == []
     return [state(runner, sample) for sample in samples]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from app.engine.autotune import SECONDS, autotune_batch_size
+from app.engine.autotune import TIME_BUDGET_S, autotune_batch_size
 
 
 class Device:
@@ -21,8 +21,8 @@ class Device:
         self.now += self._seconds(rows)
 
 
-def measured(device: Device, chunk: int = 8, kind: str = "cpu") -> tuple[int, int]:
-    steps = autotune_batch_size(device.run, chunk, kind, lambda: device.now)
+def measured(device: Device, micro_batch_size: int = 8, kind: str = "cpu") -> tuple[int, int]:
+    steps = autotune_batch_size(device.run, micro_batch_size, kind, lambda: device.now)
     portions = 0
     while True:
         try:
@@ -35,7 +35,7 @@ def measured(device: Device, chunk: int = 8, kind: str = "cpu") -> tuple[int, in
 
 
 @pytest.mark.parametrize(
-    ("curve", "kind", "chunk", "expected"),
+    ("curve", "kind", "micro_batch_size", "expected"),
     [
         (lambda rows: 0.01 * rows, "cpu", 8, (2, 4)),  # with what the engine does: 3.7 % for 2 rows, 1.2 % for 4
         (lambda rows: 0.01 * rows + 0.002, "cpu", 8, (2, 8)),  # 10.8 %, 3.6 %
@@ -48,9 +48,9 @@ def measured(device: Device, chunk: int = 8, kind: str = "cpu") -> tuple[int, in
     ],
 )
 def test_it_is_the_fewest_rows_that_run_about_as_fast_as_any_and_the_most_that_gain_something(
-    curve: Callable[[int], float], kind: str, chunk: int, expected: tuple[int, int]
+    curve: Callable[[int], float], kind: str, micro_batch_size: int, expected: tuple[int, int]
 ) -> None:
-    assert measured(Device(curve), chunk, kind) == expected
+    assert measured(Device(curve), micro_batch_size, kind) == expected
 
 
 def test_what_else_the_machine_does_twice_in_five_rounds_changes_nothing() -> None:
@@ -64,14 +64,14 @@ def test_what_cannot_be_measured_is_as_ever() -> None:
     slow = Device(lambda rows: 1.0 * rows)
     assert measured(slow) == (8, 8)
     assert slow.calls == [8, 8]
-    assert measured(Device(lambda rows: 0.0), chunk=24) == (8, 24), "a chunk for a crowd"
+    assert measured(Device(lambda rows: 0.0), micro_batch_size=24) == (8, 24), "a micro-batch for a crowd"
 
 
 def test_it_takes_only_so_long() -> None:
     for per_row in (0.0001, 0.001, 0.003, 0.01, 0.03):
         device = Device(lambda rows, per_row=per_row: per_row * rows)
         measured(device)
-        assert device.now < SECONDS + 3 * 8 * per_row
+        assert device.now < TIME_BUDGET_S + 3 * 8 * per_row
         assert set(device.calls) <= {2, 4, 8}
 
 

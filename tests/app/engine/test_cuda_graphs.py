@@ -53,7 +53,7 @@ def test_nothing_but_graphs_runs_and_noise_only_where_it_is_needed(checkpoint: C
         return network(x, t, y)
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
-        kind = ("start", "silent", "noisy")[len(recorded) % 3]
+        kind = ("start", "deterministic", "stochastic")[len(recorded) % 3]
         recorded.append(kind)
 
         def replay() -> None:
@@ -67,15 +67,15 @@ def test_nothing_but_graphs_runs_and_noise_only_where_it_is_needed(checkpoint: C
     runner.warm_up(19)
     calls, replayed[:] = 0, []
     runner.warm_up(19)
-    assert replayed == ["silent"] * 3
+    assert replayed == ["deterministic"] * 3
     finish(runner, samples())
     assert calls == len(replayed) - replayed.count("start") > 3
     assert replayed[3:5] == ["start", "start"]
-    noisy = replayed.index("noisy")
-    assert "silent" in replayed[noisy:], "the last steps of ddpm are silent"
+    noisy = replayed.index("stochastic")
+    assert "deterministic" in replayed[noisy:], "the last steps of ddpm are silent"
     replayed.clear()
     finish(runner, samples()[-8:])
-    assert replayed == ["start"] + ["silent"] * 7
+    assert replayed == ["start"] + ["deterministic"] * 7
 
 
 def skewed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -136,7 +136,7 @@ def test_without_graphs_all_runs_as_ever_and_says_so_once(
 def test_graphs_without_room_for_their_slots_are_done_without(
     checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.engine.runner.pool_size", lambda shape, chunk: 2**50)
+    monkeypatch.setattr("app.engine.runner.pool_size", lambda shape, micro_batch_size: 2**50)
     runner = graphed(checkpoint, 8)
     with caplog.at_level(logging.WARNING):
         runner.warm_up(8)
@@ -163,7 +163,7 @@ def test_what_does_not_fit_into_the_memory_is_not_used(
 
     runner._network = small
     runner.warm_up(8)
-    assert runner.chunk == runner.sizes[-1] <= 3
+    assert runner.micro_batch_size == runner.sizes[-1] <= 3
     assert equal(finish(runner, samples()), finish(plain, samples()))
 
 

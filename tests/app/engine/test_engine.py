@@ -248,7 +248,7 @@ def test_nan_fails_its_own_request_and_no_other(engine: Engine, runner: HeldRunn
     run(main)
 
 
-@pytest.mark.parametrize("part", ["start", "read", "schedule", "queue_seconds"])
+@pytest.mark.parametrize("part", ["init_latents", "to_images", "schedule", "queue_seconds"])
 def test_a_failure_outside_a_step_is_a_delay_for_images_and_frames(
     engine: Engine,
     runner: HeldRunner,

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.cuda_graphs import parts
+from app.engine.cuda_graphs import split_micro_batches
 from app.engine.instance import ModelInstance
-from app.engine.latent_pool import BYTES, MOST, LatentPool, pool_size, x0_row, x_row
+from app.engine.latent_pool import MAX_SLOTS, POOL_BYTES, LatentPool, pool_size, x0_row, x_row
 from app.engine.request import Request, RequestStatus, Sample
 from app.engine.runner import ModelRunner
 from app.errors import Cancelled, StepFailed
@@ -60,7 +60,7 @@ def runner(checkpoint: Checkpoint) -> ModelRunner:
 @pytest.fixture
 def narrow(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
     """With 8 slots."""
-    monkeypatch.setattr("app.engine.latent_pool.MOST", 8)
+    monkeypatch.setattr("app.engine.latent_pool.MAX_SLOTS", 8)
     runner = graphed(checkpoint, 4)
     runner.warm_up(4)
     assert slots(runner).count == 8
@@ -106,14 +106,14 @@ def test_who_comes_when_and_with_whom_changes_no_image(
     while left := [s for s in crowd if not s.finished]:
         joins, waiting = waiting[:2], waiting[2:]
         if joins:
-            runner.start(joins)
+            runner.init_latents(joins)
         inside += joins
         batch = chance.sample([s for s in inside if s in left], min(chance.randint(1, 8), len(set(inside) & set(left))))
         moved += sum(s.slot is None for s in batch)
         assert runner.step(batch) == []
     assert (moved > 0) == (room == "for eight")
     assert equal([state(runner, sample) for sample in crowd], expected)
-    assert runner.read(crowd, "xt").shape[0] == len(crowd)
+    assert runner.to_images(crowd, "xt").shape[0] == len(crowd)
 
 
 @pytest.mark.slow
@@ -121,8 +121,8 @@ def test_a_batch_that_has_more_samples_than_slots_runs_without_them(
     narrow: ModelRunner, plain: ModelRunner, samples: Samples
 ) -> None:
     crowd = samples()
-    narrow.start(crowd[:4])
-    narrow.start(crowd[4:])
+    narrow.init_latents(crowd[:4])
+    narrow.init_latents(crowd[4:])
     assert [s.slot is None for s in crowd] == [False] * 4 + [True] * 10
     assert narrow.step(crowd) == []
     assert all(sample.slot is None for sample in crowd)
@@ -157,12 +157,12 @@ def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoin
     assert runner._graphs is not None
     expected = finish(plain, samples())
     crowd, chance = samples(), random.Random(2)
-    runner.start(crowd)
+    runner.init_latents(crowd)
     while left := [s for s in crowd if not s.finished]:
         assert runner.step(chance.sample(left, min(len(left), chance.choice((2, 3, 7))))) == []
     assert equal([state(runner, sample) for sample in crowd], expected)
-    nobody = slots(runner).nobody
-    assert not slots(runner).x[2 * nobody].any()
+    null_slot = slots(runner).null_slot
+    assert not slots(runner).x[2 * null_slot].any()
 
 
 def test_a_dynamic_limit_is_for_steps_without_graphs_and_the_others_come_back(
@@ -243,7 +243,7 @@ def test_a_step_that_raises_changes_nothing(
     runner: ModelRunner, plain: ModelRunner, samples: Samples, where: str
 ) -> None:
     crowd = samples()
-    runner.start(crowd)
+    runner.init_latents(crowd)
     assert runner.step(crowd) == []
     before = [states(runner, sample) for sample in crowd]
     steps = [sample.step for sample in crowd]
@@ -283,7 +283,7 @@ def test_noise_that_could_not_be_drawn_is_drawn_again(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner._graphs, "_graphs", {})
         with pytest.raises(KeyError):
-            runner.start(crowd)
+            runner.init_latents(crowd)
     assert not any(sample.has_noise for sample in crowd)
     assert equal(finish(runner, crowd), finish(plain, samples()))
     assert all(sample.has_noise for sample in crowd)
@@ -297,7 +297,7 @@ def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
     runner._network = lambda x, t, y: 0.1 * x
     runner.warm_up(4)
     crowd = samples()
-    runner.start(crowd)
+    runner.init_latents(crowd)
     runner.step(crowd)
     with torch.inference_mode():
         for sick in (crowd[4], crowd[13]):
@@ -309,15 +309,15 @@ def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
 def test_pictures_are_of_the_slots(runner: ModelRunner, plain: ModelRunner, samples: Samples) -> None:
     crowd, others = samples(), samples()
     for each, those in ((runner, crowd), (plain, others)):
-        each.start(those)
+        each.init_latents(those)
     for steps in range(4):
         if steps:
             assert runner.step(crowd) == plain.step(others) == []
         for view in ("xt", "x0"):
-            assert np.array_equal(runner.read(crowd, view), plain.read(others, view))  # type: ignore[arg-type]
+            assert np.array_equal(runner.to_images(crowd, view), plain.to_images(others, view))  # type: ignore[arg-type]
     with torch.inference_mode():
-        slots(runner).leave(crowd[::2])
-    assert np.array_equal(runner.read(crowd, "x0"), plain.read(others, "x0"))
+        slots(runner).evict(crowd[::2])
+    assert np.array_equal(runner.to_images(crowd, "x0"), plain.to_images(others, "x0"))
 
 
 # Who has a slot
@@ -337,7 +337,7 @@ def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(
     narrow: ModelRunner, samples: Samples
 ) -> None:
     crowd = samples()[6:]
-    narrow.start(crowd)
+    narrow.init_latents(crowd)
     assert {sample.slot for sample in crowd} == set(range(8))
     request, kept = crowd[0].request, crowd[1:6]
     gone = {crowd[6].slot, crowd[7].slot}
@@ -346,12 +346,12 @@ def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(
     del crowd
     gc.collect()
     newcomers = samples()[:2]
-    narrow.start(newcomers)
+    narrow.init_latents(newcomers)
     assert {sample.slot for sample in newcomers} == gone
     assert all(sample.slot is not None for sample in kept)
     assert equal([state(narrow, sample) for sample in kept], before)
     newcomers[0].request.status = RequestStatus.CANCELLED
-    narrow.start(more := samples()[:3])
+    narrow.init_latents(more := samples()[:3])
     assert {sample.slot for sample in more[:2]} <= gone | {request.samples[0].slot, 0}
     assert newcomers[0].slot is newcomers[1].slot is None
 
@@ -360,11 +360,11 @@ def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(
 def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: ModelRunner, samples: Samples) -> None:
     crowd = samples()
     first, second = crowd[:8], crowd[8:]
-    narrow.start(first)
+    narrow.init_latents(first)
     for sample in (3, 1, 0, 2, 4, 5, 6, 7):
         narrow.step(first[sample : sample + 1])
     batch = [first[3], *second[:2]]
-    narrow.start(second[:2])
+    narrow.init_latents(second[:2])
     assert [i for i, s in enumerate(first) if s.slot is None] == [1, 3], "the two that were stepped first"
     narrow.step(batch)
     assert [i for i, s in enumerate(first) if s.slot is None] == [0, 1]
@@ -372,23 +372,23 @@ def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: ModelR
 
 
 def test_slots_take_no_more_memory_than_they_may_but_a_call_always_fits() -> None:
-    assert pool_size((3, 32, 32), 256) == MOST
+    assert pool_size((3, 32, 32), 256) == MAX_SLOTS
     large = pool_size((3, 256, 256), 4)
-    assert 5 * 4 * 3 * 256 * 256 * (large + 1) <= BYTES < 5 * 4 * 3 * 256 * 256 * (large + 2)
+    assert 5 * 4 * 3 * 256 * 256 * (large + 1) <= POOL_BYTES < 5 * 4 * 3 * 256 * 256 * (large + 2)
     assert pool_size((3, 2048, 2048), 1) >= 1
     assert pool_size((3, 4096, 4096), 7) == 7
 
 
-@pytest.mark.parametrize("chunk", [2, 3, 8])
-def test_parts_have_all_samples_in_order_and_fit(chunk: int) -> None:
-    chance = random.Random(chunk)
+@pytest.mark.parametrize("micro_batch_size", [2, 3, 8])
+def test_micro_batches_have_all_samples_in_order_and_fit(micro_batch_size: int) -> None:
+    chance = random.Random(micro_batch_size)
     for n in range(1, 30):
         costs = np.array([chance.randint(1, 2) for _ in range(n)])
-        cut = list(parts(costs, chunk))
+        cut = list(split_micro_batches(costs, micro_batch_size))
         assert [i for part in cut for i in range(part.start, part.stop)] == list(range(n))
         sums = [int(costs[part].sum()) for part in cut]
-        assert all(0 < rows <= chunk for rows in sums)
-        assert all(a + b > chunk for a, b in itertools.pairwise(sums))
+        assert all(0 < rows <= micro_batch_size for rows in sums)
+        assert all(a + b > micro_batch_size for a, b in itertools.pairwise(sums))
 
 
 # With an engine
@@ -447,7 +447,7 @@ def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
         for fields, request in zip(wanted, good, strict=True):
             alone = ask(loop, **fields)
             finish(reference, alone.samples)
-            assert np.array_equal(await request.output.images(), reference.read(alone.samples, "xt"))
+            assert np.array_equal(await request.output.images(), reference.to_images(alone.samples, "xt"))
         await asyncio.wrap_future(warm)
         assert second._graphs is not None
         assert second._graphs.slots is not slots(held)
@@ -477,8 +477,8 @@ def test_a_dynamic_limit_moves_no_sample_of_others(
 ) -> None:
     others, request = samples(), ask(loop, seed=9, n=2)
     request.schedule = make_schedule(checkpoint.diffusion, "ddim", 12, limit="dynamic")
-    runner.start(others)
-    runner.start(request.samples)
+    runner.init_latents(others)
+    runner.init_latents(request.samples)
     places, graphs = [sample.slot for sample in others], runner._graphs
     assert graphs is not None
     while left := [s for s in others if not s.finished]:
@@ -501,7 +501,7 @@ def test_of_dynamic_and_other_samples_the_broken_ones_are_told(
     others, request = samples()[:3], ask(loop, seed=9, n=2)
     request.schedule = make_schedule(checkpoint.diffusion, "ddim", 12, limit="dynamic")
     crowd = [others[0], request.samples[0], others[1], request.samples[1], others[2]]
-    runner.start(crowd)
+    runner.init_latents(crowd)
     assert runner.step(crowd) == []
     with torch.inference_mode():
         for broken in (others[1], request.samples[1]):
@@ -522,7 +522,7 @@ def test_a_warm_up_is_of_noise_in_places_that_no_sample_has(
         return network(x, t, y)
 
     crowd = samples()
-    runner.start(crowd)
+    runner.init_latents(crowd)
     graphs._network = watched
     runner.warm_up(8)
     rows = torch.cat(seen).flatten(1)

@@ -64,7 +64,7 @@ def served(
     gpu: FakeCuda, config: UNetConfig, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[ModelRunner, Asked]:
     """Warmed up, with eight slots; a recording that fails is a failure of the test."""
-    monkeypatch.setattr("app.engine.runner.pool_size", lambda shape, chunk: 8)
+    monkeypatch.setattr("app.engine.runner.pool_size", lambda shape, micro_batch_size: 8)
     gpu.nonzero = None if config.null_class else 0
     checkpoint = checkpoint_of(config)
     runner = ModelRunner(checkpoint, CUDA, CHUNK, precision=precision)
@@ -96,18 +96,18 @@ def test_a_server_runs_on_a_gpu_and_waits_for_its_event_only(
     runner.warm_up(3 * CHUNK + 1)
     some = [*asked(3, "ddpm"), *asked(2, "ddim", eta=0.7, **asked.guided)]
     gpu.waits.clear()
-    runner.start(some)
+    runner.init_latents(some)
     assert runner.step(some) == []
     assert not gpu.waits
     dynamic, many = asked(2, "ddim", limit="dynamic", **asked.guided), asked(7, "dpmpp_2m")
-    runner.start(dynamic)
+    runner.init_latents(dynamic)
     assert runner.step(dynamic + some) == []
-    runner.start(many)  # there are eight slots, so others have to leave theirs
+    runner.init_latents(many)  # there are eight slots, so others have to leave theirs
     for batch in (many, some, many):
         assert runner.step(batch) == []
     assert [sample.step for sample in some + dynamic + many] == [3] * 5 + [1] * 2 + [2] * 7
     for view in ("xt", "x0"):
-        pictures = runner.read(some + many, view)
+        pictures = runner.to_images(some + many, view)
         assert (pictures.shape, pictures.dtype) == ((12, *tiny_config.image_shape), np.uint8)
     runner.close()
     asked.loop.close()

@@ -16,14 +16,17 @@ from app.engine.runner import ModelRunner, default_micro_batch_size
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
 from model.nn.unet import UNet
+from model.sampling.schedule import COEFFICIENTS, FITTED, SamplingSchedule, make_schedule
+from model.sampling.solvers import SAMPLERS
 from model.sampling.step import sample
+from tests.app.engine.conftest import graphed
 
 CPU = torch.device("cpu")
 
 
 def finish(runner: ModelRunner, samples: list[Sample]) -> None:
     """Steps them together, each until it is done."""
-    runner.start(samples)
+    runner.init_latents(samples)
     finish_started(runner, samples)
 
 
@@ -45,7 +48,7 @@ def mixed(ask: Callable[..., Request]) -> list[Request]:
 
 
 def test_mixed_samplers_in_one_batch_equal_the_naive_loop(checkpoint: Checkpoint, mixed: list[Request]) -> None:
-    runner = ModelRunner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
     finish(runner, [s for request in mixed for s in request.samples])
     for request in mixed:
         indices = range(request.index, request.index + request.n)
@@ -63,11 +66,11 @@ def test_mixed_samplers_in_one_batch_equal_the_naive_loop(checkpoint: Checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
 def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
-    checkpoint: Checkpoint, mixed: list[Request], ask: Callable[..., Request], chunk: int
+    checkpoint: Checkpoint, mixed: list[Request], ask: Callable[..., Request], micro_batch_size: int
 ) -> None:
-    runner = ModelRunner(checkpoint, CPU, chunk)
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size)
     together = [s for request in mixed for s in request.samples]
     finish(runner, together[::-1])
     loop = asyncio.new_event_loop()
@@ -84,9 +87,9 @@ def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
 def test_a_step_that_raises_changes_nothing(
     checkpoint: Checkpoint, mixed: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = ModelRunner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
     samples = mixed[0].samples
-    runner.start(samples)
+    runner.init_latents(samples)
     before = [(s.step, s.x.clone()) for s in samples if s.x is not None]
     with monkeypatch.context() as patch:
         patch.setattr("app.engine.runner.apply_step", lambda *_: 1 / 0)
@@ -98,31 +101,31 @@ def test_a_step_that_raises_changes_nothing(
 def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
     checkpoint: Checkpoint, mixed: list[Request]
 ) -> None:
-    runner = ModelRunner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
     samples = mixed[0].samples
-    runner.start(samples)
+    runner.init_latents(samples)
     assert samples[1].x is not None
     samples[1].x = samples[1].x * float("inf")
     assert runner.step(samples) == [samples[1]]
 
 
 def test_read_gives_the_state_or_the_prediction_as_pictures(checkpoint: Checkpoint, mixed: list[Request]) -> None:
-    runner = ModelRunner(checkpoint, CPU, chunk=4)
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
     samples = mixed[0].samples
-    runner.start(samples)
+    runner.init_latents(samples)
     runner.step(samples)
     states = torch.stack([s.x for s in samples if s.x is not None])
     predictions = torch.stack([s.x0 for s in samples if s.x0 is not None])
-    assert np.array_equal(runner.read(samples, "xt"), to_uint8(states).numpy())
-    assert np.array_equal(runner.read(samples, "x0"), to_uint8(predictions).numpy())
-    assert not np.array_equal(runner.read(samples, "xt"), runner.read(samples, "x0"))
+    assert np.array_equal(runner.to_images(samples, "xt"), to_uint8(states).numpy())
+    assert np.array_equal(runner.to_images(samples, "x0"), to_uint8(predictions).numpy())
+    assert not np.array_equal(runner.to_images(samples, "xt"), runner.to_images(samples, "x0"))
 
 
 def test_the_thread_that_warms_up_gets_the_threads_of_the_network(checkpoint: Checkpoint) -> None:
     seen: list[int] = []
 
     def warm_up() -> None:
-        ModelRunner(checkpoint, CPU, chunk=4, threads=3).warm_up(4)
+        ModelRunner(checkpoint, CPU, micro_batch_size=4, threads=3).warm_up(4)
         seen.append(torch.get_num_threads())
 
     thread = threading.Thread(target=warm_up)
@@ -146,7 +149,7 @@ def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
     runner = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)
     runner.warm_up(4)
     together = [s for request in mixed for s in request.samples]
-    runner.start(together)
+    runner.init_latents(together)
     early, late = together[:2], together[2:]
     while left := [s for s in early if not s.finished]:
         runner.step([*left, *late[:1]] if not late[0].finished else left)
@@ -184,8 +187,8 @@ def test_runtimes_and_precisions_make_the_same_images_but_for_rounding(
 
 
 def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint) -> None:
-    """Here an even number of rows does: they are filled up to the next that agrees with the chunk."""
-    runner = ModelRunner(checkpoint, CPU, chunk=5)
+    """Here an even number of rows does: they are filled up to the next that agrees with the micro-batch size."""
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size=5)
     network, ran = runner._network, []
 
     def fussy(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
@@ -214,3 +217,40 @@ def test_a_runtime_that_is_not_there_is_named(checkpoint: Checkpoint, monkeypatc
     monkeypatch.setitem(sys.modules, "openvino", None)  # what makes an import fail
     with pytest.raises(ValueError, match=r"pip install 'ddpm-serve\[openvino\]'"):
         ModelRunner(checkpoint, CPU, 4, 1, "openvino")
+
+
+@pytest.mark.slow
+def test_a_fitted_table_among_all_samplers_equals_the_naive_loop(
+    checkpoint: Checkpoint, ask: Callable[..., Request]
+) -> None:
+    """To the bit, with and without graphs: timesteps between whole numbers, and x_T again in every row."""
+    loop = asyncio.new_event_loop()
+    plain = make_schedule(checkpoint.diffusion, "dpmpp_3m", 4, guidance_scale=1.5)
+    rows = plain.table + 0.0
+    rows[:, COEFFICIENTS.index("s")] = 0.25
+    rows[2:, COEFFICIENTS.index("g")] = 1  # guidance on some rows only
+    fitted = SamplingSchedule(FITTED, plain.timesteps * 0.993, rows, np.zeros(4, np.int64))
+
+    def wanted() -> list[Request]:
+        requests = [ask(loop, seed=i, n=1 + i % 2, sampler=name, steps=5) for i, name in enumerate(SAMPLERS)]
+        for seed in (3, 2**63 + 1):
+            requests.append(ask(loop, seed=seed, n=2))
+            requests[-1].schedule = fitted
+        return requests
+
+    runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
+    runner.warm_up(4)
+    requests = wanted()
+    finish(runner, [s for request in requests for s in request.samples])
+    for r in requests:
+        shape, indices = checkpoint.config.unet.image_shape, range(r.n)
+        expected = sample(runner.forward, r.schedule, shape, [r.seed] * r.n, indices, r.classes, null_class=3)
+        assert torch.equal(torch.stack([s.x for s in r.samples if s.x is not None]), expected)
+    replayed = graphed(checkpoint, 4)
+    replayed.warm_up(4)
+    assert replayed._graphs is not None
+    again = wanted()
+    finish(replayed, [s for request in again for s in request.samples])
+    for before, after in zip(requests, again, strict=True):
+        assert np.array_equal(runner.to_images(before.samples, "xt"), replayed.to_images(after.samples, "xt"))
+    loop.close()

@@ -447,7 +447,10 @@ def test_the_network_sees_timestep_and_class_of_every_row() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, not 'euler'"),
+        (
+            {"sampler": "euler"},
+            "sampler must be one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, fitted, not 'euler'",
+        ),
         ({"steps": 0}, "steps must be between 1 and 1000, not 0"),
         ({"steps": 1001}, "steps must be between 1 and 1000, not 1001"),
         ({"steps": 2.5}, "steps must be a whole number, not 2.5"),

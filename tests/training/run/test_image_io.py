@@ -11,22 +11,21 @@ from model.images import to_uint8
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from model.sampling.noise import normals
-from model.sampling.schedule import SamplingParams, make_schedule
+from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from training.run.image_io import animation, sample_grid, save_gif, save_png, save_strip, sequence, strip
 
 DIFFUSION = GaussianDiffusion(DiffusionConfig())
-GUIDED = SamplingParams("ddim", 6, 0.5, 2.0)
+GUIDED = make_schedule(DIFFUSION, "ddim", 6, eta=0.5, guidance_scale=2.0)
 
 
 def made(tiny: UNet, indices: list[int], classes: list[int], seed: int = 0) -> torch.Tensor:
     """By the definition: model.sampling.solvers.sample."""
-    schedule = make_schedule(DIFFUSION, "ddim", 6, eta=0.5, guidance_scale=2.0)
-    return to_uint8(sample(tiny, schedule, (1, 8, 8), [seed] * len(indices), indices, classes, null_class=3))
+    return to_uint8(sample(tiny, GUIDED, (1, 8, 8), [seed] * len(indices), indices, classes, null_class=3))
 
 
 def test_a_grid_has_a_row_per_class(tiny: UNet) -> None:
-    picture = sample_grid(tiny, DIFFUSION, GUIDED, per_class=2)
+    picture = sample_grid(tiny, GUIDED, per_class=2)
     expected = made(tiny, list(range(6)), [0, 0, 1, 1, 2, 2])
     assert picture.shape == (24, 16, 1)
     assert np.array_equal(picture[8:16, 8:, 0], expected[3, 0].numpy())
@@ -34,11 +33,11 @@ def test_a_grid_has_a_row_per_class(tiny: UNet) -> None:
 
 def test_a_grid_without_classes_is_a_square(tiny_config: UNetConfig) -> None:
     network = UNet(replace(tiny_config, num_classes=None, null_class=False)).eval()
-    assert sample_grid(network, DIFFUSION, SamplingParams("ddim", 1)).shape == (64, 64, 1)
+    assert sample_grid(network, make_schedule(DIFFUSION, "ddim", 1)).shape == (64, 64, 1)
 
 
 def test_a_sequence_begins_with_noise_and_ends_with_the_image(tiny: UNet) -> None:
-    frames = sequence(tiny, DIFFUSION, GUIDED, [7, 0], [2, 1], seed=5)
+    frames = sequence(tiny, GUIDED, [7, 0], [2, 1], seed=5)
     assert frames.shape == (7, 2, 2, 1, 8, 8)
     noise = to_uint8(normals([5, 5], [7, 0], [0, 0], (1, 8, 8))).numpy()
     assert np.array_equal(frames[0, 0], noise)
@@ -49,20 +48,19 @@ def test_a_sequence_begins_with_noise_and_ends_with_the_image(tiny: UNet) -> Non
 
 def test_a_frame_pairs_what_the_network_saw_with_what_it_made_of_it(tiny: UNet) -> None:
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-    schedule = make_schedule(DIFFUSION, "ddim", 6, eta=0.5, guidance_scale=2.0)
-    sample(tiny, schedule, (1, 8, 8), [0], [0], [1], null_class=3, on_step=lambda _, x, x0: steps.append((x, x0)))
-    frames = sequence(tiny, DIFFUSION, GUIDED, [0], [1])
+    sample(tiny, GUIDED, (1, 8, 8), [0], [0], [1], null_class=3, on_step=lambda _, x, x0: steps.append((x, x0)))
+    frames = sequence(tiny, GUIDED, [0], [1])
     for i in range(1, 6):
         assert np.array_equal(frames[i, 0], to_uint8(steps[i - 1][0]).numpy())
         assert np.array_equal(frames[i, 1], to_uint8(steps[i][1]).numpy())
 
 
 def test_few_frames_of_many_steps_keep_the_ends(tiny: UNet) -> None:
-    every = sequence(tiny, DIFFUSION, GUIDED, [0], [1])
-    few = sequence(tiny, DIFFUSION, GUIDED, [0], [1], frames=3)
+    every = sequence(tiny, GUIDED, [0], [1])
+    few = sequence(tiny, GUIDED, [0], [1], frames=3)
     assert np.array_equal(few, every[[0, 3, 6]])
     with pytest.raises(ValueError, match="at least 2 frames"):
-        sequence(tiny, DIFFUSION, GUIDED, [0], [1], frames=1)
+        sequence(tiny, GUIDED, [0], [1], frames=1)
 
 
 def numbered(f: int, n: int, channels: int, size: tuple[int, int] = (64, 80)) -> np.ndarray:

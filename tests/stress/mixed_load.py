@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.app.processes import ServerProcess, metric, wait_for
-from tests.soak.accounts import Balance, Findings, loggable, quantiles, told
-from tests.soak.clients import CANARY, Siege
-from tests.soak.exchange import PATIENCE, ask, message
-from tests.soak.overload import IN_TIME, overload
-from tests.soak.weights import Weights
+from tests.stress.checkpoint_changes import ServedFile
+from tests.stress.http_client import PATIENCE, ask, message
+from tests.stress.load_generator import CANARY, LoadGenerator
+from tests.stress.overload import IN_TIME, overload
+from tests.stress.resources import Findings, ResourceSnapshot, loggable, quantiles, told
 
 FAULTY = "tests.app.faulty_server"
 QUEUE = 8_000  # U-Net rows
@@ -25,13 +25,13 @@ WORKERS = 16
 
 
 def arguments(checkpoint: Path) -> list[str]:
-    """For every server of a siege: equal ones make equal bytes."""
+    """For every server of a load: equal ones make equal bytes."""
     limits = ["--max-pending-nfe", str(QUEUE), "--read-timeout-s", "3", "--write-timeout-s", "30"]
     limits += ["--max-timeout-s", str(LONGEST_S)]
     return ["--checkpoint", str(checkpoint), "--step-timeout-s", "10", *limits]
 
 
-def lay_siege(
+def run_mixed_load(
     checkpoints: list[Path], seconds: float, overload_s: float, seed: int, in_time: float = IN_TIME
 ) -> Findings:
     """Mixed load for `seconds`, ten times too much for `overload_s`, then the accounts. The first checkpoint is served;
@@ -39,20 +39,20 @@ def lay_siege(
     `in_time` is the part of what an overload gets admitted that has to be answered within its time-out."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
-        weights = Weights(Path(folder), checkpoints)
-        with ServerProcess(FAULTY, *arguments(weights.path), fresh=True) as server:
-            siege = Siege(port_of(server), random.Random(seed), findings.outcomes, findings.wrong)
+        served = ServedFile(Path(folder), checkpoints)
+        with ServerProcess(FAULTY, *arguments(served.path), fresh=True) as server:
+            load = LoadGenerator(port_of(server), random.Random(seed), findings.outcomes, findings.wrong)
             server.client.post("/generate", json=CANARY)
-            balance = Balance(server)
-            asyncio.run(_mixed_load(siege, weights, server, balance, seconds))
+            snapshot = ResourceSnapshot(server)
+            asyncio.run(_mixed_load(load, served, server, snapshot, seconds))
             if overload_s:
-                findings.numbers |= asyncio.run(overload(siege, server, overload_s, QUEUE, in_time))
-            balance.close(findings)
-            asyncio.run(siege.look_at_canary("in the end"))
-            _account_for_requests(server, siege, findings)
-        for version in weights.versions:
+                findings.numbers |= asyncio.run(overload(load, server, overload_s, QUEUE, in_time))
+            snapshot.compare(findings)
+            asyncio.run(load.check_canary("in the end"))
+            _account_for_requests(server, load, findings)
+        for version in served.versions:
             with ServerProcess(FAULTY, *arguments(version), fresh=True) as quiet:
-                asyncio.run(_compare(siege, weights.hashes[version], port_of(quiet), findings))
+                asyncio.run(_compare(load, served.hashes[version], port_of(quiet), findings))
     return findings
 
 
@@ -61,57 +61,59 @@ def port_of(server: ServerProcess) -> int:
     return int(server.url.rpartition(":")[2])
 
 
-async def _mixed_load(siege: Siege, weights: Weights, server: ServerProcess, balance: Balance, seconds: float) -> None:
+async def _mixed_load(
+    load: LoadGenerator, served: ServedFile, server: ServerProcess, snapshot: ResourceSnapshot, seconds: float
+) -> None:
     async def change() -> None:
-        await weights.change(siege, server.process.pid)
+        await served.change(load, server.process.pid)
 
     clients: dict[Callable[[], Awaitable[None]], float] = {
-        siege.generate: 8,
-        siege.stream: 4,
-        siege.slow_reader: 1,
-        siege.vanish: 6,
-        siege.hostile: 8,
-        siege.fault: 1,
-        siege.burst: 0.15,
+        load.generate: 8,
+        load.stream: 4,
+        load.slow_reader: 1,
+        load.disconnect: 6,
+        load.malformed: 8,
+        load.fault: 1,
+        load.burst: 0.15,
         change: 0.15,
     }
     until = time.monotonic() + seconds
 
     async def work() -> None:
         while time.monotonic() < until:
-            (client,) = siege.rng.choices(list(clients), list(clients.values()))
+            (client,) = load.rng.choices(list(clients), list(clients.values()))
             await client()
 
     async def probe() -> None:
         while time.monotonic() < until:
-            answer = await ask(siege.port, message("GET", "/livez"))
-            siege.outcomes["/livez", answer.code] += 1
+            answer = await ask(load.port, message("GET", "/livez"))
+            load.outcomes["/livez", answer.code] += 1
             if answer.status != 200:
-                siege.wrong.append(f"/livez: {answer}")
-            ready = await ask(siege.port, message("GET", "/readyz"))
-            siege.outcomes["/readyz", ready.code] += 1
-            balance.look()
+                load.wrong.append(f"/livez: {answer}")
+            ready = await ask(load.port, message("GET", "/readyz"))
+            load.outcomes["/readyz", ready.code] += 1
+            snapshot.sample_memory()
             await asyncio.sleep(0.5)
 
     await asyncio.gather(probe(), *(work() for _ in range(WORKERS)))
 
 
-def _account_for_requests(server: ServerProcess, siege: Siege, findings: Findings) -> None:
+def _account_for_requests(server: ServerProcess, load: LoadGenerator, findings: Findings) -> None:
     """What clients saw, what the log says, and what the metrics count must be the same."""
-    known = {id for id, (status, _) in siege.ledger.items() if status}
+    known = {id for id, (status, _) in load.ledger.items() if status}
 
     def logged() -> dict[str, tuple[int, str]]:
         lines = [line for line in server.logs() if line.get("logger") == "ddpm.request"]
         return {line["request_id"]: (line["status"], line["outcome"]) for line in lines if line["request_id"] in known}
 
-    lost = {id for id, (status, _) in siege.ledger.items() if not status}
+    lost = {id for id, (status, _) in load.ledger.items() if not status}
     for line in server.logs():
         if line.get("request_id") in lost:
             findings.wrong.append(f"of one that got no answer the log says: {line}")
     with suppress(AssertionError):
         wait_for(lambda: logged().keys() == known, "a line for every request")
     found = logged()
-    different = {id: (siege.ledger[id], found.get(id)) for id in known if found.get(id) != siege.ledger[id]}
+    different = {id: (load.ledger[id], found.get(id)) for id in known if found.get(id) != load.ledger[id]}
     for id, (seen, said) in list(different.items())[:5]:
         findings.wrong.append(f"{id}: the client saw {seen}, the log says {said}")
     time.sleep(0.5)  # for the line of the last probe
@@ -128,7 +130,7 @@ def _account_for_requests(server: ServerProcess, siege: Siege, findings: Finding
         "requests that reached the log": len(lines),
         "answers that the log confirms": len(known) - len(different),
         "unanswered": sum(count for (_, outcome), count in findings.outcomes.items() if outcome == "unanswered"),
-        "clients that vanished": siege.vanished,
+        "clients that disconnected": load.disconnected,
         "cancels": int(metric(text, "ddpm_cancellation_latency_seconds_count")),
         "cancel latency: half, 99 %, all within (s)": told(quantiles(text, "ddpm_cancellation_latency_seconds")),
         "step: half, 99 %, all within (s)": told(quantiles(text, "ddpm_step_seconds")),
@@ -144,10 +146,10 @@ def _account_for_requests(server: ServerProcess, siege: Siege, findings: Finding
     }
 
 
-async def _compare(siege: Siege, checkpoint: str, port: int, findings: Findings) -> None:
+async def _compare(load: LoadGenerator, checkpoint: str, port: int, findings: Findings) -> None:
     """What was answered from this checkpoint again, of a server that nobody else asks: equal to the byte."""
-    kept = [(request, content) for request, made_by, content in siege.kept if made_by == checkpoint]
-    canary = siege.canaries.get(checkpoint)
+    kept = [(request, content) for request, made_by, content in load.kept if made_by == checkpoint]
+    canary = load.canaries.get(checkpoint)
     different = 0
     for request, content in [*kept, *([(message("POST", "/generate", CANARY), canary)] if canary else [])]:
         if (await ask(port, request)).body != content:

@@ -27,26 +27,26 @@ WORK = (
 
 @dataclass
 class Findings:
-    """What a siege found; `wrong` has a sentence for everything that must not be."""
+    """What a part found; `wrong` has a sentence for everything that must not be."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind of client and outcome
     numbers: dict[str, float | str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
 
-class Balance:
-    """What a process has when this is made; `close` compares it with what is left, and with `look`s in between."""
+class ResourceSnapshot:
+    """What a process uses when this is made. `compare` looks what it uses later; call `sample_memory` in between."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
         self._samples: list[tuple[float, int]] = []
         self._before = self._state()
 
-    def look(self) -> None:
+    def sample_memory(self) -> None:
         """Notes the memory of this moment."""
         self._samples.append((time.monotonic(), resident(self._server.process.pid)))
 
-    def close(self, findings: Findings) -> None:
+    def compare(self, findings: Findings) -> None:
         """To be called when all clients are gone. The first third of the looks is warm-up: caches, pools and the
         allocator fill."""
         with suppress(AssertionError):

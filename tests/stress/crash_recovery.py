@@ -12,17 +12,17 @@ import httpx
 
 from tests.app.faulty_server import BREAKS_DEVICE, CANNOT_START, HANGS, SLOW
 from tests.app.processes import ServerProcess, wait_for
-from tests.soak.accounts import Findings
-from tests.soak.clients import CANARY, SEQUENCE, query
-from tests.soak.exchange import Answer, ask, message
-from tests.soak.run import FAULTY, arguments, port_of
+from tests.stress.http_client import Answer, ask, message
+from tests.stress.load_generator import CANARY, SEQUENCE, query
+from tests.stress.mixed_load import FAULTY, arguments, port_of
+from tests.stress.resources import Findings
 
 FATAL = {"device lost": BREAKS_DEVICE, "noise cannot be drawn": CANNOT_START, "step that never returns": HANGS}
 KILL = "kill -9"
 DRAINS = {"SIGTERM, 30 s to drain": 30.0, "SIGTERM, 1 s to drain": 1.0}
 
 
-def bring_down(checkpoint: Path) -> Findings:
+def run_crashes(checkpoint: Path) -> Findings:
     """One server process after another, on the same port: each is the restart of the one before."""
     findings = Findings()
     canary, port = b"", 0

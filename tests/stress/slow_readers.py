@@ -9,21 +9,21 @@ import time
 from contextlib import suppress
 
 from tests.app.processes import ServerProcess
-from tests.soak.accounts import Balance, Findings, percentiles
-from tests.soak.clients import SEQUENCE
-from tests.soak.exchange import PATIENCE, ask, connect, message, parse
+from tests.stress.http_client import PATIENCE, ask, connect, message, parse
+from tests.stress.load_generator import SEQUENCE
+from tests.stress.resources import Findings, ResourceSnapshot, percentiles
 
 SEND_BUFFER = "4096"  # of the server's side
 FRAMES = 100
 ASIDE = 0.2  # of the time that the engine may spend outside of steps more than it does for quick readers
 
 
-def read_slowly(server: ServerProcess, readers: int, seconds: float) -> Findings:
+def run_slow_readers(server: ServerProcess, readers: int, seconds: float) -> Findings:
     """The same streams, read at once and then at a byte a second for so many seconds, and then to their end."""
     findings = Findings()
-    balance = Balance(server)
-    asyncio.run(_read_slowly(server, readers, seconds, balance, findings))
-    balance.close(findings)
+    snapshot = ResourceSnapshot(server)
+    asyncio.run(_run_slow_readers(server, readers, seconds, snapshot, findings))
+    snapshot.compare(findings)
     sent, dropped = (int(server.metric(f"ddpm_frames_{name}_total")) for name in ("sent", "dropped"))
     findings.numbers |= {"frames sent and dropped, of all": f"{sent}, {dropped}"}
     if sent + dropped != 2 * readers * FRAMES:
@@ -31,8 +31,8 @@ def read_slowly(server: ServerProcess, readers: int, seconds: float) -> Findings
     return findings
 
 
-async def _read_slowly(
-    server: ServerProcess, readers: int, seconds: float, balance: Balance, findings: Findings
+async def _run_slow_readers(
+    server: ServerProcess, readers: int, seconds: float, snapshot: ResourceSnapshot, findings: Findings
 ) -> None:
     port = int(server.url.rpartition(":")[2])
     bodies = [{"n": 64, "steps": 100, "seed": i} for i in range(readers)]
@@ -70,7 +70,7 @@ async def _read_slowly(
     tasks = [asyncio.create_task(slow(i)) for i in range(readers)]
     await asyncio.sleep(0.5)
     while await asyncio.to_thread(server.rows):
-        balance.look()
+        snapshot.sample_memory()
         await asyncio.sleep(0.1)
     beside, in_steps_beside = time.monotonic() - started, await step_seconds() - steps
     idle.set()
@@ -81,7 +81,7 @@ async def _read_slowly(
         asked.append(time.monotonic() - at)
         if answer.status != 200:
             findings.wrong.append(f"beside slow readers: {answer}")
-        balance.look()
+        snapshot.sample_memory()
         await asyncio.sleep(0.5)
     for i, task in enumerate(tasks):
         answer = parse(task.result())

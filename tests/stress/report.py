@@ -1,4 +1,4 @@
-"""What the parts of a siege found, as Markdown. Results are kept as JSON, so that parts may run one at a time."""
+"""What the parts of the stress test found, as Markdown. Results are kept as JSON: parts may run one at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.soak.accounts import Findings
+from tests.stress.resources import Findings
 
-INTRODUCTION = """What servers of `python -m app` went through, by `make stress`, on real sockets; `tests/soak/` says
+INTRODUCTION = """What servers of `python -m app` went through, by `make stress`, on real sockets; `tests/stress/` says
 how. Where a part injects faults it runs `tests/app/faulty_server.py`, which is the same server with a runner that
 fails where a request's seed says so. Durations of steps, cancels and requests are upper bounds of a histogram's
 buckets, or were measured by the client. In the mixed load a fault makes a step last 4 s, which cancels have to wait
@@ -53,7 +53,7 @@ def write(path: Path, parts: dict[str, Part]) -> None:
 
 def render(parts: list[Part]) -> str:
     """A table of all, and a section for each."""
-    lines = ["# Siege", "", INTRODUCTION, ""]
+    lines = ["# Stress test results", "", INTRODUCTION, ""]
     lines += sorted({part.circumstances for part in parts})
     lines += ["", "| part | command | s | outcome |", "|---|---|---:|---|"]
     for part in parts:

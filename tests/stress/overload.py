@@ -7,9 +7,9 @@ import time
 from collections import Counter
 
 from tests.app.processes import ServerProcess
-from tests.soak.accounts import percentiles, resident
-from tests.soak.clients import REFUSALS, Siege
-from tests.soak.exchange import ask, message
+from tests.stress.http_client import ask, message
+from tests.stress.load_generator import REFUSALS, LoadGenerator
+from tests.stress.resources import percentiles, resident
 
 BODY = {"n": 16, "steps": 50}  # work for the engine; to say no to many small ones is work for the event loop
 TIME_OUTS = (10.0, 4.0)  # in turn; a full queue took 2.1 s on the slowest machine seen, whose speed changed by half
@@ -22,9 +22,9 @@ RECOVERY_S = 5.0  # after which it has to serve a small request as ever
 
 
 async def overload(
-    siege: Siege, server: ServerProcess, seconds: float, queue: int, in_time: float = IN_TIME
+    load: LoadGenerator, server: ServerProcess, seconds: float, queue: int, in_time: float = IN_TIME
 ) -> dict[str, float | str]:
-    """What it measured, for the report; what must not be is written down with the siege. `queue` is the most U-Net rows
+    """What it measured, for the report; what must not be is written down with the load. `queue` is the most U-Net rows
     that the server admits."""
     rate = server.metric("ddpm_estimated_nfe_per_second")
     wanted = 10 * rate / (BODY["n"] * BODY["steps"])
@@ -38,11 +38,11 @@ async def overload(
     sent, started = 0, time.monotonic()
 
     async def one(number: int) -> None:
-        id, at = siege.id(), time.monotonic()
+        id, at = load.id(), time.monotonic()
         timeout_s = TIME_OUTS[number % len(TIME_OUTS)]
         body = BODY | {"seed": 10**7 + number, "timeout_s": timeout_s}
-        answer = await ask(siege.port, message("POST", "/generate", body, X_Request_Id=id))
-        siege.note("overload", answer, id, {"ok"} | REFUSALS)
+        answer = await ask(load.port, message("POST", "/generate", body, X_Request_Id=id))
+        load.note("overload", answer, id, {"ok"} | REFUSALS)
         answers[answer.code] += 1
         seconds = time.monotonic() - at
         late = b"the time-out passed" in answer.body  # it was admitted; other 504s are refusals
@@ -65,7 +65,7 @@ async def overload(
         most = max(most, resident(server.process.pid))
     ended = time.monotonic()
     small = message("POST", "/generate", {"n": 1, "steps": 2, "timeout_s": 2})
-    while (await ask(siege.port, small)).status != 200:  # noqa: ASYNC110 - no event tells of another process
+    while (await ask(load.port, small)).status != 200:  # noqa: ASYNC110 - no event tells of another process
         await asyncio.sleep(0.05)
     recovered = time.monotonic() - ended
     if tasks:
@@ -91,7 +91,7 @@ async def overload(
         (recovered > RECOVERY_S, f"a small request was served only {recovered:.1f} s after its end"),
     ]:
         if wrong:
-            siege.wrong.append(f"overload: {sentence}")
+            load.wrong.append(f"overload: {sentence}")
     return {
         "overload: offered, as a multiple of the measured rate": round(10 * sent / (ended - started) / wanted, 1),
         "overload: answers": ", ".join(f"{count} {code}" for code, count in sorted(answers.items())),

@@ -1,4 +1,4 @@
-"""The clients of a siege: each sends one thing, and writes down how that went."""
+"""The clients of the stress test: each sends one thing, and writes down how that went."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.app.faulty_server import (
     TOO_LARGE,
     TOO_MANY,
 )
-from tests.soak import hostile
-from tests.soak.exchange import PATIENCE, Answer, ask, connect, message, parse
+from tests.stress import malformed_requests
+from tests.stress.http_client import PATIENCE, Answer, ask, connect, message, parse
 
 SEQUENCE = "/diffusion-sequence"
 FAULTS = {
@@ -42,7 +42,7 @@ FAULTS = {
 }
 """Seeds that make the server fail, and how it must answer. What follows must be as if nothing had been."""
 REFUSALS = {"overloaded", "not_ready", "deadline_exceeded"}  # honest wherever there is too much work, or a long step
-MOMENTS = ("head", "body", "queued", "step", "stream", "image")  # in which clients vanish
+MOMENTS = ("head", "body", "queued", "step", "stream", "image")  # in which clients disconnect
 CANARY = {"n": 3, "steps": 8, "seed": 77, "class_label": 1}
 
 
@@ -52,7 +52,7 @@ def query(body: dict[str, Any]) -> str:
 
 
 @dataclass
-class Siege:
+class LoadGenerator:
     """Clients of the server at `port`, and what they saw."""
 
     port: int
@@ -62,7 +62,7 @@ class Siege:
     ledger: dict[str, tuple[int, str]] = field(default_factory=dict)  # status and outcome by request id
     kept: list[tuple[bytes, str, bytes]] = field(default_factory=list)  # request, checkpoint and answer
     canaries: dict[str, bytes] = field(default_factory=dict)  # by checkpoint
-    vanished: int = 0
+    disconnected: int = 0
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def note(self, kind: str, answer: Answer, id: str, expected: set[str]) -> None:
@@ -76,7 +76,7 @@ class Siege:
 
     def id(self) -> str:
         """A new X-Request-Id, by which the server's log can be asked."""
-        return f"soak-{next(self._ids)}"
+        return f"stress-{next(self._ids)}"
 
     def body(self) -> dict[str, Any]:
         """A request that says all of what its images depend on."""
@@ -92,7 +92,7 @@ class Siege:
         place = len(self.kept) if len(self.kept) < 300 else self.rng.randrange(self.outcomes["images", "seen"])
         self.kept[place : place + 1] = [(request, checkpoint, content)] if place < 300 else []
 
-    async def look_at_canary(self, when: str) -> None:
+    async def check_canary(self, when: str) -> None:
         """The same request gets the same image of the same checkpoint, always."""
         id = self.id()
         answer = await ask(self.port, message("POST", "/generate", CANARY, X_Request_Id=id))
@@ -154,7 +154,7 @@ class Siege:
         """See `stream`."""
         await self.stream(slow=True)
 
-    async def vanish(self, moment: str = "") -> None:
+    async def disconnect(self, moment: str = "") -> None:
         """Leaves at one of MOMENTS: in its head or body, queued, in a step, in a stream, when its image is made."""
         rng = self.rng
         moment = moment or rng.choice(MOMENTS)
@@ -171,8 +171,8 @@ class Siege:
             "head": request[: rng.randrange(head)],
             "body": request[: rng.randrange(head + 4, len(request)) if moment == "body" else 0],
         }.get(moment, request)
-        self.vanished += 1
-        self.outcomes["vanish", f"in its {moment}" if moment in ("head", "body", "step", "stream") else moment] += 1
+        self.disconnected += 1
+        self.outcomes["disconnect", f"in its {moment}" if moment in ("head", "body", "step", "stream") else moment] += 1
         reader, writer = await connect(self.port)
         with suppress(OSError, TimeoutError):
             writer.write(request)
@@ -189,10 +189,10 @@ class Siege:
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort() if rng.random() < 0.5 else writer.close()
 
-    async def hostile(self) -> None:
+    async def malformed(self) -> None:
         """Sends what nobody should, at once or in small pieces. Most leave when they have an answer, some stay."""
         rng = self.rng
-        kind = rng.choice(hostile.KINDS)
+        kind = rng.choice(malformed_requests.KINDS)
         data = kind(rng)
         answers = b""
         reader, writer = await connect(self.port)
@@ -213,9 +213,9 @@ class Siege:
         writer.transport.abort()
         statuses = {int(found) for found in re.findall(rb"HTTP/1\.1 (\d{3}) ", answers)}
         for status in statuses or {"no answer"}:
-            self.outcomes["hostile", str(status)] += 1
+            self.outcomes["malformed", str(status)] += 1
         if bad := {status for status in statuses if status >= 500} - {503, 504}:
-            self.wrong.append(f"hostile {kind.__name__}: {bad}, {data[:300]!r}")
+            self.wrong.append(f"malformed {kind.__name__}: {bad}, {data[:300]!r}")
 
     async def fault(self) -> None:
         """Makes the server fail; then the canary must be as it was."""
@@ -225,7 +225,7 @@ class Siege:
         id = self.id()
         answer = await ask(self.port, message("POST", "/generate", {"n": 3, "steps": 8, "seed": seed}, X_Request_Id=id))
         self.note(f"fault {seed}", answer, id, FAULTS[seed] | REFUSALS)
-        await self.look_at_canary(f"after fault {seed}")
+        await self.check_canary(f"after fault {seed}")
 
     async def burst(self) -> None:
         """More at once than the queue takes."""

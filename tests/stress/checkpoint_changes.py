@@ -1,4 +1,4 @@
-"""The file of a checkpoint that is served: replaced, spoiled and deleted under the server."""
+"""The file of a checkpoint that is served: replaced, corrupted and deleted under the server."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 from tests.app.processes import metric
-from tests.soak.clients import Siege
-from tests.soak.exchange import PATIENCE, ask, message
+from tests.stress.http_client import PATIENCE, ask, message
+from tests.stress.load_generator import LoadGenerator
 
 PICKLE = b"\x80\x04cos\nsystem\n(S'exit'\ntR."
 
 
-class Weights:
+class ServedFile:
     """`path` is what the server is told to serve, a copy of one of `versions`; all have its name."""
 
     def __init__(self, folder: Path, checkpoints: list[Path]) -> None:
@@ -37,28 +37,28 @@ class Weights:
         part.write_bytes(content)
         os.replace(part, self.path)
 
-    async def change(self, siege: Siege, pid: int) -> None:
+    async def change(self, load: LoadGenerator, pid: int) -> None:
         """Another file, or none, and SIGHUP. What can be served is served within some time; what cannot is refused,
         and what was served is served on."""
         async with self._one_at_a_time:
-            before = await _loads(siege.port)
-            good = siege.rng.random() < 0.6
+            before = await _loads(load.port)
+            good = load.rng.random() < 0.6
             if good:
-                version = siege.rng.choice(self.versions)
+                version = load.rng.choice(self.versions)
                 self._put(version.read_bytes())
-            elif siege.rng.random() < 0.3:
+            elif load.rng.random() < 0.3:
                 self.path.unlink(missing_ok=True)
             else:
-                self._put(spoil(self.versions[0].read_bytes(), siege.rng))
+                self._put(corrupt(self.versions[0].read_bytes(), load.rng))
             os.kill(pid, signal.SIGHUP)
             until = time.monotonic() + PATIENCE
-            while sum(after := await _loads(siege.port)) == sum(before) and time.monotonic() < until:  # noqa: ASYNC110
+            while sum(after := await _loads(load.port)) == sum(before) and time.monotonic() < until:  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
             outcome = "loaded" if after[0] > before[0] else "unchanged" if after[1] > before[1] else "refused"
-            siege.outcomes["new weights" if good else "spoiled weights", outcome] += 1
+            load.outcomes["new weights" if good else "corrupt weights", outcome] += 1
             if good != (outcome != "refused") or sum(after) == sum(before):
-                siege.wrong.append(f"{'good' if good else 'spoiled'} weights: {before} became {after}")
-            await siege.look_at_canary("after other weights")
+                load.wrong.append(f"{'good' if good else 'corrupt'} weights: {before} became {after}")
+            await load.check_canary("after other weights")
 
 
 async def _loads(port: int) -> list[float]:
@@ -71,6 +71,6 @@ async def _loads(port: int) -> list[float]:
     return [loaded, unchanged, total - loaded - unchanged]
 
 
-def spoil(content: bytes, rng: random.Random) -> bytes:
+def corrupt(content: bytes, rng: random.Random) -> bytes:
     """Certainly no checkpoint any more."""
     return rng.choice([content[: rng.randrange(len(content))], rng.randbytes(1000), b"", PICKLE, PICKLE + content])

@@ -1,4 +1,4 @@
-"""Clients that vanish, and what is left of them: no place, no descriptor, no memory."""
+"""Clients that disconnect, and what is left of them: no place, no descriptor, no memory."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import time
 from collections import Counter
 
 from tests.app.processes import ServerProcess, wait_for
-from tests.soak.accounts import Balance, Findings, quantiles, told
-from tests.soak.clients import MOMENTS, Siege
-from tests.soak.flood import busy, witness
+from tests.stress.flood import busy, witness
+from tests.stress.load_generator import MOMENTS, LoadGenerator
+from tests.stress.resources import Findings, ResourceSnapshot, quantiles, told
 
 AT_ONCE = 32
 HELD_UP_S = 0.25  # a thread, by a machine that has more to do than cores
 
 
-def let_vanish(server: ServerProcess, number: int, seed: int = 0) -> Findings:
-    """So many clients, at all moments alike, beside one that stays and must notice nothing."""
+def run_disconnects(server: ServerProcess, number: int, seed: int = 0) -> Findings:
+    """`number` clients, at all moments alike, beside one that stays and must notice nothing."""
     findings = Findings()
     port = int(server.url.rpartition(":")[2])
-    siege = Siege(port, random.Random(seed), findings.outcomes, findings.wrong)
+    load = LoadGenerator(port, random.Random(seed), findings.outcomes, findings.wrong)
     moments = [MOMENTS[i % len(MOMENTS)] for i in range(number)]
-    siege.rng.shuffle(moments)
+    load.rng.shuffle(moments)
     left = iter(moments)
 
     async def work() -> None:
         for moment in left:
-            await siege.vanish(moment)
+            await load.disconnect(moment)
 
-    asyncio.run(siege.look_at_canary("at first"))
-    balance = Balance(server)
-    asyncio.run(busy(work, AT_ONCE, witness(siege, balance, findings)))
+    asyncio.run(load.check_canary("at first"))
+    snapshot = ResourceSnapshot(server)
+    asyncio.run(busy(work, AT_ONCE, witness(load, snapshot, findings)))
     gone = time.monotonic()
     wait_for(lambda: server.rows() == 0, "free places")
     findings.numbers["seconds from the last leaving until all places were free"] = round(time.monotonic() - gone, 3)
-    asyncio.run(siege.look_at_canary("in the end"))
-    balance.close(findings)
+    asyncio.run(load.check_canary("in the end"))
+    snapshot.compare(findings)
 
     text = server.client.get("/metrics").text
-    cancels, steps = (quantiles(text, f"ddpm_{name}_seconds") for name in ("cancel", "step"))
+    cancels, steps = (quantiles(text, f"ddpm_{name}_seconds") for name in ("cancellation_latency", "step"))
     findings.numbers |= {
         "cancels": int(server.metric("ddpm_cancellation_latency_seconds_count")),
         "cancel latency: half, 99 %, all within (s)": told(cancels),

@@ -1,4 +1,4 @@
-"""Hostile requests by the thousand, and what another client notices of them."""
+"""Malformed requests by the thousand, and what another client notices of them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from tests.app.processes import ServerProcess, wait_for
-from tests.soak.accounts import Balance, Findings, loggable, percentiles
-from tests.soak.clients import Siege
-from tests.soak.exchange import ask, message
+from tests.stress.http_client import ask, message
+from tests.stress.load_generator import LoadGenerator
+from tests.stress.resources import Findings, ResourceSnapshot, loggable, percentiles
 
 AT_ONCE = 200
 
 
-def flood(server: ServerProcess, number: int, seed: int = 0) -> Findings:
-    """So many requests that nobody should send."""
+def run_malformed_requests(server: ServerProcess, number: int, seed: int = 0) -> Findings:
+    """`number` requests that no client should send."""
     findings = Findings()
     port = int(server.url.rpartition(":")[2])
-    siege = Siege(port, random.Random(seed), findings.outcomes, findings.wrong)
+    load = LoadGenerator(port, random.Random(seed), findings.outcomes, findings.wrong)
     left = iter(range(number))
 
     async def work() -> None:
         for _ in left:
-            await siege.hostile()
+            await load.malformed()
 
-    asyncio.run(siege.look_at_canary("at first"))
-    balance = Balance(server)
-    asyncio.run(busy(work, AT_ONCE, witness(siege, balance, findings)))
-    asyncio.run(siege.look_at_canary("in the end"))
-    balance.close(findings)
-    if siege.outcomes["hostile", "no answer"] > number / 2:
+    asyncio.run(load.check_canary("at first"))
+    snapshot = ResourceSnapshot(server)
+    asyncio.run(busy(work, AT_ONCE, witness(load, snapshot, findings)))
+    asyncio.run(load.check_canary("in the end"))
+    snapshot.compare(findings)
+    if load.outcomes["malformed", "no answer"] > number / 2:
         findings.wrong.append("most got no answer, so that little was tried")
     _compare_log_and_metrics(server, findings)
     return findings
@@ -48,22 +48,22 @@ async def busy(work: Callable[[], Awaitable[None]], at_once: int, watch: Awaitab
         await watching
 
 
-async def witness(siege: Siege, balance: Balance, findings: Findings) -> None:
+async def witness(load: LoadGenerator, snapshot: ResourceSnapshot, findings: Findings) -> None:
     """A client that asks for the canary and for /livez and /readyz all the time. Only load may delay it."""
     seconds, probes = [], []
     try:
         while True:
             started = time.monotonic()
-            await siege.look_at_canary("beside others")
+            await load.check_canary("beside others")
             seconds.append(time.monotonic() - started)
             for path in ("/livez", "/readyz"):
                 started = time.monotonic()
-                answer = await ask(siege.port, message("GET", path))
+                answer = await ask(load.port, message("GET", path))
                 probes.append(time.monotonic() - started)
-                siege.outcomes[path, answer.code] += 1
+                load.outcomes[path, answer.code] += 1
                 if answer.status != 200:
-                    siege.wrong.append(f"{path}: {answer}")
-            balance.look()
+                    load.wrong.append(f"{path}: {answer}")
+            snapshot.sample_memory()
             await asyncio.sleep(0.3)
     finally:
         findings.numbers |= {

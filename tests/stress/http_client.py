@@ -33,7 +33,7 @@ class Answer:
 def message(method: str, path: str, body: dict[str, Any] | None = None, **headers: str) -> bytes:
     """A request as bytes; an underscore in a header's name is a hyphen."""
     content = b"" if body is None else json.dumps(body).encode()
-    fields = {"Host": "soak", "Connection": "close"} | ({"Content-Type": "application/json"} if content else {})
+    fields = {"Host": "stress", "Connection": "close"} | ({"Content-Type": "application/json"} if content else {})
     fields |= {"Content-Length": str(len(content))} if content else {}
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]

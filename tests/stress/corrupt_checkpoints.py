@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from tests.app.processes import ServerProcess
-from tests.soak.accounts import Balance, Findings
-from tests.soak.clients import CANARY
-from tests.soak.weights import PICKLE
+from tests.stress.checkpoint_changes import PICKLE
+from tests.stress.load_generator import CANARY
+from tests.stress.resources import Findings, ResourceSnapshot
 
-ADMIN = "soak-0123456789abcdef"
-VICTIM = "victim"
-LIES: list[object] = [
+ADMIN = "stress-0123456789abcdef"
+MODEL = "corrupt"
+INVALID_VALUES: list[object] = [
     -1, 0, 2**31, 2**63, 10**30, 1.5, float("nan"), float("inf"), True, None, "", "x", "\ud800", "a\r\nb: c", "\0",
     [], {}, [10**9, 10**9], ["x", "x", "x"],
 ]  # fmt: skip
@@ -99,7 +99,7 @@ def wrong_config(content: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.1:
         del place[key]
     else:
-        place[key] = rng.choice(LIES)
+        place[key] = rng.choice(INVALID_VALUES)
     header["__metadata__"]["ddpm"] = json.dumps(config)
     return put_together(header, numbers)
 
@@ -133,44 +133,44 @@ def noise(content: bytes, rng: random.Random) -> bytes:
     return rng.choice([b"", rng.randbytes(7), rng.randbytes(100_000), content + b"\0", content * 2, content[::-1]])
 
 
-Spoil = Callable[[bytes, random.Random], bytes]
-SPOILS: list[Spoil] = [truncated, flipped, wrong_size, wrong_tensor, wrong_config, wrong_metadata, noise]
+Corruption = Callable[[bytes, random.Random], bytes]
+CORRUPTIONS: list[Corruption] = [truncated, flipped, wrong_size, wrong_tensor, wrong_config, wrong_metadata, noise]
 
 
 def settings(folder: Path) -> list[str]:
     """Flags for a server into which an administrator may load what lies in `folder`/models."""
     keys = folder / "keys.toml"
-    keys.write_text(f'[soak]\nsha256 = "{hashlib.sha256(ADMIN.encode()).hexdigest()}"\nadmin = true\n')
+    keys.write_text(f'[stress]\nsha256 = "{hashlib.sha256(ADMIN.encode()).hexdigest()}"\nadmin = true\n')
     (folder / "models").mkdir()
     return ["--models-dir", str(folder / "models"), "--api-keys-file", str(keys)]
 
 
-def offer_spoiled(server: ServerProcess, folder: Path, good: Path, number: int, seed: int = 0) -> Findings:
+def fuzz_checkpoints(server: ServerProcess, folder: Path, good: Path, number: int, seed: int = 0) -> Findings:
     """So many files, one after another, to a server with `settings(folder)`: refused with a sentence, and the model
     that is served goes on. What is a whole checkpoint in spite of all is loaded, used and taken away."""
     findings, rng = Findings(), random.Random(seed)
     content, marker = good.read_bytes(), folder / "executed"
     disguised = pickles(marker)
-    path = folder / "models" / f"{VICTIM}.safetensors"
+    path = folder / "models" / f"{MODEL}.safetensors"
     client = server.client
     client.headers["Authorization"] = f"Bearer {ADMIN}"
     canary = client.post("/generate", json=CANARY).content
     sentences: Counter[str] = Counter()
-    balance = Balance(server)
+    snapshot = ResourceSnapshot(server)
     for i in range(number):
         if i % 10 == 9:
-            kind, spoiled = "pickle", rng.choice([*disguised, *(data + content for data in disguised)])
+            kind, corrupted = "pickle", rng.choice([*disguised, *(data + content for data in disguised)])
         else:
-            spoil = rng.choice(SPOILS)
-            kind, spoiled = spoil.__name__, spoil(content, rng)
+            corrupt = rng.choice(CORRUPTIONS)
+            kind, corrupted = corrupt.__name__, corrupt(content, rng)
         part = path.with_suffix(".part")
-        part.write_bytes(spoiled)
+        part.write_bytes(corrupted)
         os.replace(part, path)
-        answer = client.post("/models", json={"name": VICTIM})
+        answer = client.post("/models", json={"name": MODEL})
         outcome = "loaded" if answer.status_code == 200 else answer.json()["error"]["code"]
         findings.outcomes[kind.replace("_", " "), outcome] += 1
         if outcome == "loaded":
-            used = client.post("/generate", json=CANARY | {"model": VICTIM})
+            used = client.post("/generate", json=CANARY | {"model": MODEL})
             listed = client.get("/models")
             # Its numbers may be out of all range, or its class not there.
             honest = used.status_code == 200 or used.json()["error"]["code"] in ("step_failed", "invalid_class_label")
@@ -180,18 +180,18 @@ def offer_spoiled(server: ServerProcess, folder: Path, good: Path, number: int, 
                 )
             if kind != "wrong_config":
                 findings.wrong.append(f"{i} ({kind}) was loaded")
-            client.delete(f"/models/{VICTIM}")
+            client.delete(f"/models/{MODEL}")
         else:
             said = answer.json()["error"]["message"]
             sentences[said] += 1
             if outcome not in REFUSALS or len(said) < 20 or str(folder) in said:
                 findings.wrong.append(f"{i} ({kind}): {answer.status_code} {outcome}, {said!r}")
         if i % 10 == 0:
-            balance.look()
+            snapshot.sample_memory()
             if client.get("/readyz").status_code != 200 or client.post("/generate", json=CANARY).content != canary:
                 findings.wrong.append(f"after {i} ({kind}) the good model does not serve as before")
     if marker.exists():
         findings.wrong.append("a pickle was executed")
-    balance.close(findings)
+    snapshot.compare(findings)
     findings.numbers |= {"different sentences of refusal": len(sentences)}
     return findings

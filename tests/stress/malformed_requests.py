@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 
-from tests.soak.exchange import message
+from tests.stress.http_client import message
 
 SEQUENCE = "/diffusion-sequence"
 FIELDS = (

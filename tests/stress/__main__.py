@@ -1,8 +1,8 @@
-"""Besieges server processes, part by part, and says what became of them. Exit code 1 if anything is wrong.
+"""Beloads server processes, part by part, and says what became of them. Exit code 1 if anything is wrong.
 
 make stress                                 all parts; the mixed load lasts ten minutes
 make stress ARGS="--minutes 60"
-make stress ARGS="vanishing hostile"          only these; the report keeps what it has of the others
+make stress ARGS="disconnects malformed"        only these; the report keeps what it has of the others
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ import torch
 from tests.app.conftest import CLASSES, GREY, write_checkpoint
 from tests.app.processes import ServerProcess
 from tests.bench.timing import circumstances
-from tests.soak import report
-from tests.soak.accounts import Findings
-from tests.soak.endings import bring_down
-from tests.soak.flood import flood
-from tests.soak.run import FAULTY, lay_siege
-from tests.soak.schema import fuzz
-from tests.soak.slow import SEND_BUFFER, read_slowly
-from tests.soak.spoiled import offer_spoiled, settings
-from tests.soak.vanishing import let_vanish
+from tests.stress import report
+from tests.stress.client_disconnects import run_disconnects
+from tests.stress.corrupt_checkpoints import fuzz_checkpoints, settings
+from tests.stress.crash_recovery import run_crashes
+from tests.stress.flood import run_malformed_requests
+from tests.stress.mixed_load import FAULTY, run_mixed_load
+from tests.stress.resources import Findings
+from tests.stress.schema import fuzz
+from tests.stress.slow_readers import SEND_BUFFER, run_slow_readers
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """What to run, and how much of it."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="besieges server processes")
+    parser = argparse.ArgumentParser(prog="python -m tests.stress", description="beloads server processes")
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     add("--minutes", type=float, default=10, help="of mixed load with recoverable faults (default: 10)")
     add("--overload-s", type=float, default=60, help="seconds of ten times too much work after it (default: 60)")
-    add("--clients", type=int, default=1000, help="that vanish (default: 1000)")
-    add("--requests", type=int, default=100_000, help="that are hostile (default: 100000)")
-    add("--files", type=int, default=1000, help="that are spoiled checkpoints (default: 1000)")
+    add("--clients", type=int, default=1000, help="clients that disconnect (default: 1000)")
+    add("--requests", type=int, default=100_000, help="malformed requests (default: 100000)")
+    add("--files", type=int, default=1000, help="corrupt checkpoints (default: 1000)")
     add("--examples", type=int, default=200, help="of each operation, for schemathesis (default: 200)")
     add("--readers", type=int, default=16, help="that read slowly (default: 16)")
     add("--slow-s", type=float, default=60, help="seconds for which they do (default: 60)")
     add("--seed", type=int, default=0, help="of the clients' choices")
     add("--note", default="", help="about the machine, for the report")
-    add("--results", type=Path, default=Path("build/soak.json"), help="file for the results of all parts")
-    add("--report", type=Path, default=Path("build/soak.md"), help="file for the page")
+    add("--results", type=Path, default=Path("build/stress.json"), help="file for the results of all parts")
+    add("--report", type=Path, default=Path("build/stress.md"), help="file for the page")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
             findings = run(args, Path(folder), checkpoints)
             seconds = time.monotonic() - started
         about = [circumstances(torch.device("cpu")), args.note, f"checkpoint {sha256[:8]} (random weights)"]
-        command = shlex.join(["python", "-m", "tests.soak", name, *OPTIONS[name](args)])
+        command = shlex.join(["python", "-m", "tests.stress", name, *OPTIONS[name](args)])
         parts[name] = report.part_of(
             name, what.format(**vars(args)), command, "; ".join(filter(None, about)), seconds, findings
         )
@@ -85,15 +85,15 @@ def main(argv: list[str]) -> int:
     return 1 if any(part.wrong for part in ordered) else 0
 
 
-def _vanishing(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+def _disconnects(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
     argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-size", "16", "--read-timeout-s", "3"]
     with ServerProcess(FAULTY, *argv, fresh=True) as server:
-        return let_vanish(server, args.clients, args.seed)
+        return run_disconnects(server, args.clients, args.seed)
 
 
-def _hostile(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+def _malformed(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
     with ServerProcess("app", "--checkpoint", str(checkpoints[0]), "--read-timeout-s", "3", fresh=True) as server:
-        return flood(server, args.requests, args.seed)
+        return run_malformed_requests(server, args.requests, args.seed)
 
 
 def _schema(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
@@ -101,45 +101,48 @@ def _schema(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> 
         return fuzz(server.url, folder, args.examples)
 
 
-def _spoiled(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+def _corrupt(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
     argv = ["--checkpoint", str(checkpoints[0]), "--max-batch-size", "8", *settings(folder)]
     with ServerProcess("app", *argv, fresh=True) as server:
-        return offer_spoiled(server, folder, checkpoints[0], args.files, args.seed)
+        return fuzz_checkpoints(server, folder, checkpoints[0], args.files, args.seed)
 
 
 def _slow(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
     argv = ["--checkpoint", str(checkpoints[0]), "--write-timeout-s", "3600"]
     with ServerProcess(FAULTY, *argv, SEND_BUFFER=SEND_BUFFER, fresh=True) as server:
-        return read_slowly(server, args.readers, args.slow_s)
+        return run_slow_readers(server, args.readers, args.slow_s)
 
 
 def _mixed(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
-    return lay_siege(checkpoints, 60 * args.minutes, args.overload_s, args.seed)
+    return run_mixed_load(checkpoints, 60 * args.minutes, args.overload_s, args.seed)
 
 
-def _endings(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
-    return bring_down(checkpoints[0])
+def _crashes(args: argparse.Namespace, folder: Path, checkpoints: list[Path]) -> Findings:
+    return run_crashes(checkpoints[0])
 
 
 PARTS: dict[str, tuple[str, Callable[[argparse.Namespace, Path, list[Path]], Findings]]] = {
-    "vanishing": ("{clients:,} clients that vanish, at six moments alike", _vanishing),
-    "hostile": ("{requests:,} requests that nobody should send", _hostile),
+    "disconnects": ("{clients:,} clients that disconnect, at six moments alike", _disconnects),
+    "malformed": ("{requests:,} malformed requests", _malformed),
     "schema": ("/openapi.json by schemathesis, all checks, edges of all fields, {examples} examples", _schema),
-    "spoiled": ("{files:,} files that are nearly checkpoints, loaded beside one that is served", _spoiled),
+    "corrupt": ("{files:,} corrupt checkpoints, loaded beside one that is served", _corrupt),
     "slow": ("{readers} readers of streams at a byte a second for {slow_s:g} s", _slow),
     "mixed": ("{minutes:g} minutes of all clients and faults, and {overload_s:g} s of ten times too much work", _mixed),
-    "endings": ("what ends a process: fatal faults, kill -9, SIGTERM under load; each starts the next", _endings),
+    "crashes": (
+        "fatal faults, kill -9 and SIGTERM under load; each process is the restart of the one before",
+        _crashes,
+    ),
 }
 OPTIONS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
-    "vanishing": lambda args: ["--clients", str(args.clients), "--seed", str(args.seed)],
-    "hostile": lambda args: ["--requests", str(args.requests), "--seed", str(args.seed)],
+    "disconnects": lambda args: ["--clients", str(args.clients), "--seed", str(args.seed)],
+    "malformed": lambda args: ["--requests", str(args.requests), "--seed", str(args.seed)],
     "schema": lambda args: ["--examples", str(args.examples)],
-    "spoiled": lambda args: ["--files", str(args.files), "--seed", str(args.seed)],
+    "corrupt": lambda args: ["--files", str(args.files), "--seed", str(args.seed)],
     "slow": lambda args: ["--readers", str(args.readers), "--slow-s", f"{args.slow_s:g}"],
     "mixed": lambda args: [
         *("--minutes", f"{args.minutes:g}", "--overload-s", f"{args.overload_s:g}", "--seed", str(args.seed))
     ],
-    "endings": lambda args: [],
+    "crashes": lambda args: [],
 }
 
 

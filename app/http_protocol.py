@@ -13,31 +13,34 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
 
-PIECE = 1024  # bytes that are parsed at once
-AHEAD = 65_536  # bytes that are read while earlier requests are answered: enough to see the client leave
-UNSENT = 16_384  # bytes that the kernel holds for a client beyond those on their way, where it would hold megabytes
-LOOKS = 4  # at a client that takes nothing, before it is cut off
-OFFER = {b"upgrade", b"http2-settings"}  # headers that belong to an offer to upgrade, and options of Connection
+PARSE_CHUNK = 1024  # bytes that are parsed at once
+READ_AHEAD = 65_536  # bytes that are read while earlier requests are answered: enough to see the client leave
+NOTSENT_LOWAT = 16_384  # bytes that the kernel may hold for a client before it sends them; its default is megabytes
+WRITE_CHECKS = 4  # at a client that takes nothing, before it is cut off
+UPGRADE_HEADERS = {
+    b"upgrade",
+    b"http2-settings",
+}  # and options of the header Connection
 
 
 @dataclass
-class Limits:
+class ConnectionLimits:
     """Of one listening server; see the settings of the same names. `idle` is shared by its connections."""
 
     connections: int
     header_bytes: int
     read_s: float
     write_s: float
-    idle: dict[Connection, None] = field(default_factory=dict)  # those without a request; longest first
+    idle: dict[HardenedHttpProtocol, None] = field(default_factory=dict)  # those without a request; longest first
 
 
 class ClientTransport:
-    """A transport that knows how many bytes its client has `taken`, and reads none while it is `crowded`."""
+    """A transport that counts `bytes_flushed` to its client, and reads none while it is `read_paused`."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._written = 0
-        self.crowded = False
+        self.read_paused = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -49,16 +52,16 @@ class ClientTransport:
 
     def resume_reading(self) -> None:
         """As the transport's own, which uvicorn calls at every request and every answer."""
-        if not self.crowded:
+        if not self.read_paused:
             self._transport.resume_reading()
 
     @property
-    def taken(self) -> int:
+    def bytes_flushed(self) -> int:
         """Bytes that were written and do not wait here any more."""
         return self._written - self._transport.get_write_buffer_size()
 
 
-class Connection(HttpToolsProtocol):
+class HardenedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol. A message is read within `read_s` for its head and again for its body, or the connection
     ends; so it does if the client takes nothing of an answer for `write_s`. Where there are too many, the longest
     idle one makes room, which is what a client that sends its head drop by drop is, too. Requests that come before
@@ -66,8 +69,8 @@ class Connection(HttpToolsProtocol):
 
     transport: ClientTransport  # type: ignore[assignment]
 
-    def __init__(self, limits: Limits, **of_uvicorn: Any) -> None:
-        super().__init__(**of_uvicorn)
+    def __init__(self, limits: ConnectionLimits, **uvicorn_arguments: Any) -> None:
+        super().__init__(**uvicorn_arguments)
         self._limits = limits
         self._held = bytearray()  # read, and not parsed yet
         self._answered: RequestResponseCycle | None = None  # the request that is, or was last
@@ -81,7 +84,7 @@ class Connection(HttpToolsProtocol):
         """A client is there: makes room for it, or refuses it where all are busy."""
         super().connection_made(ClientTransport(transport))  # type: ignore[arg-type]
         if limited := getattr(socket, "TCP_NOTSENT_LOWAT", None):  # Linux and macOS
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, limited, UNSENT)
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, limited, NOTSENT_LOWAT)
         idle = self._limits.idle
         if len(self.connections) > self._limits.connections:
             if not idle:
@@ -91,7 +94,7 @@ class Connection(HttpToolsProtocol):
             del idle[longest]
             longest.transport.abort()
         idle[self] = None
-        self._expect()
+        self._arm_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left, or was cut off."""
@@ -113,10 +116,10 @@ class Connection(HttpToolsProtocol):
 
     def _parse(self) -> None:
         while self._held and not self.pipeline and not self.transport.is_closing():
-            piece = bytes(self._held[:PIECE])
-            del self._held[:PIECE]
+            piece = bytes(self._held[:PARSE_CHUNK])
+            del self._held[:PARSE_CHUNK]
             if self._read_timer is None:
-                self._expect()
+                self._arm_read_timer()
             if self._part != "body":
                 self._unparsed += len(piece)
             self._feed(piece)
@@ -124,11 +127,11 @@ class Connection(HttpToolsProtocol):
                 self._refuse(self._too_large())
         if self.transport.is_closing():
             self._held.clear()
-        elif not self.transport.crowded and len(self._held) > AHEAD:
-            self.transport.crowded = True
+        elif not self.transport.read_paused and len(self._held) > READ_AHEAD:
+            self.transport.read_paused = True
             self.transport.pause_reading()
-        elif self.transport.crowded and len(self._held) <= AHEAD:
-            self.transport.crowded = False
+        elif self.transport.read_paused and len(self._held) <= READ_AHEAD:
+            self.transport.read_paused = False
             if not self.flow.read_paused:
                 self.transport.resume_reading()
 
@@ -150,15 +153,17 @@ class Connection(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.scope["method"].encode(), self.url, self.scope["http_version"].encode())]
         for name, value in self.headers:
             if name == b"connection":
-                value = b",".join(option for option in value.split(b",") if option.strip().lower() not in OFFER)
-            if name not in OFFER:
+                value = b",".join(
+                    option for option in value.split(b",") if option.strip().lower() not in UPGRADE_HEADERS
+                )
+            if name not in UPGRADE_HEADERS:
                 lines.append(name + b": " + value)
         return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """The first byte of a request line."""
         self._part, self._unparsed = "head", 0
-        self._expect()
+        self._arm_read_timer()
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -182,7 +187,7 @@ class Connection(HttpToolsProtocol):
             return
         self._part, self._unparsed = "body", 0
         self._limits.idle.pop(self, None)
-        self._expect()
+        self._arm_read_timer()
         super().on_headers_complete()
         if self.pipeline:  # uvicorn reads no more then, and would not see that the client leaves
             self.flow.resume_reading()
@@ -210,7 +215,7 @@ class Connection(HttpToolsProtocol):
         self._answered = cycle
         super()._start_asgi_task(cycle, app)
 
-    def _expect(self) -> None:
+    def _arm_read_timer(self) -> None:
         if self._read_timer is not None:
             self._read_timer.cancel()
         self._read_timer = self.loop.call_later(self._limits.read_s, self._read_timed_out)
@@ -218,7 +223,7 @@ class Connection(HttpToolsProtocol):
     def _read_timed_out(self) -> None:
         self._read_timer = None
         if self._answering():  # the time of a body that is wanted is BodyLimitMiddleware's to keep
-            self._expect()
+            self._arm_read_timer()
         elif self._part == "head":
             self._refuse(RequestTimeout(f"the headers did not arrive within {self._limits.read_s:g} s"))
         else:
@@ -256,16 +261,18 @@ class Connection(HttpToolsProtocol):
 
     def _watch_writing(self) -> None:
         if self._write_timer is None and self.transport.get_write_buffer_size():
-            self._look_again(self.transport.taken, LOOKS)
+            self._recheck_write(self.transport.bytes_flushed, WRITE_CHECKS)
 
-    def _look_again(self, taken: int, looks: int) -> None:
-        self._write_timer = self.loop.call_later(self._limits.write_s / LOOKS, self._check_writing, taken, looks)
+    def _recheck_write(self, flushed: int, checks: int) -> None:
+        self._write_timer = self.loop.call_later(
+            self._limits.write_s / WRITE_CHECKS, self._check_writing, flushed, checks
+        )
 
-    def _check_writing(self, taken: int, looks: int) -> None:
+    def _check_writing(self, flushed: int, checks: int) -> None:
         self._write_timer = None
-        if self.transport.taken > taken:
+        if self.transport.bytes_flushed > flushed:
             self._watch_writing()
-        elif looks > 1:  # several, for a process that stood still may look before the client was asked
-            self._look_again(taken, looks - 1)
+        elif checks > 1:  # several, for a process that stood still may look before the client was asked
+            self._recheck_write(flushed, checks - 1)
         else:
             self.transport.abort()

@@ -1,4 +1,4 @@
-"""/openapi.json against the server that it describes, by schemathesis (the extra `soak`)."""
+"""/openapi.json against the server that it describes, by schemathesis (the extra `stress`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.soak.accounts import Findings
-from tests.soak.spoiled import ADMIN
+from tests.stress.corrupt_checkpoints import ADMIN
+from tests.stress.resources import Findings
 
 # 503 and 504 are told honestly, to who gives a time-out of 5e-324 s. Most limits are settings, or depend on each other.
 # No schema tells which models there are (404), nor that the default cannot be removed (409).
@@ -29,7 +29,7 @@ def installed() -> bool:
 
 def run_schemathesis(url: str, folder: Path, examples: int, edges: bool) -> subprocess.CompletedProcess[str]:
     """All of its checks with so many examples of every operation, by an administrator of the server with
-    `spoiled.settings`; with `edges` those of all fields are tried, too."""
+    `corrupt_checkpoints.settings`; with `edges` those of all fields are tried, too."""
     (folder / "schemathesis.toml").write_text(CHECKS)
     phases = "examples,coverage,fuzzing" if edges else "examples,fuzzing"
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", url + "/openapi.json"]
@@ -48,7 +48,7 @@ def fuzz(url: str, folder: Path, examples: int) -> Findings:
     """The long form: edges, too."""
     findings = Findings()
     if not installed():
-        findings.wrong.append("schemathesis is not installed (the extra `soak`)")
+        findings.wrong.append("schemathesis is not installed (the extra `stress`)")
         return findings
     ended = run_schemathesis(url, folder, examples, edges=True)
     summary = ended.stdout.rpartition("SUMMARY")[2]
