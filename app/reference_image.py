@@ -7,7 +7,7 @@ import io
 import numpy as np
 import torch
 from PIL import Image as Pillow
-from PIL import ImageChops, ImageOps
+from PIL import ImageChops, ImageOps, UnidentifiedImageError
 
 from app.errors import InvalidRequest
 from model.images import from_uint8
@@ -62,7 +62,7 @@ def _decode(data: bytes, name: str) -> Pillow.Image:
             return _rgba(ImageOps.exif_transpose(picture))
     except InvalidRequest:
         raise
-    except Pillow.UnidentifiedImageError:
+    except UnidentifiedImageError:
         found = "is empty" if not data else "is not a PNG, JPEG or WebP file"
         raise InvalidRequest(f"{name} {found}", param=name) from None
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
