@@ -130,6 +130,8 @@ class CheckpointConfig:
         data = {"format": FORMAT, **asdict(self)}
         if not self.fitted:
             del data["fitted"]
+        if not self.diffusion.trained_betas:  # so that releases before them read what has none
+            del data["diffusion"]["trained_betas"]
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod

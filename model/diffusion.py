@@ -24,6 +24,7 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Table = NDArray[np.float64]
 
 MIN_SNR_GAMMA = 5.0
+MIN_ALPHA_BAR = 1e-30  # of trained betas: float32 has the numbers of samplers then
 
 
 def linear_betas(num_timesteps: int, low: float = 1e-4, high: float = 0.02) -> Table:
@@ -53,10 +54,11 @@ class DiffusionConfig:
 
     `variance` is that of p(x_{t-1} | x_t): the posterior's (fixed_small), β_t (fixed_large), or between the two, as the
     network says (learned_range, Nichol & Dhariwal 2021, eq. 15). `weighting` is that of each timestep in the loss.
+    The schedule trained has its betas in `trained_betas`, as imported networks may; the others compute them.
     """
 
     num_timesteps: int = 1000
-    schedule: str = "linear"  # linear, cosine
+    schedule: str = "linear"  # linear, cosine, trained
     schedule_low: float = 1e-4
     schedule_high: float = 0.02
     prediction: str = "eps"  # eps, x0, v
@@ -64,10 +66,12 @@ class DiffusionConfig:
     variance: str = "fixed_small"  # fixed_small, fixed_large, learned_range
     weighting: str = "none"  # none, min_snr, p2
     zero_terminal_snr: bool = False
+    trained_betas: tuple[float, ...] = ()  # T of them where the schedule is trained, none where it is not
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trained_betas", tuple(self.trained_betas))  # JSON has lists only
         for name, value, valid in (
-            ("schedule", self.schedule, SCHEDULES),
+            ("schedule", self.schedule, (*SCHEDULES, TRAINED)),
             ("prediction", self.prediction, PREDICTIONS),
             ("loss_type", self.loss_type, LOSSES),
             ("variance", self.variance, VARIANCES),
@@ -80,20 +84,38 @@ class DiffusionConfig:
             raise ValueError(
                 "zero_terminal_snr needs prediction x0 or v: at pure noise eps says nothing about the image"
             )
-        betas = SCHEDULES[self.schedule](self)
+        if self.schedule == TRAINED:
+            self._check_trained_betas()
+        elif self.trained_betas:
+            raise ValueError(f"trained_betas need the schedule {TRAINED}, not {self.schedule}")
+        betas = self._plain_betas()
         if not (np.all(betas > 0) and np.all(betas < 1)):
             raise ValueError(
                 f"these settings give betas outside (0, 1): {betas.min():.3g} to {betas.max():.3g}; "
                 "with few timesteps the linear schedule needs smaller schedule_low and schedule_high"
             )
 
+    def _check_trained_betas(self) -> None:
+        if len(self.trained_betas) != self.num_timesteps:
+            raise ValueError(f"{len(self.trained_betas)} trained_betas for {self.num_timesteps} timesteps")
+        if wrong := [beta for beta in self.trained_betas if not isinstance(beta, float) or not 0 < beta < 1]:
+            raise ValueError(f"trained_betas must be numbers between 0 and 1, not {wrong[0]!r:.40}")
+        if (left := np.prod(1 - np.array(self.trained_betas))) < MIN_ALPHA_BAR:
+            raise ValueError(f"trained_betas leave {left:.3g} of the image's variance, under {MIN_ALPHA_BAR:g}")
+
+    def _plain_betas(self) -> Table:
+        if self.schedule == TRAINED:
+            return np.array(self.trained_betas, dtype=np.float64)
+        return SCHEDULES[self.schedule](self)
+
     def betas(self) -> Table:
         """β_t, float64 [T]."""
-        betas = SCHEDULES[self.schedule](self)
+        betas = self._plain_betas()
         return rescaled_to_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
 
 
-SCHEDULES: dict[str, Callable[[DiffusionConfig], Table]] = {
+TRAINED = "trained"
+SCHEDULES: dict[str, Callable[[DiffusionConfig], Table]] = {  # that are computed
     "linear": lambda c: linear_betas(c.num_timesteps, c.schedule_low, c.schedule_high),
     "cosine": lambda c: cosine_betas(c.num_timesteps),
 }

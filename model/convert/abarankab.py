@@ -197,6 +197,8 @@ def import_w86763777(state: dict[str, Any], flags: Flags) -> Imported:
         **flags.classes(None),
         **architecture(levels, len(source["head.weight"])),
     )
+    if flags.num_timesteps not in (None, steps):
+        raise UnsupportedCheckpointError(f"{flags.num_timesteps} timesteps contradict the file, which has {steps}")
     return Imported(
         convert(source, checked_groups(config, flags), W86),
         config,

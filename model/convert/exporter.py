@@ -185,10 +185,10 @@ def scheduler_json(config: DiffusionConfig, limit: str) -> dict[str, Any]:
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.31.0",
         "num_train_timesteps": config.num_timesteps,
-        "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.schedule],
+        "beta_schedule": "squaredcos_cap_v2" if config.schedule == "cosine" else "linear",
         "beta_start": config.schedule_low * scale,
         "beta_end": config.schedule_high * scale,
-        "trained_betas": None,
+        "trained_betas": list(config.trained_betas) or None,  # which count, where there are some
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.prediction],
         "variance_type": config.variance,
         "clip_sample": limit == "clamp",

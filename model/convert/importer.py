@@ -21,7 +21,7 @@ from model.convert.diffusers import import_folder
 from model.convert.files import load_weights
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.convert.recognise import recognise, recognised
-from model.diffusion import PREDICTIONS, SCHEDULES, VARIANCES, DiffusionConfig
+from model.diffusion import PREDICTIONS, SCHEDULES, TRAINED, VARIANCES, DiffusionConfig
 from model.nn.layers import ACTIVATIONS
 from model.sampling.schedule import SamplingParams
 
@@ -50,12 +50,13 @@ CHOICES = {
 
 def import_path(source: Path, flags: Flags) -> Imported:
     """Weights and configuration of a file, or of a diffusers folder. Raises UnsupportedCheckpointError."""
+    told = flags.with_schedule()
     try:
         if source.is_dir():
-            imported = import_folder(source, flags)
+            imported = import_folder(source, told)
         else:
-            state, importer = recognised(load_weights(source), flags)
-            imported = importer(state, flags)
+            state, importer = recognised(load_weights(source), told)
+            imported = importer(state, told)
     except UnsupportedCheckpointError:
         raise
     except ValueError as error:  # a configuration that the network here cannot have, in our words
@@ -83,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
         elif f.name in ("image_size", "class_names"):
             kind = _tuple_of(int if f.name == "image_size" else str)
             result.add_argument(f"--{f.name}", type=kind, default=f.default, metavar="A,B")
+        elif f.name == "trained_betas":
+            what = "a JSON file with all betas as one list, instead of a schedule"
+            result.add_argument("--trained_betas", type=_betas, default=(), metavar="FILE", help=what)
         else:
             kind = KINDS.get(f.name, str)
             result.add_argument(f"--{f.name}", type=kind, default=f.default, choices=CHOICES.get(f.name))
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         names = flags.class_names or tuple(str(i) for i in range(imported.unet.num_classes or 0))
         steps = min(SamplingParams.steps, imported.diffusion.num_timesteps)
         sampling = SamplingParams(steps=steps, limit=imported.limit)
-        provenance = {"imported_from": source.name, "diffusion": imported.origin, "flags": flags.given()}
+        provenance = {"imported_from": source.name, "diffusion": imported.origin, "flags": _noted(flags)}
         config = CheckpointConfig(imported.unet, imported.diffusion, names, sampling, provenance)
     except ValueError as error:
         print(f"model.importers: {source.name}: {error}", file=sys.stderr)
@@ -126,6 +130,8 @@ def _words(diffusion: DiffusionConfig) -> str:
     schedule = diffusion.schedule
     if schedule == "linear":
         schedule += f" {diffusion.schedule_low:.4g} to {diffusion.schedule_high:.4g}"
+    elif schedule == TRAINED:
+        schedule = f"its own betas {diffusion.trained_betas[0]:.4g} to {diffusion.trained_betas[-1]:.4g}"
     if diffusion.zero_terminal_snr:
         schedule += " with zero terminal SNR"
     return f"{diffusion.num_timesteps} timesteps, {schedule}, prediction {diffusion.prediction}, {diffusion.variance}"
@@ -139,6 +145,22 @@ def _tuple_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
             raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, not {text!r}") from None
 
     return parts
+
+
+def _noted(flags: Flags) -> dict[str, Any]:
+    """The flags for the provenance; betas are in the configuration, and many."""
+    return {name: value for name, value in flags.given().items() if name != "trained_betas"}
+
+
+def _betas(name: str) -> tuple[float, ...]:
+    try:
+        numbers = json.loads(Path(name).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {why}") from None
+    if not isinstance(numbers, list) or len(numbers) < 2 or not all(isinstance(beta, float) for beta in numbers):
+        raise argparse.ArgumentTypeError(f"{name} is not a list of betas, such as [0.0001, 0.00012]")
+    return tuple(numbers)
 
 
 def _count(weights: dict[str, Tensor]) -> int:

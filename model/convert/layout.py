@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.diffusion import DiffusionConfig, Table, cosine_betas, linear_betas
+from model.diffusion import TRAINED, DiffusionConfig, Table, cosine_betas, linear_betas
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 
@@ -51,6 +51,7 @@ class Flags:
     schedule: str | None = None
     schedule_low: float | None = None  # of 1000 timesteps, as in training
     schedule_high: float | None = None
+    trained_betas: tuple[float, ...] = ()  # instead of a schedule
     prediction: str | None = None
     variance: str | None = None
     num_heads: int | None = None
@@ -71,8 +72,19 @@ class Flags:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if v is not None and v is not False and v != ()}
 
+    def with_schedule(self) -> Flags:
+        """The same, with the T and schedule of `trained_betas`. Raises UnsupportedCheckpointError if others say it."""
+        if not self.trained_betas:
+            return self
+        for name in ("num_timesteps", "schedule", "schedule_low", "schedule_high"):
+            if getattr(self, name) is not None:
+                raise UnsupportedCheckpointError(f"--trained_betas say all of the schedule: leave out --{name}")
+        return replace(self, num_timesteps=len(self.trained_betas), schedule=TRAINED)
+
     def need(self, **defaults: Any) -> None:
         """Raises UnsupportedCheckpointError unless all are given; `defaults` are what their project has for them."""
+        if self.schedule not in (None, "linear"):  # the others have no ends
+            defaults = {name: value for name, value in defaults.items() if not name.startswith("schedule_")}
         if missing := [f"--{name} {written(value)}" for name, value in defaults.items() if getattr(self, name) is None]:
             raise UnsupportedCheckpointError(
                 f"the file does not tell all that it needs: add {' '.join(missing)}, "
@@ -109,6 +121,8 @@ class Imported:
         for name, value in flags.given().items():
             if name in self.used or name == "class_names":
                 continue
+            if name == "trained_betas" and value != has[name]:
+                raise UnsupportedCheckpointError("--trained_betas contradict the file, which has betas: leave them out")
             if name not in has or (name.startswith("schedule_") and not is_linear):
                 raise UnsupportedCheckpointError(f"--{name} means nothing for this file: leave it out")
             same = math.isclose(value, has[name], rel_tol=1e-4) if isinstance(value, float) else value == has[name]
@@ -252,7 +266,7 @@ def cosines_first(weight: Tensor) -> Tensor:
 
 def diffusion_by_flags(flags: Flags, **settings: Any) -> DiffusionConfig:
     """The diffusion that flags tell; `settings` are fields that they leave open."""
-    names = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "prediction", "variance")
+    names = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "trained_betas", "prediction", "variance")
     given = {name: value for name, value in flags.given().items() if name in names}
     return DiffusionConfig(**settings | given)
 
@@ -261,7 +275,10 @@ PRECISION = {torch.float16: (2e-3, 6e-8), torch.bfloat16: (8e-3, 1e-9)}  # relat
 
 
 def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: Any) -> DiffusionConfig:
-    """The diffusion whose beta schedule these betas [T] are, as rounded to `dtype`; `settings` are its other fields."""
+    """The diffusion that has these betas [T], as rounded to `dtype`; `settings` are its other fields.
+
+    Betas of a schedule here are named by it; others are kept as they are.
+    """
     if betas.ndim != 1 or not 2 <= len(betas) <= 100_000 or not np.all((betas > 0) & (betas <= 1)):
         raise UnsupportedCheckpointError("its betas are not from 2 to 100000 numbers between 0 and 1")
     steps = len(betas)
@@ -274,4 +291,4 @@ def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: A
     for low, high in ends:
         if np.allclose(linear_betas(steps, low, high), betas, rtol, atol):
             return DiffusionConfig(steps, "linear", low, high, **settings)
-    raise UnsupportedCheckpointError("its betas are neither a linear nor the cosine schedule")
+    return DiffusionConfig(steps, TRAINED, trained_betas=tuple(betas.tolist()), **settings)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from model.convert.betas import SCHEDULES, betas_of
 from model.convert.layout import UnsupportedCheckpointError, diffusion_of
-from model.diffusion import DiffusionConfig, Table, cosine_betas
+from model.diffusion import DiffusionConfig, Table
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
@@ -107,17 +108,15 @@ def _betas(theirs: dict[str, Any]) -> Table:
             raise UnsupportedCheckpointError("its scheduler's trained_betas are not a list of numbers")
         return np.array(trained, np.float64)
     schedule = theirs.get("beta_schedule", "linear")
-    if schedule == "squaredcos_cap_v2":
-        return cosine_betas(steps)
-    if schedule != "linear":
+    if schedule not in SCHEDULES:
         raise UnsupportedCheckpointError(
-            f"its beta_schedule is {schedule!r}; only linear and squaredcos_cap_v2 can be imported"
+            f"its beta_schedule is {schedule!r}; those that can be imported are {', '.join(SCHEDULES)}"
         )
     low, high = (
         _value(theirs, name, usual, lambda v: type(v) in REAL and 0 < v < 1)
         for name, usual in (("beta_start", low), ("beta_end", high))
     )
-    return np.linspace(low, high, steps, dtype=np.float64)
+    return betas_of(schedule, steps, low, high)
 
 
 def _limit(theirs: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -239,6 +240,16 @@ def test_a_checkpoint_without_a_digest_loads(tiny: UNet, config: CheckpointConfi
     assert load(path).config == config
 
 
+def test_trained_betas_come_back_bit_for_bit(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
+    assert "trained_betas" not in config.to_json()  # so releases without them read what has none
+    betas = tuple(np.random.default_rng(0).uniform(1e-4, 0.1, 50).tolist())
+    diffusion = replace(config.diffusion, num_timesteps=50, schedule="trained", trained_betas=betas)
+    save(path, tiny.state_dict(), replace(config, diffusion=diffusion))
+    loaded = load(path)
+    assert loaded.config.diffusion == diffusion
+    assert loaded.diffusion.betas.tolist() == list(betas)
+
+
 def test_a_checkpoint_with_fields_of_a_later_version_loads(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
     """The digest is of what the file says, and not of what this version understands of it."""
     data = json.loads(config.to_json()) | {"later": [1, {"b": 0.1, "a": "é"}]}
@@ -320,7 +331,7 @@ def test_weights_that_are_not_the_networks_are_refused(
         ("diffusion", {"num_timesteps": 10**15}, "num_timesteps"),
         ("diffusion", {"num_timesteps": 400.0}, "num_timesteps"),
         ("diffusion", {"schedule": "sigmoid"}, "schedule must be"),
-        ("diffusion", {"schedule": ["linear"]}, "list"),
+        ("diffusion", {"schedule": ["linear"]}, "schedule must be one of"),
         ("diffusion", {"schedule": "linear", "schedule_low": "0"}, "cannot be used"),
         ("sampling", {"sampler": "euler"}, "sampler must be"),
         ("sampling", {"steps": 0}, "steps must be"),

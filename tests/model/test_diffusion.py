@@ -200,6 +200,34 @@ def test_the_posterior_has_the_reference_values(
     assert math.exp(0.5 * GaussianDiffusion(LINEAR).large_log_variance[0]) == pytest.approx(0.0073846, abs=1e-7)
 
 
+def test_trained_betas_are_the_schedule() -> None:
+    betas = (0.1, 0.05, 0.3)
+    diffusion = GaussianDiffusion(DiffusionConfig(3, "trained", trained_betas=betas))
+    assert diffusion.alphas_cumprod == pytest.approx([0.9, 0.855, 0.5985])
+    assert DiffusionConfig(3, "trained", trained_betas=[*betas]) == diffusion.config
+    ended = DiffusionConfig(3, "trained", trained_betas=betas, prediction="v", zero_terminal_snr=True)
+    assert GaussianDiffusion(ended).alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trained_betas": ()}, "0 trained_betas for 3 timesteps"),
+        ({"trained_betas": (0.1, 0.1)}, "2 trained_betas for 3 timesteps"),
+        ({"trained_betas": (0.1, 0.1, 1.0)}, "between 0 and 1, not 1.0"),
+        ({"trained_betas": (0.1, 0.0, 0.1)}, "between 0 and 1, not 0.0"),
+        ({"trained_betas": (0.1, math.nan, 0.1)}, "between 0 and 1, not nan"),
+        ({"trained_betas": (0.1, "0.1", 0.1)}, "between 0 and 1, not '0.1'"),
+        ({"trained_betas": (0.1, 0.1, 0.1), "schedule": "linear"}, "need the schedule trained, not linear"),
+        ({"trained_betas": (0.999,) * 100, "num_timesteps": 100}, "leave 1e-300 of the image's variance"),
+    ],
+    ids=str,
+)
+def test_trained_betas_are_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig(**{"num_timesteps": 3, "schedule": "trained"} | values)
+
+
 def test_zero_terminal_snr_is_the_published_algorithm() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(prediction="v", zero_terminal_snr=True))
     before = np.sqrt(GaussianDiffusion(LINEAR).alphas_cumprod)

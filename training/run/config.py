@@ -295,7 +295,8 @@ class TrainConfig:
 
     def diffusion(self) -> DiffusionConfig:
         """The forward process."""
-        return DiffusionConfig(**{f.name: getattr(self, f.name) for f in fields(DiffusionConfig)})
+        names = {setting.name for setting in fields(DiffusionConfig)} & vars(self).keys()  # no trained betas
+        return DiffusionConfig(**{name: getattr(self, name) for name in names})
 
     def sampling(self) -> SamplingParams:
         """How sample grids are made, and the checkpoint's default when served."""
@@ -336,7 +337,7 @@ FIXED = (
     *(f.name for f in fields(TrainConfig) if f.name in {g.name for g in fields(UNetConfig)} - {"dropout"}),
     "attention_resolutions",
     "attention_at",
-    *(f.name for f in fields(DiffusionConfig)),
+    *(f.name for f in fields(DiffusionConfig) if f.name != "trained_betas"),
     "timestep_sampler",
     "noise_mean",
     "noise_std",

@@ -139,6 +139,38 @@ def test_a_pipeline_brings_its_diffusion(scheduler: dict[str, Any], expected: An
     np.testing.assert_allclose(np.cumprod(1 - diffusion.betas()), noise_scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs, of numpy
+@pytest.mark.parametrize("ends", [{}, {"beta_start": 1e-5, "beta_end": 0.03, "num_train_timesteps": 300}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        (DDPMScheduler, "scaled_linear"),
+        (DDPMScheduler, "sigmoid"),
+        (DDPMScheduler, "laplace"),
+        (HeunDiscreteScheduler, "scaled_linear"),
+        (HeunDiscreteScheduler, "exp"),  # whose betas are all the same
+    ],
+)
+def test_other_schedules_come_in_as_their_betas(
+    kind: Any, schedule: str, ends: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs().save_pretrained(tmp_path)
+    scheduler = kind(beta_schedule=schedule, **ends)
+    scheduler.save_pretrained(tmp_path)
+    assert main([str(tmp_path), str(tmp_path / "ours.safetensors")]) == 0
+    diffusion = checkpoint.load(tmp_path / "ours.safetensors").config.diffusion
+    assert diffusion.schedule == ("linear" if schedule == "exp" else "trained")
+    assert ("its own betas" in capsys.readouterr().err) == (schedule != "exp")
+    np.testing.assert_allclose(np.cumprod(1 - diffusion.betas()), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_trained_betas_come_in_exactly(tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path)
+    betas = np.random.default_rng(0).uniform(1e-4, 0.03, 300).tolist()
+    DDPMScheduler(300, trained_betas=betas).save_pretrained(tmp_path)
+    assert import_path(tmp_path, Flags()).diffusion.trained_betas == tuple(betas)
+
+
 SCHEDULER = {
     "num_train_timesteps": 500,
     "beta_schedule": "squaredcos_cap_v2",
@@ -264,7 +296,8 @@ def test_the_limit_of_x0_is_the_schedulers(values: dict[str, Any], limit: str, t
         ({"thresholding": True, "sample_max_value": 1.5}, "sample_max_value is 1.5"),
         ({"thresholding": True, "sample_max_value": 1e6, "dynamic_thresholding_ratio": 0.9}, "dynamic_thresholding"),
         ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
-        ({"beta_schedule": "scaled_linear"}, "beta_schedule is 'scaled_linear'"),
+        ({"beta_schedule": "karras"}, "beta_schedule is 'karras'"),
+        ({"trained_betas": [0.1, 0.2, 1.0]}, "trained_betas must be numbers between 0 and 1, not 1.0"),
         ({"variance_type": "learned"}, "variance_type 'learned'"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
@@ -86,6 +87,15 @@ def test_the_limit_of_x0_goes_out_and_comes_back(limit: str, tmp_path: Path) -> 
     assert import_path(tmp_path / "theirs", Flags()).limit == limit
 
 
+def test_trained_betas_go_out_and_come_back(tmp_path: Path) -> None:
+    betas = tuple(np.random.default_rng(0).uniform(1e-3, 0.05, 50).tolist())
+    source = checkpoint_of(tmp_path / "ours.safetensors", DiffusionConfig(50, "trained", trained_betas=betas))
+    export(source, tmp_path / "theirs")
+    scheduler = DDPMPipeline.from_pretrained(tmp_path / "theirs").scheduler
+    np.testing.assert_allclose(scheduler.betas.numpy(), betas, rtol=1e-6)
+    assert import_path(tmp_path / "theirs", Flags()).diffusion == source.config.diffusion
+
+
 @pytest.mark.parametrize("null_class", [False, True])
 def test_classes_by_embedding_go_whole(null_class: bool, tmp_path: Path) -> None:
     values = {"num_classes": 4, "null_class": null_class, "class_conditioning": "embedding"}
@@ -104,7 +114,15 @@ def test_classes_in_every_block_go_one_at_a_time(scale_shift: bool, tmp_path: Pa
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("diffusion", [DiffusionConfig(), DiffusionConfig(500, "cosine", prediction="v")], ids=str)
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        DiffusionConfig(),
+        DiffusionConfig(500, "cosine", prediction="v"),
+        DiffusionConfig(60, "trained", trained_betas=tuple(np.geomspace(1e-3, 0.1, 60).tolist()), prediction="x0"),
+    ],
+    ids=lambda config: config.schedule,
+)
 def test_the_pipeline_makes_the_same_images(
     diffusion: DiffusionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,12 +315,64 @@ def test_any_linear_betas_are_read(betas: Any, schedule: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "betas",
-    [torch.zeros(0), torch.tensor([torch.nan] * 9), torch.ones(5, 2) / 9, torch.full((9,), 3), torch.rand(50) / 9],
-    ids=["none", "nan", "table", "integers", "random"],
+    [torch.zeros(0), torch.tensor([torch.nan] * 9), torch.ones(5, 2) / 9, torch.full((9,), 3), torch.ones(9)],
+    ids=["none", "nan", "table", "integers", "ones"],
 )
 def test_betas_of_no_schedule_are_refused(betas: Tensor, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedCheckpointError, match="betas"):
         import_path(changed(PLAIN, tmp_path, lambda s: s | {"betas": betas}), Flags())
+
+
+def test_betas_of_its_own_are_kept(tmp_path: Path) -> None:
+    betas = torch.rand(50, generator=torch.Generator().manual_seed(1)) / 9 + 1e-3
+    found = import_path(changed(PLAIN, tmp_path, lambda s: s | {"betas": betas}), Flags()).diffusion
+    assert found.schedule == "trained"
+    assert found.betas().tolist() == betas.double().tolist()
+
+
+# Betas by a flag
+
+BETAS = (*np.linspace(1e-2, 0.2, 30).tolist(), 0.3)
+BY_BETAS = ("num_timesteps", "schedule", "schedule_low", "schedule_high")
+
+
+def test_betas_come_by_a_flag(tmp_path: Path) -> None:
+    (tmp_path / "betas.json").write_text(json.dumps(BETAS))
+    out = tmp_path / "ours.safetensors"
+    words = "--head_channels 16 --new_attention_order --prediction eps --time_scale 1 --trained_betas"
+    assert main([str(theirs(GUIDED)), str(out), *words.split(), str(tmp_path / "betas.json")]) == 0
+    config = checkpoint.load(out).config
+    assert config.diffusion.betas().tolist() == list(BETAS)
+    assert "trained_betas" not in config.provenance["flags"]
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "message"),
+    [
+        (GUIDED, {"schedule": "linear"}, "say all of the schedule: leave out --schedule"),
+        (GUIDED, {"num_timesteps": 31}, "leave out --num_timesteps"),
+        (LABELS, {}, "--trained_betas contradict the file, which has betas"),
+        (W86, {}, "31 timesteps contradict the file, which has 200"),
+    ],
+    ids=str,
+)
+def test_betas_by_a_flag_contradict_others(file: str, flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedCheckpointError, match=message):
+        imported(file, without=BY_BETAS, trained_betas=BETAS, **flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), ("{", "it is no JSON"), ("[0.1]", "not a list of betas"), ("[0.1, true]", "not a list")],
+)
+def test_a_file_of_betas_is_checked(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "betas.json").write_text(content)
+    with pytest.raises(SystemExit):
+        main(["x.pt", "y.safetensors", "--trained_betas", str(tmp_path / "betas.json")])
+    assert message in capsys.readouterr().err
 
 
 # The command
