@@ -32,9 +32,10 @@ from app.middleware import (
 )
 from app.model_registry import ModelRegistry
 from app.openapi import DescribedApp
-from app.routes import docs, generate, health, models, sequence, ui
+from app.routes import docs, generate, health, image, models, openai, sequence, ui
 from app.routes.state import AppState
 from app.settings import Settings
+from app.signing import image_access
 from app.tracing import Tracer, TracingMiddleware
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint
@@ -55,6 +56,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     `make_runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
     """
     keys = APIKeyStore(settings)
+    access = image_access(settings, keys.required)
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
     # OpenMP keeps a team of threads for every thread that used it, and two teams on the same cores hinder each other:
     # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
@@ -106,9 +108,9 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
         redoc_url=None,
         redirect_slashes=False,  # middleware.TrailingSlash
     )
-    app.state.service, app.state.keys = AppState(settings, served, engine, metrics), keys
+    app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    routers = [module.router for module in (generate, sequence, models, ui, docs)] + [health.health]
+    routers = [module.router for module in (generate, openai, image, sequence, models, ui, docs)] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
@@ -117,7 +119,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     app.add_middleware(HeadAsGetMiddleware)
     app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
     if keys.required:
-        app.add_middleware(AuthMiddleware, keys=keys)
+        app.add_middleware(AuthMiddleware, keys=keys, images=access)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -238,6 +239,12 @@ class Metrics:
             self.model_loads.labels(model, outcome)
         for labelled in (self.frames_sent, self.frames_dropped, self.time_to_first_frame):
             labelled.labels(model)
+
+    def count_frame(self, model: str, arrival_time: float, first: bool) -> None:
+        """A frame that is ready to be sent, of a request that came at `arrival_time` (`time.monotonic`)."""
+        if first:
+            self.time_to_first_frame.labels(model).observe(time.monotonic() - arrival_time)
+        self.frames_sent.labels(model).inc()
 
     def remove_labels(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
         """It is not served any more."""

@@ -140,6 +140,36 @@ class SequenceQuery(Sampling):
             raise InvalidRequest(f"frames must not be more than {settings.max_frames}", param="frames")
 
 
+class _AddressOptions(BaseModel):
+    """What an image's address may say of its file."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    size: str | None = Field(None, description="larger than the image, of its shape, WIDTHxHEIGHT: enlarged")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="quality of .jpeg and .webp; left out, 100, which is lossless for .webp"
+    )
+    frames: Annotated[int, Field(ge=1), Whole] | None = Field(
+        None, description="pictures of an animation; left out, 20 for .gif, and .webp is a single image"
+    )
+    view: Literal["xt", "x0"] | None = Field(None, description="of an animation; left out, xt")
+    expires: str | None = Field(None, description="with a signature: when it ends, in seconds since 1970")
+    signature: str | None = Field(None, description="what `ddpm-serve sign` adds")
+
+
+_OptionsWithSettings: Any = create_model("_OptionsWithSettings", __base__=_AddressOptions, **OPTIONAL)
+
+
+class ImageQuery(_OptionsWithSettings):
+    """Query of GET /images/…."""
+
+
+class StreamedSampling(Sampling):
+    """What to sample, and how many pictures to send on the way, none of which is dropped."""
+
+    partial_images: int = 0
+
+
 class GeneratedImage(BaseModel):
     """One image of a JSON response; sending its seed, index and class again gives it again."""
 

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
         ge=1,
         description="most bytes of pixels in a denoising sequence: frames x n x size of an image",
     )
+    max_enlarged_bytes: int = Field(
+        32 * 2**20, ge=1, description="most bytes of pixels in an answer of enlarged images: n x size of an image"
+    )
     max_timeout_s: float = Field(300, gt=0, le=86_400, description="longest time a request may take, and the default")
     max_body_bytes: int = Field(65_536, ge=1, description="largest request body")
     max_pending_nfe: int = Field(
@@ -94,6 +97,14 @@ class Settings(BaseSettings):
     )
     key_concurrency: int = Field(
         0, ge=0, le=1_000_000, description="requests under way of a key that the file gives no other limit; 0 for any"
+    )
+    public_images: bool = Field(False, description="GET /images needs no key, and every cache may keep what it answers")
+    signing_key_file: str = Field(
+        "",
+        description="file of a secret of 32 characters or more; what `ddpm-serve sign` signs with it needs no API key",
+    )
+    signing_key: SecretStr = Field(
+        SecretStr(""), description="the same secret; as a variable only, since `ps` shows everybody the flags"
     )
     cors_origins: str = Field(
         "", description="origins whose pages may use this server, by commas (https://a.example), or * for all"

@@ -35,6 +35,7 @@ class ModelInstance:
     def __init__(self, checkpoint: Checkpoint, runner: ModelRunner, max_batch_size: int) -> None:
         self.name, self.sha256, self.config = checkpoint.name, checkpoint.sha256, checkpoint.config
         self.diffusion = checkpoint.diffusion
+        self.loaded_at = int(time.time())  # in seconds since 1970
         self.runs_on = {"device": runner.device.type, "runtime": runner.runtime, "precision": runner.precision}
         self.runner = runner
         self.batch_limits, self.throughput = BatchLimits(max_batch_size), ThroughputEstimator()

@@ -19,6 +19,7 @@ from app.request_context import context_of
 from app.request_params import GenerationJob
 from app.schemas import ErrorResponse
 from app.settings import Settings
+from app.signing import ImageAccess
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +51,7 @@ class AppState:
     models: ModelRegistry
     engine: Engine
     metrics: Metrics
+    images: ImageAccess
 
     async def encode(self, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""
