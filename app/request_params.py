@@ -20,6 +20,7 @@ from app.errors import InvalidClassLabel, InvalidRequest
 from app.schemas import Sampling, SequenceQuery, StreamedSampling
 from app.settings import Settings
 from model.checkpoint import CheckpointConfig
+from model.sampling.edit import Edit
 from model.sampling.noise import draw_class
 from model.sampling.schedule import InvalidSamplingParams, SamplingParams, usable_variance
 
@@ -36,6 +37,7 @@ class GenerationJob:
     class_label: int | None
     sampling: SamplingParams
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
+    strength: float | None = None  # of an edit
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
     def provenance(self) -> dict[str, str]:
@@ -45,6 +47,7 @@ class GenerationJob:
         label = {} if self.class_label is None else {"class_label": names[self.class_label]}
         settings = {name: str(value) for name, value in vars(self.sampling).items()}
         variance = {"variance": self.variance} if self.variance else {}
+        strength = {} if self.strength is None else {"strength": str(self.strength)}
         return {
             "model": self.checkpoint.name,
             "checkpoint": self.checkpoint.sha256,
@@ -53,6 +56,7 @@ class GenerationJob:
             **settings,
             "guidance_interval": ",".join(map(str, self.sampling.guidance_interval)),
             **variance,
+            **strength,
             **label,
         }
 
@@ -82,15 +86,24 @@ def headers(provenance: Mapping[str, str]) -> dict[str, str]:
 
 
 def build_request(
-    asked: Sampling, checkpoint: ModelInstance, settings: Settings, on_drop: Callable[[], None] = lambda: None
+    asked: Sampling,
+    checkpoint: ModelInstance,
+    settings: Settings,
+    on_drop: Callable[[], None] = lambda: None,
+    edit: Edit | None = None,
+    strength: float = 1.0,
 ) -> GenerationJob:
-    """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
+    """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop.
+
+    `edit` has images of the checkpoint's shape; `strength` is for it.
+    """
     asked.check(settings)
     unet, diffusion = checkpoint.config.unet, checkpoint.diffusion
-    sampling = resolve_sampling_params(asked, checkpoint.config, settings)
+    config = checkpoint.config if edit is None else editing_config(checkpoint.config)
+    sampling = resolve_sampling_params(asked, config, settings)
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
-        schedule = checkpoint.schedule(sampling, variance)
+        schedule = checkpoint.schedule(sampling, variance, strength)
     except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
@@ -100,7 +113,7 @@ def build_request(
     if unet.num_classes is not None:
         classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
 
-    view, steps_shown, keep = shown_frames(asked, sampling.steps)
+    view, steps_shown, keep = shown_frames(asked, len(schedule))
     size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
     if size > settings.max_sequence_bytes:
         raise InvalidRequest(
@@ -120,8 +133,14 @@ def build_request(
         has_default_timeout=asked.timeout_s is None,
         frame_steps=steps_shown,
         view=view,
+        edit=edit,
     )
-    return GenerationJob(request, checkpoint, label, sampling, variance)
+    return GenerationJob(request, checkpoint, label, sampling, variance, None if edit is None else strength)
+
+
+def editing_config(config: CheckpointConfig) -> CheckpointConfig:
+    """What a checkpoint can do with an image: fitted tables begin from noise, so it has none."""
+    return config.without_tables()
 
 
 def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:

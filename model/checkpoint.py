@@ -76,16 +76,25 @@ class CheckpointConfig:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
 
     def schedule(
-        self, params: SamplingParams, variance: str | None = None, diffusion: GaussianDiffusion | None = None
+        self,
+        params: SamplingParams,
+        variance: str | None = None,
+        diffusion: GaussianDiffusion | None = None,
+        strength: float = 1.0,
     ) -> SamplingSchedule:
         """The schedule of such settings, by `make_schedule` or of a fitted table. `diffusion` is the checkpoint's own,
         where somebody has it.
 
-        Raises what `make_schedule` does, InvalidSamplingParams where there is no such table.
+        Raises what `make_schedule` does, InvalidSamplingParams where there is no such table, or it would not begin
+        from noise.
         """
         if params.sampler == FITTED:
+            if strength != 1:
+                raise InvalidSamplingParams("sampler", f"{FITTED} begins from noise: strength must be 1")
             return table_of(self.fitted, params).schedule()
-        return make_schedule(diffusion or GaussianDiffusion(self.diffusion), variance=variance, **vars(params))
+        return make_schedule(
+            diffusion or GaussianDiffusion(self.diffusion), variance=variance, strength=strength, **vars(params)
+        )
 
     def sampling_params(self, max_steps: int | None = None, **given: Any) -> SamplingParams:
         """The checkpoint's settings with what somebody asked for in their place; None is not asked for.
