@@ -9,7 +9,7 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 import numpy as np
@@ -37,6 +37,7 @@ class GenerationJob:
     class_label: int | None
     sampling: SamplingParams
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
+    each_class: bool = False
     strength: float | None = None  # of an edit
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
@@ -47,6 +48,7 @@ class GenerationJob:
         label = {} if self.class_label is None else {"class_label": names[self.class_label]}
         settings = {name: str(value) for name, value in vars(self.sampling).items()}
         variance = {"variance": self.variance} if self.variance else {}
+        each_class = {"each_class": "true"} if self.each_class else {}
         strength = {} if self.strength is None else {"strength": str(self.strength)}
         return {
             "model": self.checkpoint.name,
@@ -58,13 +60,14 @@ class GenerationJob:
             **variance,
             **strength,
             **label,
+            **each_class,
         }
 
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""
         name = self.class_of(i)[1]
         own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
-        return self.provenance() | own
+        return replace(self, each_class=False).provenance() | own
 
     def class_of(self, i: int) -> tuple[int | str | None, str | None]:
         """What to send for image i's class, and its name; None for an unconditional checkpoint.
@@ -109,9 +112,15 @@ def build_request(
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
     label = class_index(asked.class_label, checkpoint.config.class_names)
     places = range(asked.index, asked.index + asked.n)
+    if asked.each_class and (label is not None or unet.num_classes is None):
+        why = "this checkpoint has none" if unet.num_classes is None else "leave out class_label"
+        raise InvalidRequest(f"each_class asks for all classes: {why}", param="each_class")
     classes = None
     if unet.num_classes is not None:
-        classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
+        if asked.each_class:
+            classes = tuple(i % unet.num_classes for i in places)
+        else:
+            classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
 
     view, steps_shown, keep = shown_frames(asked, len(schedule))
     size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
@@ -135,7 +144,8 @@ def build_request(
         view=view,
         edit=edit,
     )
-    return GenerationJob(request, checkpoint, label, sampling, variance, None if edit is None else strength)
+    strength_used = None if edit is None else strength
+    return GenerationJob(request, checkpoint, label, sampling, variance, asked.each_class, strength_used)
 
 
 def editing_config(config: CheckpointConfig) -> CheckpointConfig:

@@ -71,6 +71,9 @@ class _Wanted(BaseModel):
         description='a class, by its name or index ("dog", 7); a name comes first. null for a random mix, or for an '
         "unconditional checkpoint",
     )
+    each_class: bool = Field(
+        False, description="the classes in turn instead of a random mix: the image at index i has class i, and so on"
+    )
     n: Annotated[int, Whole] = Field(1, ge=1, description="images")
     seed: Annotated[int, Field(ge=0, lt=2**64), Whole] | None = Field(
         None, description="left out, one is drawn and returned"
@@ -220,6 +223,7 @@ class ModelCard(BaseModel):
     defaults: dict[str, Any] = Field(description="sampler, steps, eta, … when a request does not say")
     default_steps: dict[str, int] = Field(description="by sampler, when a request names it without steps")
     fitted_steps: list[int] = Field(description="numbers of steps that sampler fitted takes here; others are refused")
+    guidance: bool = Field(description="whether guidance_scale can be other than 1")
     limits: dict[str, int | float]
     provenance: dict[str, Any]
 

@@ -49,7 +49,8 @@ def explain(problem: Mapping[str, Any], fields: Mapping[str, tuple[Schema, str]]
             )
         if kind == "string_unicode":
             return InvalidRequest(f"{shown(value)} in the body is not a valid text")
-        return InvalidRequest(f'the body must be a JSON object, such as {{"n": 4}}, not {shown(value)}')
+        sentence = f'the body must be a JSON object, such as {{"n": 4}}, not {shown(value)}'
+        return InvalidRequest(sentence, openai_code="invalid_type")
     name = str(place[1]).encode("utf-8", "replace").decode()
     if kind == "missing":
         sentence = f"{name} is missing: {fields[name][1]}"

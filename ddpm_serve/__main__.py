@@ -13,6 +13,7 @@ from pathlib import Path
 COMMANDS = {
     "serve": ("app", "serve checkpoints over HTTP"),
     "key": ("app.access", "make an API key"),
+    "sign": ("app.sign", "sign an image's address, so that it needs no API key for a while"),
     "train": ("training.train", "train a network on images"),
     "sample": ("training.sample", "make a folder of images from a checkpoint"),
     "evaluate": ("training.evaluate", "measure how good a checkpoint's samples are"),

@@ -90,6 +90,7 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
             sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
         },
         "fitted_steps": sorted({table.steps for table in config.fitted}),
+        "guidance": config.unet.null_class,
         "limits": {
             "n": settings.max_n,
             "steps": min(settings.max_steps, timesteps),

@@ -1,4 +1,4 @@
-"""GET /: the page. Its policy lets the browser run what stands in the file, and nothing else."""
+"""GET /: the page. Its policy lets the browser run what stands in it, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from fastapi.responses import HTMLResponse
 
 router = APIRouter()
 
+STYLE = "page.css"
+SCRIPTS = ("server.js", "gallery.js", "image.js", "repaint.js", "events.js")  # in this order
+
 
 @router.get("/", include_in_schema=False)
 async def page() -> HTMLResponse:
-    """A form, and the denoising live. One file without a single request to another host."""
+    """All classes being denoised, and one of them large. One answer without a single request to another host."""
     html, policy = _page()
     return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
 
 @cache
 def _page() -> tuple[str, str]:
-    html = resources.files("app.web").joinpath("index.html").read_text("utf-8")
+    page = {
+        name: resources.files("app.web").joinpath(name).read_text("utf-8") for name in ("index.html", STYLE, *SCRIPTS)
+    }
+    html = page["index.html"].replace("<style></style>", f"<style>\n{page[STYLE]}</style>")
+    script = "\n".join(page[name] for name in SCRIPTS)
+    html = html.replace("<script></script>", f"<script>\n{script}</script>")
 
     def within(tag: str) -> str:
         return html.split(f"<{tag}>")[1].split(f"</{tag}>")[0]

@@ -56,6 +56,7 @@ def test_status_and_code_belong_to_the_class() -> None:
         "step_failed": 500,
         "out_of_memory": 507,
         "forbidden": 403,
+        "gone": 410,
         "model_not_found": 404,
         "model_conflict": 409,
         "invalid_checkpoint": 422,

@@ -296,3 +296,29 @@ def test_several_accept_lines_are_one_list(client: TestClient) -> None:
     lines = [("Accept", "text/plain"), ("Accept", "image/gif")]
     shown = client.get("/diffusion-sequence?steps=1", headers=lines)
     assert shown.headers["content-type"] == "image/gif"
+
+
+def test_each_class_in_turn_is_those_classes_alone(client: TestClient) -> None:
+    several = json.loads(generate(client, JSON, each_class=True, n=4, seed=3, index=2).content)["images"]
+    assert [image["class_name"] for image in several] == ["0", "plain", BEETLE, "0"]
+    for image in several:
+        alone = {key: image[key] for key in ("class_label", "seed", "index")}
+        assert json.loads(generate(client, JSON, **alone).content)["images"][0]["png"] == image["png"]
+
+
+def test_each_class_is_told_so_that_it_comes_again(client: TestClient) -> None:
+    answer = generate(client, each_class=True, n=3, seed=3)
+    assert answer.headers["x-ddpm-each-class"] == text_of(answer.content)["each_class"] == "true"
+    query = "/diffusion-sequence?each_class=true&n=3&seed=3&format=sse&frames=1"
+    assert base64.b64encode(answer.content).decode() in client.get(query).text
+    assert "x-ddpm-each-class" not in generate(client, seed=3).headers
+
+
+@pytest.mark.parametrize("label", [0, "plain"])
+def test_each_class_beside_one_class_is_refused(
+    client: TestClient, colour_client: TestClient, label: int | str
+) -> None:
+    answer = client.post("/generate", json={"each_class": True, "class_label": label})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "each_class")
+    answer = colour_client.post("/generate", json={"each_class": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "each_class")

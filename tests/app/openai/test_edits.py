@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,23 @@ import numpy as np
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image as Pillow
 
 from app.form import MAX_FIELDS, MAX_FILES, MAX_TEXT
 from model import checkpoint
+from model.checkpoint import CheckpointConfig
 from model.images import from_uint8, to_uint8
 from model.sampling.edit import Edit
-from model.sampling.schedule import make_schedule
+from model.sampling.fitted import weights_digest
+from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from model.sampling.solvers import SAMPLERS
 from model.sampling.step import sample
+from tests.app.conftest import CLASSES, GREY, serving
 from tests.app.processes import PATIENCE, ServerProcess
+from tests.model.sampling.test_fitted import DIFFUSION, table_like
+from tests.networks import randomised
 
 WIDTH, HEIGHT = 12, 8
 PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH), np.uint8)
@@ -251,3 +258,39 @@ def test_forms_that_nobody_should_send_are_refused(server: ServerProcess, kind: 
 def test_a_whole_form_is_taken(server: ServerProcess) -> None:
     answer = httpx.post(server.url + PATH, content=WHOLE + END, headers=FORM, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture(scope="module")
+def fitted_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its default is a fitted table of 4 steps."""
+    network = randomised(replace(GREY, time_table=0), 0.3)
+    tables = (table_like(network.config, weights_digest(network.state_dict()), g=1.0),)
+    config = CheckpointConfig(network.config, DIFFUSION, CLASSES, SamplingParams(FITTED, 4), fitted=tables)
+    path = tmp_path_factory.mktemp("checkpoints") / "fitted.safetensors"
+    checkpoint.save(path, network.state_dict(), config)
+    return path
+
+
+def test_an_edit_takes_a_plan_that_is_not_fitted_and_says_so(fitted_checkpoint: Path) -> None:
+    files = {"image": IMAGE, "mask": MASK}
+    with serving(fitted_checkpoint) as client:
+        for more in ({}, {"sampler": "fitted", "steps": "4"}, {"quality": "medium"}):
+            answer = client.post(PATH, data={"prompt": "plain", "seed": "1"} | more, files=files)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["note"].startswith("sampler dpmpp_2m instead of fitted")
+            assert answer.headers["x-ddpm-note"] == answer.json()["note"]
+            assert (answer.headers["x-ddpm-sampler"], answer.headers["x-ddpm-steps"]) == ("dpmpp_2m", "20")
+        low = client.post(PATH, data={"prompt": "plain", "quality": "low"}, files=files)
+        assert (low.headers["x-ddpm-sampler"], low.headers["x-ddpm-steps"]) == ("dpmpp_2m", "10")
+        named = client.post(PATH, data={"prompt": "plain", "sampler": "ddim"}, files=files)
+        assert "note" not in named.json()
+        made = client.post("/v1/images/generations", json={"prompt": "plain"})
+        assert made.headers["x-ddpm-sampler"] == "fitted"
+
+
+def test_an_unconditional_checkpoint_edits_in_colour(colour_client: TestClient) -> None:
+    colours = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    files = {"image": png(colours), "mask": transparent_left((8, 8))}
+    answer = colour_client.post(PATH, data={"prompt": "", "seed": "1"}, files=files)
+    assert answer.status_code == 200, answer.text
+    assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"])[:, 4:], colours[:, 4:])
