@@ -8,6 +8,7 @@ from fastapi import UploadFile
 from pydantic import Field
 
 from app.errors import InvalidRequest
+from app.openai.prompt import MAX_PROMPT
 from app.openai.schemas import ImagesRequest
 from model.checkpoint import SOLVER, CheckpointConfig
 from model.sampling.edit import Edit
@@ -18,8 +19,9 @@ STRENGTHS = {"low": 0.6, "high": 0.35}
 
 
 class EditsForm(ImagesRequest):
-    """Form of POST /v1/images/edits."""
+    """Form of POST /v1/images/edits. In a form, a field that is empty is left out."""
 
+    prompt: str = Field("", max_length=MAX_PROMPT, description=ImagesRequest.model_fields["prompt"].description)
     image: UploadFile = Field(
         description="a PNG, JPEG or WebP file; its middle is scaled to the checkpoint's size. Without a mask, what is "
         "transparent in it is painted anew"
