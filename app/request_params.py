@@ -149,7 +149,12 @@ def build_request(
 
 
 def editing_config(config: CheckpointConfig) -> CheckpointConfig:
-    """What a checkpoint can do with an image: fitted tables begin from noise, so it has none."""
+    """What a checkpoint can do with an image: fitted tables begin from noise, so it has none. Raises InvalidRequest
+    where all that it can do begins from noise."""
+    if config.distilled and config.distilled.has_fixed_steps:
+        raise InvalidRequest(
+            "image cannot be edited by this checkpoint: its steps were distilled, and begin from noise", param="image"
+        )
     return config.without_tables()
 
 

@@ -222,6 +222,10 @@ class ModelCard(BaseModel):
     samplers: list[str]
     defaults: dict[str, Any] = Field(description="sampler, steps, eta, … when a request does not say")
     default_steps: dict[str, int] = Field(description="by sampler, when a request names it without steps")
+    distilled: dict[str, Any] | None = Field(
+        description="guidance_scale, steps, method and teacher of a student whose guidance is inside, at one network "
+        "row a step: another guidance_scale is refused; null for others"
+    )
     fitted_steps: list[int] = Field(description="numbers of steps that sampler fitted takes here; others are refused")
     guidance: bool = Field(description="whether guidance_scale can be other than 1")
     limits: dict[str, int | float]

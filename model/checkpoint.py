@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
+from model.distilled import Distilled
 from model.nn.config import UNetConfig
-from model.nn.unet import UNet
+from model.nn.networks import AnyConfig, AnyUNet, build, config_fields, config_of
 from model.safetensors_io import hash_tensors, not_data, private_copy, write_tensors
 from model.sampling.fitted import FittedTable, FittedTableError, resolve, table_of, weights_digest
 from model.sampling.schedule import (
@@ -51,15 +52,17 @@ class CheckpointConfig:
     """What a checkpoint knows about itself besides its weights.
 
     `class_names` has one name per class (empty for an unconditional network). `provenance` is for people:
-    data set, steps, metrics, command, git revision, … `fitted` are tables that were learned for these weights.
+    data set, steps, metrics, command, git revision, … `fitted` are tables that were learned for these weights,
+    `distilled` says what is inside them, where they are a student's.
     """
 
-    unet: UNetConfig
+    unet: AnyConfig
     diffusion: DiffusionConfig
     class_names: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     provenance: dict[str, Any] = field(default_factory=dict)
     fitted: tuple[FittedTable, ...] = ()
+    distilled: Distilled | None = None
 
     def __post_init__(self) -> None:
         if len(self.class_names) != (self.unet.num_classes or 0):
@@ -67,13 +70,16 @@ class CheckpointConfig:
         if self.unet.learned_variance != (self.diffusion.variance == "learned_range"):
             raise ValueError("variance learned_range and a network with learned_variance belong together")
         for table in self.fitted:
-            table.check(self.diffusion.num_timesteps, self.unet.null_class, self.unet.time_table > 0)
+            has_time_table = isinstance(self.unet, UNetConfig) and self.unet.time_table > 0
+            table.check(self.diffusion.num_timesteps, self.unet.null_class, has_time_table)
         if len({(table.steps, *table.fitted_to.values()) for table in self.fitted}) < len(self.fitted):
             raise FittedTableError("two fitted tables are for the same settings")
         # What a request gets that says nothing must be possible: ValueError where it is not.
         self.schedule(self.sampling)
         if self.sampling.guidance_scale != 1 and not self.unet.null_class:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
+        if self.distilled and self.distilled.guidance_scale != self.sampling.guidance_scale:
+            raise ValueError("its guidance_scale is not the one that it was distilled with")
 
     def schedule(
         self,
@@ -90,11 +96,11 @@ class CheckpointConfig:
         """
         if params.sampler == FITTED:
             if strength != 1:
-                raise InvalidSamplingParams("sampler", f"{FITTED} begins from noise: strength must be 1")
+                raise InvalidSamplingParams("strength", f"must be 1 with sampler {FITTED}, which begins from noise")
             return table_of(self.fitted, params).schedule()
-        return make_schedule(
-            diffusion or GaussianDiffusion(self.diffusion), variance=variance, strength=strength, **vars(params)
-        )
+        diffusion = diffusion or GaussianDiffusion(self.diffusion)
+        made = make_schedule(diffusion, variance=variance, strength=strength, **vars(params))
+        return self.distilled.schedule(made) if self.distilled else made
 
     def sampling_params(self, max_steps: int | None = None, **given: Any) -> SamplingParams:
         """The checkpoint's settings with what somebody asked for in their place; None is not asked for.
@@ -104,6 +110,8 @@ class CheckpointConfig:
         contradict each other or this checkpoint.
         """
         given = {name: value for name, value in given.items() if value is not None}
+        if self.distilled:
+            self.distilled.check(self.sampling, given)
         params = self._overridden(max_steps, given)
         if params.guidance_scale != 1 and not self.unet.null_class:
             raise InvalidSamplingParams(
@@ -121,7 +129,7 @@ class CheckpointConfig:
         try:
             return resolve(tables, self.sampling, given)
         except InvalidSamplingParams:
-            if "sampler" in given:
+            if "sampler" in given or self.distilled:
                 raise
         own = {"sampler": SOLVER, "spacing": self.sampling.spacing}
         return self.sampling.with_overrides(timesteps, **own | dict(given))
@@ -136,9 +144,8 @@ class CheckpointConfig:
 
     def to_json(self) -> str:
         """What the file's metadata holds; `from_json` reads it."""
-        data = {"format": FORMAT, **asdict(self)}
-        if not self.fitted:
-            del data["fitted"]
+        data = {"format": FORMAT, **asdict(self), "unet": config_fields(self.unet)}
+        data = {key: value for key, value in data.items() if value or key not in ("fitted", "distilled")}
         if not self.diffusion.trained_betas:  # so that releases before them read what has none
             del data["diffusion"]["trained_betas"]
         return json.dumps(data, ensure_ascii=False)
@@ -154,12 +161,13 @@ class CheckpointConfig:
         except UnicodeEncodeError:  # which would break every answer that shows it
             raise ValueError("it has half of a surrogate pair, which is no text") from None
         return cls(
-            unet=UNetConfig(**data["unet"]),
+            unet=config_of(data["unet"]),
             diffusion=DiffusionConfig(**data["diffusion"]),
             class_names=tuple(str(name) for name in data["class_names"]),
             sampling=SamplingParams(**data["sampling"]),
             provenance=dict(data["provenance"]),
             fitted=tuple(FittedTable.from_json(table) for table in data.get("fitted", ())),
+            distilled=Distilled(**data["distilled"]) if data.get("distilled") else None,
         )
 
 
@@ -170,7 +178,7 @@ class Checkpoint:
     name: str
     sha256: str
     config: CheckpointConfig
-    network: UNet
+    network: AnyUNet
 
     @property
     def diffusion(self) -> GaussianDiffusion:
@@ -219,7 +227,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Checkp
                 raise CheckpointError("a safetensors file, but not a ddpm-serve checkpoint")
             config = CheckpointConfig.from_json(metadata)
             with torch.device("meta"):
-                network = UNet(config.unet)
+                network = build(config.unet)
             names = file.keys()
             _check_shapes(network, {name: tuple(file.get_slice(name).get_shape()) for name in names})
         with private_copy(path) as (copy, sha256), safe_open(copy, framework="pt", device="cpu") as file:
@@ -288,7 +296,7 @@ def _float32(name: str, tensor: Tensor) -> Tensor:
     return weights
 
 
-def _check_shapes(network: UNet, found: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(network: AnyUNet, found: dict[str, tuple[int, ...]]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if missing := expected.keys() - found.keys():
         raise CheckpointError(f"{len(missing)} tensors are missing, {min(missing)!r} among them")

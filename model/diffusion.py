@@ -41,6 +41,17 @@ def cosine_betas(num_timesteps: int) -> Table:
     return betas
 
 
+def sigmoid_betas(num_timesteps: int) -> Table:
+    """Jabri et al. 2022, appendix B, from -3 to 3 with temperature 1, betas clipped at 0.999. float64 [T].
+
+    The end is rounded to float32, as in lucidrains' code, whose default it is.
+    """
+    u = torch.linspace(0, num_timesteps, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    alpha_bar = (torch.tensor(3.0).sigmoid() - (6 * u - 3).sigmoid()).numpy()  # but for the scale, as below
+    betas: Table = np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    return betas
+
+
 def rescaled_to_zero_terminal_snr(betas: Table) -> Table:
     """Betas [T] that end at pure noise, ᾱ = 0, with the first as it was (Lin et al. 2023, algorithm 1)."""
     alpha = np.sqrt(np.cumprod(1 - betas))
@@ -58,7 +69,7 @@ class DiffusionConfig:
     """
 
     num_timesteps: int = 1000
-    schedule: str = "linear"  # linear, cosine, trained
+    schedule: str = "linear"  # linear, cosine, sigmoid, trained
     schedule_low: float = 1e-4
     schedule_high: float = 0.02
     prediction: str = "eps"  # eps, x0, v
@@ -118,6 +129,7 @@ TRAINED = "trained"
 SCHEDULES: dict[str, Callable[[DiffusionConfig], Table]] = {  # that are computed
     "linear": lambda c: linear_betas(c.num_timesteps, c.schedule_low, c.schedule_high),
     "cosine": lambda c: cosine_betas(c.num_timesteps),
+    "sigmoid": lambda c: sigmoid_betas(c.num_timesteps),
 }
 PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")

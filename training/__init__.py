@@ -1,6 +1,7 @@
 """Makes EMA checkpoints from images. Each verb runs by `python -m training.VERB`:
 
 - `train`: images → checkpoint
+- `distill`: checkpoint → a student of few steps, one network row each
 - `sample`: checkpoint → a folder of PNGs
 - `evaluate`: checkpoint → Fréchet distance, precision, recall, copies
 - `classifier`: images → the network in whose features `evaluate` compares
@@ -9,7 +10,7 @@
 - `decay`: a run → a copy whose learning rate falls to 0
 
 The nouns are in `data`, `run` (a run's folder, options and records), `loop` (what a training step needs),
-`evaluation` and `cli`.
+`distillation`, `evaluation` and `cli`.
 """
 
 import os

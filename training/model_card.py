@@ -11,7 +11,7 @@ from typing import Any
 
 from model import checkpoint
 from model.atomic_write import atomic_write
-from model.checkpoint import Checkpoint, CheckpointError
+from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
 from training.run.image_io import sample_grid, save_png
 
 CARD = """# {name}
@@ -27,7 +27,7 @@ The picture is not chosen: seed 0, image indices in order, {sampling}.
 | SHA-256 | `{sha256}` |
 | training steps | {iterations:,} ({images_seen:,} images seen) |
 | training loss | {train_loss:.5f} (mean since the last line of the log) |
-| validation loss | {validation_loss:.5f} (EMA weights, 1,024 held-out images, fixed noise) |
+{compared}
 | trained on | {machine} |
 | source | git {git_revision} |
 | seed | {seed} |
@@ -44,6 +44,10 @@ The weights are the moving average (EMA).{memory} This card was written by
 """
 
 
+TRAINED = "| validation loss | {validation_loss:.5f} (EMA weights, 1,024 held-out images, fixed noise) |"
+DISTILLED = """| distance to its teacher | {distance_to_teacher:.5f} (pixels in [-1, 1], 64 images of the same noise) |
+| distilled from | `{name}`, SHA-256 `{sha256}`, by method {method} |
+| inside its weights | guidance_scale {guidance_scale:g}, at one network row a step; other scales are refused |"""
 EVALUATION = """
 How good its samples are, by
 
@@ -161,7 +165,8 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
     c, h, w = config.unet.image_shape
     fields = {**provenance, **provenance["metrics"]}
     return CARD.format(
-        **{key: value for key, value in fields.items() if key not in ("metrics", "notes")},
+        **{key: value for key, value in fields.items() if key not in ("metrics", "notes", "teacher")},
+        compared=compared(config),
         name=file.stem,
         evaluation=evaluation,
         memory=""
@@ -178,6 +183,15 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
         diffusion=", ".join(f"{k} {v}" for k, v in vars(config.diffusion).items() if k != "trained_betas"),
         unet=", ".join(f"{key} {value}" for key, value in vars(config.unet).items()),
     )
+
+
+def compared(config: CheckpointConfig) -> str:
+    """The lines of the card's table that say how far training came."""
+    metrics = config.provenance["metrics"]
+    if config.distilled is None:
+        return TRAINED.format(**metrics)
+    inside = {"method": config.distilled.method, "guidance_scale": config.distilled.guidance_scale}
+    return DISTILLED.format(**metrics, **config.provenance["teacher"], **inside)
 
 
 def neighbours_picture(evaluation: Path, file: Path) -> str | None:

@@ -14,7 +14,7 @@ from app.engine.batch import Batch, Ints
 from app.engine.latent_pool import LatentPool, x0_row, x_row
 from model.backends.cuda import Record
 from model.diffusion import Network
-from model.nn.config import UNetConfig
+from model.nn.networks import AnyConfig
 from model.sampling.noise import normals, normals_of
 from model.sampling.schedule import COEFFICIENTS
 from model.sampling.step import apply_cfg, apply_step
@@ -41,7 +41,7 @@ class CUDAGraphRunner:
     def __init__(
         self,
         network: Network,
-        config: UNetConfig,
+        config: AnyConfig,
         sizes: list[int],
         slots: LatentPool,
         record: Record,
@@ -215,7 +215,7 @@ Update = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def verify_against_eager(
-    graphs: CUDAGraphRunner, config: UNetConfig, rows: int, last_timestep: int, update: Update
+    graphs: CUDAGraphRunner, config: AnyConfig, rows: int, last_timestep: int, update: Update
 ) -> bool:
     """Whether made-up samples that fill `rows` rows of the network come out of `update` the same, to the bit.
 
@@ -243,7 +243,7 @@ def verify_against_eager(
     return True
 
 
-def random_coefficients(n: int, step: int, guided: int, config: UNetConfig) -> NDArray[np.float64]:
+def random_coefficients(n: int, step: int, guided: int, config: AnyConfig) -> NDArray[np.float64]:
     """Rows of a schedule [n, 10]; the last `guided` (a negative number) are guided."""
     row = np.outer(np.arange(1, n + 1) + step, np.arange(1.0, len(COEFFICIENTS) + 1)).astype(np.float64) * 0.618
     row -= np.floor(row)

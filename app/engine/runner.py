@@ -22,7 +22,7 @@ from model.backends.cuda import CudaRecorder, Record
 from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
-from model.nn.unet import UNet
+from model.nn.networks import AnyUNet
 from model.sampling.noise import normals, normals_of
 from model.sampling.step import apply_step, cfg_forward
 
@@ -31,7 +31,7 @@ log = logging.getLogger("ddpm.engine")
 SMALL_NETWORK = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
 
 
-def default_micro_batch_size(network: UNet, device: torch.device) -> int:
+def default_micro_batch_size(network: AnyUNet, device: torch.device) -> int:
     """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
     if device.type == "cuda":
         return gpu_micro_batch_size(network.config.image_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -72,6 +73,13 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
     samplers = [*SAMPLERS, *([FITTED] if config.fitted else [])]
+    default_steps = {config.sampling.sampler: config.sampling.steps}  # all that a distilled checkpoint may know
+    if config.distilled and config.distilled.has_fixed_steps:
+        samplers = list(default_steps)
+    else:
+        default_steps = {
+            sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
+        }
     timesteps = config.diffusion.num_timesteps
     state = "starting" if not served.warm else "loading" if service.models.loading == served.name else "ready"
     return {
@@ -86,9 +94,8 @@ def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "num_timesteps": timesteps,
         "samplers": samplers,
         "defaults": vars(config.sampling),
-        "default_steps": {
-            sampler: config.sampling_params(settings.max_steps, sampler=sampler).steps for sampler in samplers
-        },
+        "default_steps": default_steps,
+        "distilled": asdict(config.distilled) if config.distilled else None,
         "fitted_steps": sorted({table.steps for table in config.fitted}),
         "guidance": config.unet.null_class,
         "limits": {

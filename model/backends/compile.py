@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from model.backends.cpu import PackedUNet
+from model.backends.cpu_lucidrains import PackedLucidrainsUNet
 from model.backends.cuda import autocast_network
 from model.diffusion import Network
-from model.nn.unet import UNet
+from model.nn.lucidrains import LucidrainsUNet
+from model.nn.networks import AnyUNet
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -19,7 +21,7 @@ def best_precision(device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def compile_for_inference(network: UNet, device: torch.device, precision: str) -> Network:
+def compile_for_inference(network: AnyUNet, device: torch.device, precision: str) -> Network:
     """`network` as a function of x [N, C, H, W], t [N], y [N] or None, on `device`; float32 in, float32 out.
 
     The network itself is left as it is, on a CPU; elsewhere it is moved to the device, and rounded. Raises ValueError
@@ -29,5 +31,7 @@ def compile_for_inference(network: UNet, device: torch.device, precision: str) -
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     network.eval()
     if device.type == "cpu":
+        if isinstance(network, LucidrainsUNet):
+            return PackedLucidrainsUNet(network, PRECISIONS[precision])
         return PackedUNet(network, PRECISIONS[precision])
     return autocast_network(network, device, PRECISIONS[precision])

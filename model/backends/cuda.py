@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.diffusion import Network
-from model.nn.unet import UNet
+from model.nn.networks import AnyUNet
 
 # Group norm by `ChannelsLastGroupNorm`. `tests.bench.gpu` times both, and says with which numbers of rows they give the
 # same bits: PyTorch's norm sums each group in one block of threads, whatever the rows, so it stays until that is known.
@@ -69,7 +69,7 @@ def keep_channels_last(network: nn.Module) -> None:
 
 
 def autocast_network(
-    network: UNet, device: torch.device, dtype: torch.dtype, channels_last_norm: bool | None = None
+    network: AnyUNet, device: torch.device, dtype: torch.dtype, channels_last_norm: bool | None = None
 ) -> Network:
     """See `compile_for_inference`. Nothing in a call waits for the device, or a graph could not be made of it.
 
@@ -80,8 +80,8 @@ def autocast_network(
     if CHANNELS_LAST_NORM if channels_last_norm is None else channels_last_norm:
         keep_channels_last(network)
     half = dtype == torch.bfloat16
-    if half:  # all but the first convolution: the embedding of time is computed in its precision
-        for part in (network.downs, network.mid, network.ups, network.out_conv):
+    if half:
+        for part in network.body:
             for layer in part.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
                     layer.to(dtype)

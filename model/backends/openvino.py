@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from model.diffusion import Network
-from model.nn.unet import UNet
+from model.nn.networks import AnyUNet
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
-def compile_openvino(network: UNet, precision: str, threads: int) -> Network:
+def compile_openvino(network: AnyUNet, precision: str, threads: int) -> Network:
     """`network` as a function of x [N, C, H, W], t [N], y [N] or None; float32 in and out, any N.
 
     Raises ValueError where the package is not installed. The function belongs to one thread at a time.

@@ -21,7 +21,7 @@ from model.checkpoint import Checkpoint
 from model.convert.diffusers import DIFFUSERS
 from model.convert.layout import Weights, norm_groups
 from model.convert.scheduler import PREDICTIONS, UNLIMITED
-from model.diffusion import DiffusionConfig
+from model.diffusion import SCHEDULES, DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock
 from model.nn.unet import UNet
@@ -39,6 +39,10 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
     With a class bias in every block `class_label` says which class the exported network, unconditional then, makes.
     """
     config, weights = source.config.unet, dict(source.network.state_dict())
+    if not isinstance(config, UNetConfig):
+        raise UnsupportedExportError(
+            f"diffusers' UNet2DModel cannot express this network: it is {config.network}', with linear attention"
+        )
     if config.num_classes is not None and config.class_conditioning == "bias":
         if class_label is None:
             raise UnsupportedExportError(
@@ -181,6 +185,9 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
 def scheduler_json(config: DiffusionConfig, limit: str) -> dict[str, Any]:
     """DDPMScheduler's configuration, with the `limit` of x0 that the checkpoint is sampled with."""
     scale = 1000 / config.num_timesteps  # theirs does not scale its betas
+    betas = list(config.trained_betas) or None
+    if config.schedule == "sigmoid":  # theirs of that name is another
+        betas = SCHEDULES["sigmoid"](config).tolist()
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": "0.31.0",
@@ -188,7 +195,7 @@ def scheduler_json(config: DiffusionConfig, limit: str) -> dict[str, Any]:
         "beta_schedule": "squaredcos_cap_v2" if config.schedule == "cosine" else "linear",
         "beta_start": config.schedule_low * scale,
         "beta_end": config.schedule_high * scale,
-        "trained_betas": list(config.trained_betas) or None,  # which count, where there are some
+        "trained_betas": betas,  # which count, where there are some
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.prediction],
         "variance_type": config.variance,
         "clip_sample": limit == "clamp",

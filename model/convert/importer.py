@@ -37,6 +37,7 @@ KINDS: dict[str, type] = {  # of flags that have no default to tell
     "schedule_low": float,
     "schedule_high": float,
     "time_scale": float,
+    "time_theta": float,
 }
 CHOICES = {
     "weights": ("ema", "raw"),
@@ -74,8 +75,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m model.importers", description=(__doc__ or "").split("\n")[0])
     result.add_argument(
         "source",
-        help="abarankab/DDPM .pth, w86763777 ckpt.pt, improved- or guided-diffusion .pt, or a diffusers folder "
-        "(UNet2DModel or DDPMPipeline)",
+        help="abarankab/DDPM .pth, lucidrains model-1.pt, w86763777 ckpt.pt, improved- or guided-diffusion .pt, "
+        "or a diffusers folder (UNet2DModel or DDPMPipeline)",
     )
     result.add_argument("destination", help="the checkpoint to write (.safetensors)")
     for f in fields(Flags):

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.diffusion import TRAINED, DiffusionConfig, Table, cosine_betas, linear_betas
+from model.diffusion import TRAINED, DiffusionConfig, Table, cosine_betas, linear_betas, sigmoid_betas
 from model.nn.config import UNetConfig
+from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
 
 Weights = dict[str, Tensor]
@@ -60,6 +61,7 @@ class Flags:
     new_attention_order: bool = False
     rescale_timesteps: bool = False
     time_scale: float | None = None
+    time_theta: float | None = None  # of lucidrains' files: its sinusoidal_pos_emb_theta
     null_class: bool = False  # the last class means none
     norm: str | None = None  # of the original's files: with in they have tensors of the same names
     norm_groups: int | None = None
@@ -107,7 +109,7 @@ class Imported:
     """
 
     weights: Weights
-    unet: UNetConfig
+    unet: AnyConfig
     diffusion: DiffusionConfig
     origin: str
     assumed: tuple[str, ...] = ()
@@ -182,11 +184,12 @@ def convert(source: Weights, config: UNetConfig, layout: Layout) -> Weights:
             f"{len(left)} tensors belong to no layer of such a network, {min(left)!r} among them"
         )
     for name, shape in expected.items():
-        result[name] = _float32(name, result[name], shape)
+        result[name] = as_float32(name, result[name], shape)
     return result
 
 
-def _float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def as_float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of ours. Raises UnsupportedCheckpointError unless it has this shape, and only finite numbers."""
     if not tensor.is_floating_point():
         raise UnsupportedCheckpointError(
             f"{name} is {str(tensor.dtype).removeprefix('torch.')} in the file, not floating point"
@@ -284,8 +287,9 @@ def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: A
     steps = len(betas)
     scale = 1000 / steps
     rtol, atol = PRECISION.get(dtype, (1e-5, 1e-9))
-    if np.allclose(cosine_betas(steps), betas, rtol, atol):
-        return DiffusionConfig(steps, "cosine", **settings)
+    for name, schedule in (("cosine", cosine_betas), ("sigmoid", sigmoid_betas)):
+        if np.allclose(schedule(steps), betas, rtol, atol):
+            return DiffusionConfig(steps, name, **settings)
     ends = [(1e-4, 0.02)]  # the usual ones, where they are meant
     ends += [(float(f"{betas[0] / scale:.{n}g}"), float(f"{betas[-1] / scale:.{n}g}")) for n in (2, 3, 6)]
     for low, high in ends:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model.convert.abarankab import import_original, import_w86763777
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
+from model.convert.lucidrains import SIGN as LUCIDRAINS
+from model.convert.lucidrains import import_lucidrains
 from model.convert.openai import import_openai
 
 Importer = Callable[[Any, Flags], Imported]
@@ -23,7 +25,7 @@ ORIGINAL = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs
 W86 = {"head.weight", "time_embedding.timembedding.0.weight"}
 
 NAMED: tuple[tuple[str, str], ...] = (  # a tensor's name → what has it
-    (r"mem_kv|null_classes_emb|final_res_block\.", "a lucidrains checkpoint: another architecture (linear attention)"),
+    (r"mem_kv|null_classes_emb|final_res_block\.", "a lucidrains checkpoint, but without all of its U-Net"),
     (r"(^|\.)project_in\.", "a tqch/ddpm-torch checkpoint, which cannot be imported"),
     (r"^temb\.dense\.0\.", "a checkpoint of ermongroup/ddim or pesser/pytorch_diffusion, which cannot be imported"),
     (r"^all_modules\.\d", "a checkpoint of yang-song/score_sde_pytorch, another architecture"),
@@ -86,6 +88,8 @@ def _keys(state: Any) -> set[str]:
 def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
     if {"net_model", "ema_model"} <= keys and _keys(state["ema_model"]) >= W86:
         return import_w86763777
+    if any(key.endswith(LUCIDRAINS) for key in keys | _keys(state.get("model"))):
+        return import_lucidrains
     if not all(isinstance(value, Tensor) for value in state.values()):
         return None
     if "betas" in keys and any(key.startswith("ema_model.downs.") for key in keys):

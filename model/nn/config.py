@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 NORM_NAMES = ("gn", "bn", "in", "none")
 ACTIVATION_NAMES = ("silu", "relu", "mish")
@@ -119,3 +120,75 @@ class UNetConfig:
     def multiple(self) -> int:
         """Of which height and width are multiples inside the network; it pads them."""
         return int(self.patch_size * 2 ** (len(self.channel_mults) - 1))
+
+
+@dataclass(frozen=True)
+class LucidrainsConfig:
+    """The architecture of lucidrains/denoising-diffusion-pytorch, whose network is another than ours.
+
+    There is one level for each of `dim_mults`, of width `dim` times that, after a convolution to `init_dim` channels.
+    `full_attention` says which levels have full instead of linear attention; `heads` and `head_channels` have a number
+    for each level, and then the middle's. `memory` is the number of learned keys and values of every attention.
+    `strided` halves by a 4×4 convolution with stride 2; otherwise squares of 2×2 pixels become channels of a 1×1.
+    `num_classes` None is an unconditional network; with `null_class` the class numbered `num_classes` stands for none.
+    """
+
+    network: ClassVar[str] = "lucidrains"
+
+    image_channels: int = 3
+    image_size: tuple[int, int] = (32, 32)  # height, width
+    dim: int = 64
+    init_dim: int = 64
+    dim_mults: tuple[int, ...] = (1, 2, 4, 8)
+    full_attention: tuple[bool, ...] = (False, False, False, True)
+    heads: tuple[int, ...] = (4, 4, 4, 4, 4)
+    head_channels: tuple[int, ...] = (32, 32, 32, 32, 32)
+    memory: int = 4
+    strided: bool = False
+    num_classes: int | None = None
+    null_class: bool = False
+    learned_variance: bool = False
+    time_theta: float = 10_000.0  # the longest wave of the time embedding, over 2π
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "dim_mults", "full_attention", "heads", "head_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size must be (height, width), not {self.image_size}")
+        limits = [
+            ("image_channels", self.image_channels, 1, 4),
+            *(("image_size", side, 1, 4096) for side in self.image_size),
+            ("dim", self.dim, 4, 4096),
+            ("init_dim", self.init_dim, 1, 4096),
+            ("number of dim_mults", len(self.dim_mults), 1, 8),
+            *(("dim_mults", mult, 1, 64) for mult in self.dim_mults),
+            *(("heads", heads, 1, 4096) for heads in self.heads),
+            *(("head_channels", width, 1, 4096) for width in self.head_channels),
+            ("memory", self.memory, 0, 4096),
+            ("num_classes", 1 if self.num_classes is None else self.num_classes, 1, 100_000),
+        ]
+        for name, value, low, high in limits:
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value}")
+        levels = len(self.dim_mults)
+        for name, count in (("full_attention", levels), ("heads", levels + 1), ("head_channels", levels + 1)):
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name} must have {count} entries for {levels} dim_mults")
+        if self.dim % 2:
+            raise ValueError(f"dim must be even (sines and cosines), not {self.dim}")
+        if not 1 < self.time_theta < 1e9:
+            raise ValueError(f"time_theta {self.time_theta} is out of range")
+        if self.null_class and self.num_classes is None:
+            raise ValueError("null_class needs num_classes")
+        if any(side % self.multiple for side in self.image_size):
+            raise ValueError(f"image_size must be a multiple of {self.multiple}, not {self.image_size}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return (self.image_channels, *self.image_size)
+
+    @property
+    def multiple(self) -> int:
+        """Of which height and width must be multiples."""
+        return int(2 ** (len(self.dim_mults) - 1))

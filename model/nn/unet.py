@@ -97,6 +97,11 @@ class UNet(nn.Module):
         out_channels = config.image_channels * (2 if config.learned_variance else 1)
         self.out_conv = zero(nn.Conv2d(channels, out_channels * config.patch_size**2, 3, padding=1))
 
+    @property
+    def body(self) -> tuple[nn.Module, ...]:
+        """All but the first convolution, in whose precision time is embedded, and the last norm."""
+        return self.downs, self.mid, self.ups, self.out_conv
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predicts eps, x_0 or v, as trained.
 

@@ -330,7 +330,7 @@ def test_weights_that_are_not_the_networks_are_refused(
         ("unet", {"dropout": None}, "NoneType"),
         ("diffusion", {"num_timesteps": 10**15}, "num_timesteps"),
         ("diffusion", {"num_timesteps": 400.0}, "num_timesteps"),
-        ("diffusion", {"schedule": "sigmoid"}, "schedule must be"),
+        ("diffusion", {"schedule": "quadratic"}, "schedule must be"),
         ("diffusion", {"schedule": ["linear"]}, "schedule must be one of"),
         ("diffusion", {"schedule": "linear", "schedule_low": "0"}, "cannot be used"),
         ("sampling", {"sampler": "euler"}, "sampler must be"),

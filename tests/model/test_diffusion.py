@@ -161,7 +161,7 @@ def test_the_loss_is_the_distance_of_each_image_to_its_target(loss_type: str) ->
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schedule": "sigmoid"}, "schedule must be one of linear, cosine"),
+        ({"schedule": "quadratic"}, "schedule must be one of linear, cosine, sigmoid"),
         ({"prediction": "noise"}, "prediction must be one of eps, x0, v"),
         ({"loss_type": "l3"}, "loss_type must be one of l1, l2, huber"),
         ({"num_timesteps": 1}, "num_timesteps"),

@@ -12,6 +12,7 @@ from PIL import Image
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
+from model.distilled import Distilled
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from model.sampling.schedule import SamplingParams
@@ -51,6 +52,23 @@ def test_a_card_says_where_the_checkpoint_comes_from_and_shows_samples(file: Pat
     assert "{" not in text
     with Image.open(file.with_suffix(".png")) as picture:
         assert picture.size == (8 * 8, 2 * 8)
+
+
+def test_the_card_of_a_student_names_its_teacher(file: Path) -> None:
+    loaded = checkpoint.load(file)
+    told = {
+        "teacher": {"name": "big", "sha256": "ab" * 32},
+        "metrics": {"train_loss": 0.5, "distance_to_teacher": 0.125},
+    }
+    inside = Distilled(1.0, 2, "guidance", "ab" * 32)
+    config = replace(loaded.config, distilled=inside, provenance=PROVENANCE | told)
+    checkpoint.save(file, loaded.network.state_dict(), config)
+    assert model_card.main([str(file)]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert f"| distilled from | `big`, SHA-256 `{'ab' * 32}`, by method guidance |" in text
+    assert "| distance to its teacher | 0.12500 " in text
+    assert checkpoint.load(file).sha256 in text
+    assert "validation" not in text
 
 
 def evaluation(file: Path, **changes: object) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from PIL import Image
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
+from model.convert.importer import main as import_main
 from model.diffusion import DiffusionConfig
 from model.images import to_uint8
 from model.nn.config import UNetConfig
 from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
+from tests.fixtures import theirs
 from training.sample import batch_size, main
 
 SaveCheckpoint = Callable[..., str]
@@ -244,3 +246,13 @@ def test_a_sequence_ends_with_the_images(
     assert "how 2 of them come to be" in capsys.readouterr().out
     again = sampled("--num_images 4 --steps 3 --sequence --spacing leading")
     assert largest_difference(found, again) == 0
+
+
+def test_lucidrains_network_makes_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = tmp_path / "lucid.safetensors", tmp_path / "out"
+    assert import_main([str(theirs("lucidrains/small.pt")), str(path), "--image_size", "8,12"]) == 0
+    argv = ["--checkpoint", str(path), "--save_dir", str(folder), "--num_images", "2", "--steps", "2"]
+    assert main(argv) == 0
+    assert {image.shape for image in images(folder).values()} == {(8, 12, 3)}
+    assert main([*argv, "--base_channels", "8"]) != 0
+    assert "does not tell its --base_channels" in capsys.readouterr().err

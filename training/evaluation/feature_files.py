@@ -30,7 +30,7 @@ class FeatureFile:
     def __init__(self, out: Path, key: dict[str, Any], columns: int, batch_size: int) -> None:
         header = json.dumps(key | {"columns": columns}, sort_keys=True).encode() + b"\n"
         self.path = out.with_name(f"{out.stem}-{hashlib.sha256(header).hexdigest()[:12]}.features")
-        self.columns, self._begin = columns, len(header)
+        self.columns, self.begin = columns, len(header)
         if not self.path.exists() or self.path.stat().st_size < len(header):
             self.path.write_bytes(header)
         with self.path.open("rb") as file:
@@ -43,7 +43,7 @@ class FeatureFile:
 
     @property
     def _end(self) -> int:
-        return self._begin + 4 * self.columns * self.count
+        return self.begin + 4 * self.columns * self.count
 
     def append(self, rows: Tensor) -> None:
         """Adds rows [batch_size, columns]. Raises OSError where the file is not as this object left it."""
@@ -57,7 +57,7 @@ class FeatureFile:
     def read(self) -> Tensor:
         """All rows, float32 [count, columns]."""
         with self.path.open("rb") as file:
-            file.seek(self._begin)
+            file.seek(self.begin)
             rows = np.fromfile(file, "<f4", self.count * self.columns)
         return torch.from_numpy(rows.astype(np.float32, copy=False)).reshape(-1, self.columns)
 

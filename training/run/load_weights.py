@@ -171,12 +171,12 @@ def known(config: CheckpointConfig) -> dict[str, Any]:
     """What a checkpoint tells of the options that its training had."""
     unet, diffusion = config.unet, config.diffusion
     same = ("base_channels", "channel_mults", "num_res_blocks", "time_emb_dim", "norm", "dropout", "activation")
+    names = {name: name for name in same} | {"attention_resolutions": "attention_levels"}
     process = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "loss_type")
     return {
         "image_size": unet.image_size,
         "use_labels": unet.num_classes is not None,
-        "attention_resolutions": unet.attention_levels,
-        **{name: getattr(unet, name) for name in same},
+        **{told: getattr(unet, name) for told, name in names.items() if hasattr(unet, name)},  # another has others
         **{name: getattr(diffusion, name) for name in process},
     }
 

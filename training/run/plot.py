@@ -27,7 +27,8 @@ def save_plot(path: Path, log: Path) -> None:
     if validated:
         axes.plot(at, [v["validation_loss"] for v in validated], "k", marker=marker, label="validation (average)")
         names = ("first quarter of t (little noise)", "second", "third", "last (most noise)")
-        for i, (name, colour) in enumerate(zip(names, ("C0", "C2", "C1", "C3"), strict=True)):
+        by_quartile = all("validation_loss_by_t_quartile" in v for v in validated)  # a distilled student's is not
+        for i, (name, colour) in enumerate(zip(names, ("C0", "C2", "C1", "C3"), strict=True) if by_quartile else ()):
             quartile = [v["validation_loss_by_t_quartile"][i] for v in validated]
             axes.plot(at, quartile, colour, linewidth=1, marker=marker, markersize=3, label=name)
     axes.set(xlabel="iteration", ylabel="loss", title=path.parent.name)

@@ -9,7 +9,7 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -30,13 +30,23 @@ except ImportError:  # Windows
 GRIDS = 100  # the last so many stay
 
 
+class RunConfig(Protocol):
+    """The options of a run: those of `training.train` or of `training.distill`."""
+
+    keep: int
+    run_dir: Path
+
+    def to_json(self) -> str:
+        """All of them, for config.json."""
+
+
 class RunDir:
     """Every file appears whole or not at all, and only one process at a time has the folder: `with` frees it.
 
     Raises OSError where the folder cannot be had, is in use, or has a run already.
     """
 
-    def __init__(self, config: TrainConfig, resume: bool) -> None:
+    def __init__(self, config: RunConfig, resume: bool) -> None:
         self.path, self.keep = config.run_dir, config.keep
         self._can_plot = find_spec("matplotlib") is not None
         try:
@@ -61,7 +71,7 @@ class RunDir:
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
-    def start(self, config: TrainConfig, iteration: int, data: DataRecord | None = None) -> None:
+    def start(self, config: RunConfig, iteration: int, data: DataRecord | None = None) -> None:
         """Makes the folder that of `config` at `iteration`: what a crash left of later iterations goes from the log.
 
         `data` is kept in config.json, too.
@@ -153,7 +163,7 @@ class RunDir:
             warn_once(self.path, "locks no files", error, "see to it that no other process trains in it")
 
 
-def config_text(config: TrainConfig, data: DataRecord | None) -> str:
+def config_text(config: RunConfig, data: DataRecord | None) -> str:
     """What config.json holds; `read_config` reads it."""
     return json.dumps(json.loads(config.to_json()) | ({"data": data.to_dict()} if data else {}), indent=2)
 

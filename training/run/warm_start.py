@@ -18,6 +18,7 @@ from model.convert.layout import Flags, UnsupportedCheckpointError, Weights
 from model.diffusion import DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.ema import EMA
+from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
 from training.cli.options import expanded, printable, written
 from training.loop.muon import MuonAdamW
@@ -59,8 +60,13 @@ def warm_start(
         _load_optimizer(expanded(config.optim_checkpoint), path, network, optimizer)
 
 
-def _check(config: TrainConfig, ours: UNetConfig, theirs: UNetConfig, process: DiffusionConfig) -> None:
+def _check(config: TrainConfig, ours: UNetConfig, theirs: AnyConfig, process: DiffusionConfig) -> None:
     """Raises ValueError that names every field in which the run and what it begins with differ."""
+    if not isinstance(theirs, UNetConfig):
+        raise ValueError(
+            f"--model_checkpoint {config.model_checkpoint} is a {theirs.network} network, which is sampled here and "
+            "not trained: train it on where it is from, or a network of ours from the start"
+        )
     pairs = [(f.name, getattr(ours, f.name), getattr(theirs, f.name)) for f in fields(ours) if f.name not in FREE]
     pairs += [(name, getattr(config, name), getattr(process, name)) for name in PROCESS]
     differ = [

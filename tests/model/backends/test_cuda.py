@@ -14,7 +14,8 @@ from torch import Tensor
 
 from model.backends.cuda import ChannelsLastGroupNorm, CudaRecorder, Record, autocast_network
 from model.diffusion import Network
-from model.nn.config import UNetConfig
+from model.nn.config import LucidrainsConfig, UNetConfig
+from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
 from tests.networks import randomised
 
@@ -32,7 +33,7 @@ GRID: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(config: UNetConfig, n: int, seed: int = 1, device: str = "cpu") -> Inputs:
+def inputs(config: AnyConfig, n: int, seed: int = 1, device: str = "cpu") -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, *config.image_shape, generator=generator)
     t = torch.randint(0, 1000, (n,), generator=generator)
@@ -80,6 +81,45 @@ def test_weights_that_are_rounded_once_give_what_autocast_gives(
     rounded = {name for name, weight in network.named_parameters() if weight.dtype == torch.bfloat16}
     assert {name for name in rounded if "norm" in name or "time_mlp" in name or "class" in name} == set()
     assert {"mid.0.conv_1.weight", "mid.0.time_bias.weight", "mid.0.attention.qkv.weight", "out_conv.weight"} <= rounded
+
+
+LUCID = LucidrainsConfig(
+    image_size=(8, 12),
+    dim=8,
+    init_dim=6,
+    dim_mults=(1, 2),
+    full_attention=(False, True),
+    heads=(2,) * 3,
+    head_channels=(8,) * 3,
+    num_classes=3,
+    null_class=True,
+)
+
+
+def test_lucidrains_network_is_rounded_once_too() -> None:
+    network = randomised(LUCID)
+    x, t, y = inputs(LUCID, 3)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = network.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, y)  # type: ignore[call-overload]
+    exact = autocast_network(copy.deepcopy(network), CPU, torch.float32)(x, t, y)
+    got = autocast_network(network, CPU, torch.bfloat16)(x, t, y)
+    assert torch.equal(got, expected.float())
+    assert 0 < (got - exact).std() < 0.05 * exact.std()
+    rounded = {name for name, weight in network.named_parameters() if weight.dtype == torch.bfloat16}
+    assert {
+        name for name in rounded if any(part in name for part in ("norm", "mlp", "class", "init", "memory"))
+    } == set()
+    assert {"mid.block_1.conv_1.weight", "downs.0.attention.qkv.weight", "out_conv.weight"} <= rounded
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lucidrains_network_is_recorded_as_a_graph(dtype: torch.dtype) -> None:
+    eager = autocast_network(randomised(LUCID), torch.device("cuda"), dtype)
+    given, others = inputs(LUCID, 3, device="cuda"), inputs(LUCID, 3, seed=2, device="cuda")
+    graph = recorded(eager, CudaRecorder(), given)
+    assert torch.equal(graph(*others), eager(*others))
+    assert torch.equal(graph(*given), eager(*given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

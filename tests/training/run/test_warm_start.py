@@ -11,6 +11,7 @@ from torch import Tensor
 from model import checkpoint
 from model.convert.abarankab import import_original
 from model.convert.importer import import_path
+from model.convert.importer import main as import_main
 from model.convert.layout import Flags
 from model.nn.ema import EMA
 from model.nn.unet import UNet
@@ -199,3 +200,11 @@ def test_files_that_are_something_else_are_told(tmp_path: Path) -> None:
     torch.save({"network": {}, "optimizer": {"state": {}}}, tmp_path / "state-0000001.pt")
     text = refused(PLAIN | {"optim_checkpoint": str(tmp_path / "state-0000001.pt")})
     assert "of 0 parameters, where the network has" in text
+
+
+def test_a_network_that_is_not_trained_here_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lucid.safetensors"
+    assert import_main([str(theirs("lucidrains/small.pt")), str(path), "--image_size", "8,12"]) == 0
+    config = TrainConfig(**PLAIN | {"model_checkpoint": str(path)})
+    with pytest.raises(ValueError, match="is a lucidrains network, which is sampled here and not trained"):
+        warm_start(config, *parts(config))

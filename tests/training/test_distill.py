@@ -1,0 +1,224 @@
+"""python -m training.distill: a tiny teacher and its students."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.diffusion import DiffusionConfig
+from model.distilled import Distilled
+from model.nn.unet import UNet
+from model.sampling.schedule import FITTED, SamplingParams
+from model.sampling.step import sample
+from training import distill
+from training.distillation import trainer
+from training.distillation.config import DistillConfig
+from training.distillation.trajectories import OWN_SEEDS, Trajectories
+from training.run import run_dir
+
+G = 2.0
+
+
+@pytest.fixture
+def teacher(tiny: UNet, tmp_path: Path) -> str:
+    path = tmp_path / "teacher.safetensors"
+    config = CheckpointConfig(
+        tiny.config,
+        DiffusionConfig(schedule="cosine", prediction="v"),
+        ("cat", "dog", "emu"),
+        SamplingParams("dpmpp_2m", 20, 0.0, G),
+    )
+    checkpoint.save(path, tiny.state_dict(), config)
+    return str(path)
+
+
+@pytest.fixture
+def words(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a distillation of some milliseconds."""
+    monkeypatch.setattr(trainer, "HELD_OUT", 32)
+    monkeypatch.setattr(run_dir, "save_plot", lambda path, log: None)
+    monkeypatch.setattr(trainer, "git_revision", lambda: "0123")
+    options = {"teacher": teacher, "steps": 2, "teacher_steps": 4, "trajectories": 64, "batch_size": 16}
+    options |= {"iterations": 8, "log_rate": 2, "checkpoint_rate": 4, "log_dir": tmp_path / "runs", "run_name": "run"}
+    options |= {"device": "cpu", "learning_rate": 1e-3, "warmup": 0}
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sfd", "end_to_end"])
+def test_a_one_step_student_learns_its_teacher(words: list[str], teacher: str, tmp_path: Path, method: str) -> None:
+    more = [
+        "--steps",
+        "1",
+        "--method",
+        method,
+        "--learning_rate",
+        "1e-2",
+        "--iterations",
+        "30",
+        "--checkpoint_rate",
+        "10",
+        "--ema_decay",
+        "0",
+    ]
+    assert distill.main([*words, *more]) == 0
+    distances = [line["validation_loss"] for line in log(tmp_path / "runs/run") if "validation_loss" in line]
+    assert distances[-1] < 0.6 * distances[0]
+    student = checkpoint.load(tmp_path / "runs/run/best.safetensors")
+    assert student.config.distilled == Distilled(G, 1, method, checkpoint.load(teacher).sha256)
+    assert student.config.sampling == SamplingParams(FITTED, 1, 0.0, G)
+    assert student.config.schedule(student.config.sampling).nfe.tolist() == [1]
+
+
+def test_guidance_moves_into_one_row(words: list[str], tmp_path: Path) -> None:
+    more = ["--method", "guidance", "--iterations", "40", "--log_rate", "10"]
+    assert distill.main([*words, *more]) == 0
+    losses = [line["train_loss"] for line in log(tmp_path / "runs/run") if "train_loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(words: list[str], tmp_path: Path) -> None:
+    assert distill.main([*words, "--lr_schedule", "constant"]) == 0
+    assert distill.main([*words, "--lr_schedule", "constant", "--run_name", "half", "--iterations", "4"]) == 0
+    assert distill.main(["--resume", str(tmp_path / "runs/half"), "--iterations", "8"]) == 0
+    whole, half = tmp_path / "runs/run", tmp_path / "runs/half"
+    assert log(whole) == log(half)
+    assert (whole / "best.safetensors").read_bytes() == (half / "best.safetensors").read_bytes()
+    states = [torch.load(where / "state-0000008.pt", weights_only=True) for where in (whole, half)]
+    assert all(torch.equal(states[0]["network"][name], states[1]["network"][name]) for name in states[0]["network"])
+    assert (whole / "samples-0000008.png").exists()
+    assert (whole / "sequence-0000008.gif").exists()
+
+
+def test_trajectories_are_the_guided_teachers(teacher: str, tmp_path: Path) -> None:
+    source = checkpoint.load(teacher)
+    params = SamplingParams("dpmpp_2m", 4, 0.0, G)
+    kept = Trajectories(source, params, torch.device("cpu"), 3, 40, tmp_path, "fp32")
+    assert kept.make()
+    which = torch.tensor([5, 1])
+    seen: list[torch.Tensor] = []
+    sample(
+        source.network,
+        kept.schedule,
+        (1, 8, 8),
+        [OWN_SEEDS + 3] * 2,
+        [5, 1],
+        [2, 1],
+        null_class=3,
+        on_step=lambda _, x, __: seen.append(x),
+    )
+    assert torch.allclose(kept.states(which), torch.stack(seen, dim=1), atol=1e-4)
+    again = Trajectories(source, params, torch.device("cpu"), 3, 40, tmp_path, "fp32")
+    assert torch.equal(again.states(which), kept.states(which))  # without make
+    fresh = Trajectories(source, params, torch.device("cpu"), 3, 0, tmp_path, "fp32")
+    assert torch.allclose(fresh.states(which), kept.states(which), atol=1e-4)
+
+
+def test_a_run_without_kept_trajectories_leaves_none(words: list[str], tmp_path: Path) -> None:
+    assert distill.main([*words, "--trajectories", "0", "--iterations", "2"]) == 0
+    assert not list((tmp_path / "runs").glob("*.features"))
+
+
+def test_a_judge_decides_which_student_is_best(
+    words: list[str], tmp_path: Path, save_judge: Callable[..., str]
+) -> None:
+    assert distill.main([*words, "--features", save_judge(), "--iterations", "4"]) == 0
+    line = log(tmp_path / "runs/run")[-1]
+    assert line["validation_features"] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--steps", "9"], "--steps must be from 1 to 8, not 9"),
+        (["--steps", "0"], "--steps must be from 1 to 8, not 0"),
+        (["--teacher_steps", "1"], "--teacher_steps 1 are fewer than the student's --steps 2"),
+        (["--timesteps", "999"], "--timesteps are 1, where --steps says 2"),
+        (["--timesteps", "999,3"], "--timesteps 3 is none of the teacher's: 999, 749, 499, 249"),
+        (["--timesteps", "499,999"], "--timesteps 499,999 must fall, and begin with the teacher's first, 999"),
+        (["--teacher_steps", "2000"], "the teacher has no more than 1000 timesteps"),
+        (["--guidance_scale", "nan"], "--guidance_scale must be finite"),
+        (["--method", "sdf"], "must be one of end_to_end, sfd, guidance, not 'sdf'; did you mean sfd?"),
+        (["--features", "nothing.safetensors"], "nothing.safetensors is not a readable classifier"),
+        (["--teacher", "nothing"], "no checkpoint 'nothing'"),
+        (["--learning_rate", "0"], "--learning_rate must be between 0 and 1"),
+        (["--precison", "bf16"], "there is no option --precison; did you mean --precision?"),
+        (["--method", "guidance", "--timesteps", "999,499"], "--method guidance learns all timesteps"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_writes_nothing(
+    words: list[str], more: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        status: Any = distill.main([*words, *more])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_teacher_without_null_class_cannot_be_guided(
+    words: list[str], save_checkpoint: Callable[..., str], tiny: UNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    path = save_checkpoint(replace(tiny.config, null_class=False))
+    assert distill.main([*words, "--teacher", path, "--guidance_scale", "2"]) == 2
+    assert "the teacher has no null class to guide away from, so it must be 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def student(words: list[str], tmp_path: Path) -> str:
+    """One of two steps, which may teach."""
+    assert distill.main([*words, "--iterations", "1", "--run_name", "first"]) == 0
+    return str(tmp_path / "runs/first/best.safetensors")
+
+
+def test_a_student_teaches_one_of_fewer_steps(words: list[str], tmp_path: Path, student: str) -> None:
+    at = words.index("--teacher_steps")
+    assert distill.main([*words[:at], *words[at + 2 :], "--teacher", student, "--steps", "1", "--iterations", "2"]) == 0
+    found = checkpoint.load(tmp_path / "runs/run/best.safetensors").config
+    assert (found.sampling.steps, found.sampling.guidance_scale) == (1, G)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--guidance_scale", "1"], "--guidance_scale 1: the teacher is distilled, and has 2 inside"),
+        (["--teacher_steps", "5"], "--teacher_steps 5: the teacher is distilled to 2"),
+        (["--teacher_steps", "2", "--method", "guidance"], "the teacher is distilled, and has its guidance inside"),
+    ],
+)
+def test_a_student_teaches_what_is_inside_alone(
+    words: list[str], student: str, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main([*words, "--teacher", student, "--steps", "1", *more]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_resume_keeps_what_its_weights_mean(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main([*words, "--iterations", "1"]) == 0
+    with pytest.raises(SystemExit):
+        distill.main(["--resume", str(tmp_path / "runs/run"), "--steps", "3"])
+    assert "--steps cannot change on --resume: the run has 2" in capsys.readouterr().err
+
+
+def test_the_command_of_a_run_makes_it_again(teacher: str) -> None:
+    config = DistillConfig(teacher=teacher, steps=3, timesteps=(999, 500, 249), features="judge", run_name="x")
+    words = config.command().split()[3:]
+    found, resume = distill.parse([*words, "--run_name", "x"])
+    assert (found, resume) == (config, False)

@@ -1,0 +1,100 @@
+"""What a student is told: for each method the losses of a batch, one after the other, each [n] for an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.diffusion import GaussianDiffusion, Network
+from model.sampling.schedule import COEFFICIENTS, SamplingSchedule
+from model.sampling.step import cfg_forward
+from training.classifier.network import Classifier
+from training.distillation.student import Batch, walk
+
+B = COEFFICIENTS.index("b")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What all batches have in common. `judge` compares images by its layers, with `weight`, where there is one."""
+
+    schedule: SamplingSchedule
+    diffusion: GaussianDiffusion
+    teacher: Network
+    guidance: float
+    null_class: int | None
+    judge: Classifier | None
+    weight: float
+    bf16: bool
+
+
+def sfd(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
+    """Simple and fast distillation (Zhou et al. 2024, 2409.19681): after each step, the distance to the trajectory.
+
+    The next step goes on from where the student came to, without its gradient. A step's distance is divided by the
+    weight of its x_0, so that all steps are told their x_0's error.
+    """
+    for i, x in walk(network, lesson.schedule, batch.x_T, batch.y, lesson.bf16, detached=True):
+        loss = _l1(x, batch.targets[:, i]) / float(lesson.schedule.table[i, B])
+        yield loss + _features(x, batch.targets[:, i], lesson) if i == len(lesson.schedule) - 1 else loss
+
+
+def end_to_end(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
+    """The distance of the images alone, through all steps (Luhman & Luhman 2021, 2101.02388, for more than one)."""
+    *_, (_, x) = walk(network, lesson.schedule, batch.x_T, batch.y, lesson.bf16, detached=False)
+    yield _l1(x, batch.targets[:, -1]) + _features(x, batch.targets[:, -1], lesson)
+
+
+def guidance(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
+    """The first stage of Meng et al. 2022 (2210.03142): the guided output in one row, on the teacher's own images."""
+    t = (batch.u.double() * lesson.diffusion.num_timesteps).long()
+    x = lesson.diffusion.q_sample(batch.targets[:, -1], t, batch.noise)
+    with torch.no_grad():
+        g = torch.full((len(x),), lesson.guidance, device=x.device)
+        target = cfg_forward(lesson.teacher, x, t, batch.y, g, lesson.null_class).float()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=lesson.bf16):
+        out = network(x, t, batch.y)
+    yield (out.float() - target).square().mean(dim=(1, 2, 3))
+
+
+LOSSES: dict[str, Callable[[nn.Module, Batch, Lesson], Iterator[Tensor]]] = {
+    "sfd": sfd,
+    "end_to_end": end_to_end,
+    "guidance": guidance,
+}
+
+
+def _l1(x: Tensor, target: Tensor) -> Tensor:
+    return (x - target).abs().mean(dim=(1, 2, 3))
+
+
+def _features(x: Tensor, target: Tensor, lesson: Lesson) -> Tensor | float:
+    if lesson.judge is None or not lesson.weight:
+        return 0.0
+    return lesson.weight * feature_distance(lesson.judge, x, target, lesson.bf16)
+
+
+def feature_distance(judge: Classifier, x: Tensor, target: Tensor, bf16: bool) -> Tensor:
+    """How far images look apart, [n]: squared distances of a judge's layers, each position's channels of length 1.
+
+    As LPIPS (Zhang et al. 2018), without learned weights; the last layer's features count as a layer.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
+            wanted = list(_layers(judge, target))
+        found = list(_layers(judge, x))
+    parts = [(a - b).square().sum(dim=1).reshape(len(x), -1).mean(dim=1) for a, b in zip(found, wanted, strict=True)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _layers(judge: Classifier, x: Tensor) -> Iterator[Tensor]:
+    h = F.gelu(judge.stem(x.contiguous(memory_format=torch.channels_last)))
+    yield F.normalize(h.float(), dim=1)
+    for group in judge.groups:
+        h = group(h)
+        yield F.normalize(h.float(), dim=1)
+    yield F.normalize(h.float().amax(dim=(2, 3)), dim=1)
