@@ -110,9 +110,8 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     )
     app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    routers = [module.router for module in (generate, openai, edits, image, sequence, models, ui, docs)] + [
-        health.health
-    ]
+    pages = generate, sequence, image, openai, edits, models, ui, docs
+    routers = [module.router for module in pages] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:

@@ -282,7 +282,7 @@ def test_a_float_that_cannot_be_exact_is_no_integer(client: TestClient) -> None:
         ({"smapler": "ddim"}, "did you mean sampler?"),
         ({"width": 64}, "the checkpoint decides on the size"),
         ({"frames": 3}, "a field of GET /diffusion-sequence"),
-        ({"xyz": 3}, "; there are model, class_label, n, seed"),
+        ({"xyz": 3}, "; there are model, class_label, each_class, n, seed"),
         ({"n": 0}, "n must be a whole number from 1 to 64, not 0"),
         ({"n": 1.5}, "n must be a whole number from 1 to 64, not 1.5"),
         ({"n": [1, 2]}, "n must be a whole number from 1 to 64, not a list"),

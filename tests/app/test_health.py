@@ -219,6 +219,8 @@ def test_the_commands_on_the_page_of_the_api_work(client: TestClient) -> None:
         if "-d" in words and path == "/generate":
             body = json.loads(words[words.index("-d") + 1])
             answer = client.post(path, json=body | {"class_label": None})  # its classes are the bundled checkpoint's
+        elif "-d" in words and path == "/v1/images/generations":
+            answer = client.post(path, json=json.loads(words[words.index("-d") + 1]) | {"prompt": "plain"})
         elif "-X" not in words and "-d" not in words:
             answer = client.get(path)
         else:

@@ -144,14 +144,14 @@ def test_gauges_show_the_work_while_it_is_there(held: HeldRunner, grey_checkpoin
 
 def test_the_oldest_wait_grows_until_the_first_step(held: HeldRunner, grey_checkpoint: Path) -> None:
     entered, leave = threading.Event(), threading.Event()
-    start = held.start
+    start = held.init_latents
 
     def slow_start(samples: list[object]) -> None:
         entered.set()
         assert leave.wait(30)
         start(samples)
 
-    held.start = slow_start
+    held.init_latents = slow_start
     with serving(grey_checkpoint, held) as client:
         worker = threading.Thread(target=client.post, args=("/generate",), kwargs={"json": {}})
         worker.start()

@@ -304,7 +304,7 @@ def test_every_sampling_setting_travels(grey: Checkpoint) -> None:
     assert list(GenerateResponse.model_fields) == ["model", "checkpoint", *names, "images"]
     assert list(GenerateBody(n=1).overrides()) == names
     for body in (GenerateBody, SequenceQuery):
-        assert list(body.model_fields)[5:12] == names, "where they were in the documentation"
+        assert list(body.model_fields)[6:13] == names, "where they were in the documentation"
     assert set(names) <= job(grey, GenerateBody()).provenance().keys()
 
 

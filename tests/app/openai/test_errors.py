@@ -29,7 +29,7 @@ def ai(server: ServerProcess) -> Iterator[OpenAI]:
     [
         ({"prompt": "a unicorn"}, "invalid_class_label", "prompt", "there are plain"),
         ({"prompt": "plain and 0"}, "invalid_class_label", "prompt", "a request for each"),
-        ({"prompt": 7}, "invalid_type", "prompt", "must be a text, not 7"),
+        ({"prompt": 7}, "invalid_type", "prompt", "must be a text of at most 4000 characters, not 7"),
         ({"prompt": "x" * 4001}, "invalid_value", "prompt", "4000"),
         ({}, "missing_required_parameter", "prompt", "prompt is missing"),
         ({"n": 65}, "invalid_value", "n", "n must not be more than 64"),
