@@ -24,6 +24,7 @@ from PIL import Image as Pillow
 from app.form import MAX_FIELDS, MAX_FILES, MAX_TEXT
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
+from model.distilled import Distilled
 from model.images import from_uint8, to_uint8
 from model.sampling.edit import Edit
 from model.sampling.fitted import weights_digest
@@ -286,6 +287,22 @@ def test_an_edit_takes_a_plan_that_is_not_fitted_and_says_so(fitted_checkpoint: 
         assert "note" not in named.json()
         made = client.post("/v1/images/generations", json={"prompt": "plain"})
         assert made.headers["x-ddpm-sampler"] == "fitted"
+
+
+@pytest.mark.parametrize(("method", "status"), [("guidance", 200), ("trajectory", 400)])
+def test_only_students_of_fixed_steps_refuse_edits(tmp_path: Path, method: str, status: int) -> None:
+    network = randomised(GREY, 0.3)
+    inside = Distilled(2.0, 6, method, "0" * 64)
+    config = CheckpointConfig(GREY, DIFFUSION, CLASSES, SamplingParams("ddim", 6, 0.0, 2.0), distilled=inside)
+    path = tmp_path / "student.safetensors"
+    checkpoint.save(path, network.state_dict(), config)
+    with serving(path) as client:
+        answer = client.post(PATH, data={"prompt": "plain"}, files={"image": IMAGE})
+    assert answer.status_code == status, answer.text
+    if status == 400:
+        assert "its steps were distilled, and begin from noise" in answer.json()["error"]["message"]
+    else:
+        assert answer.json()["usage"]["output_tokens"] == 4
 
 
 def test_an_unconditional_checkpoint_edits_in_colour(colour_client: TestClient) -> None:

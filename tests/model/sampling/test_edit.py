@@ -119,8 +119,9 @@ def test_what_the_mask_keeps_comes_out_as_it_was(sampler: str, strength: float) 
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_known_part_is_put_back_at_every_step(sampler: str) -> None:
-    schedule, x0s = make_schedule(LINEAR, sampler, 6), []
+@pytest.mark.parametrize("limit", ["clamp", "dynamic"])
+def test_the_known_part_is_put_back_at_every_step(sampler: str, limit: str) -> None:
+    schedule, x0s = make_schedule(LINEAR, sampler, 6, limit=limit), []
     network = network_of(LINEAR)
     sample(
         network,
