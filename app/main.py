@@ -32,7 +32,7 @@ from app.middleware import (
 )
 from app.model_registry import ModelRegistry
 from app.openapi import DescribedApp
-from app.routes import docs, edits, generate, health, image, models, openai, sequence, ui
+from app.routes import docs, edits, generate, health, image, interpolate, models, openai, sequence, ui
 from app.routes.state import AppState
 from app.settings import Settings
 from app.signing import image_access
@@ -110,7 +110,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     )
     app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    pages = generate, sequence, image, openai, edits, models, ui, docs
+    pages = generate, sequence, interpolate, image, openai, edits, models, ui, docs
     routers = [module.router for module in pages] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)

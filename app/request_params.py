@@ -94,11 +94,11 @@ def build_request(
     settings: Settings,
     on_drop: Callable[[], None] = lambda: None,
     edit: Edit | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
 ) -> GenerationJob:
     """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop.
 
-    `edit` has images of the checkpoint's shape; `strength` is for it.
+    `edit` has images of the checkpoint's shape, and `strength` is for them; None where they are x_T.
     """
     asked.check(settings)
     unet, diffusion = checkpoint.config.unet, checkpoint.diffusion
@@ -106,7 +106,7 @@ def build_request(
     sampling = resolve_sampling_params(asked, config, settings)
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
-        schedule = checkpoint.schedule(sampling, variance, strength)
+        schedule = checkpoint.schedule(sampling, variance, strength or 1.0)
     except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
@@ -131,7 +131,7 @@ def build_request(
             param="frames" if isinstance(asked, SequenceQuery) else "partial_images",
         )
     request = Request(
-        schedule=schedule,
+        schedule=schedule.from_latents() if edit is not None and strength is None else schedule,
         seed=seed,
         index=asked.index,
         n=asked.n,
@@ -144,8 +144,7 @@ def build_request(
         view=view,
         edit=edit,
     )
-    strength_used = None if edit is None else strength
-    return GenerationJob(request, checkpoint, label, sampling, variance, asked.each_class, strength_used)
+    return GenerationJob(request, checkpoint, label, sampling, variance, asked.each_class, strength)
 
 
 def editing_config(config: CheckpointConfig) -> CheckpointConfig:
@@ -153,7 +152,7 @@ def editing_config(config: CheckpointConfig) -> CheckpointConfig:
     where all that it can do begins from noise."""
     if config.distilled and config.distilled.has_fixed_steps:
         raise InvalidRequest(
-            "image cannot be edited by this checkpoint: its steps were distilled, and begin from noise", param="image"
+            "this checkpoint cannot begin from an image or between two seeds: its steps were distilled, from noise"
         )
     return config.without_tables()
 

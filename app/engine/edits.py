@@ -19,7 +19,7 @@ def first_states(samples: list[Sample], noise: Tensor) -> list[tuple[Tensor, Edi
         if (edit := edits.get(sample.request)) is None:
             states.append((z, None))
         else:
-            x = start_from(edit.image, z, sample.request.schedule)
+            x = start_from(edit.image_of(sample.i), z, sample.request.schedule)
             states.append((x, None if edit.mask is None else edit))
     return states
 
@@ -31,5 +31,5 @@ def kept_parts(samples: list[Sample], x: Tensor) -> tuple[Tensor, Tensor] | None
     images, masks = torch.zeros_like(x), torch.ones_like(x[:, :1])
     for i, sample in enumerate(samples):
         if sample.kept is not None and sample.kept.mask is not None:
-            images[i], masks[i] = sample.kept.image, sample.kept.mask
+            images[i], masks[i] = sample.kept.image_of(sample.i), sample.kept.mask
     return images, masks

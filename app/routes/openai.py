@@ -77,7 +77,7 @@ def prepare(
     body: ImagesRequest,
     event: Event,
     edit: Edit | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     note: str | None = None,
 ) -> ImagesAnswer:
     """The job that a request wants, and the shape of its answer. Raises ServiceError."""

@@ -14,12 +14,16 @@ from model.sampling.schedule import SamplingSchedule
 class Edit:
     """What is edited: a reference, and where it may change.
 
-    `image` is float32 [C, H, W] in [-1, 1]; `mask` float32 [1, H, W] in [0, 1], 1 where the image is painted anew and 0
-    where it stays. None: it changes everywhere.
+    `image` is float32 [C, H, W] in [-1, 1], or [N, C, H, W], one for each of N images. `mask` is float32 [1, H, W] in
+    [0, 1], 1 where the image is painted anew and 0 where it stays. None: it changes everywhere.
     """
 
     image: Tensor
     mask: Tensor | None = None
+
+    def image_of(self, i: int) -> Tensor:
+        """What image i begins from, [C, H, W]."""
+        return self.image if self.image.ndim == 3 else self.image[i]
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Edit:
         """The same on a device."""
@@ -32,7 +36,7 @@ def start_from(image: Tensor, noise: Tensor, schedule: SamplingSchedule) -> Tens
     A schedule of strength 1 begins from noise alone.
     """
     alpha, sigma = schedule.start
-    return noise if alpha == 0 else alpha * image + sigma * noise
+    return alpha * image + sigma * noise
 
 
 def keep(x0: Tensor, image: Tensor, mask: Tensor) -> Tensor:

@@ -153,6 +153,10 @@ class SamplingSchedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def from_latents(self) -> SamplingSchedule:
+        """The same for a reference that is x_T already."""
+        return replace(self, start=(1.0, 0.0))
+
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that it does."""
         draws = b"" if self.draws is None else self.draws.tobytes()
