@@ -33,7 +33,7 @@ from app.settings import Settings
 
 log = logging.getLogger("ddpm.access")
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what TOML takes without quotes
+KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what TOML takes without quotes
 TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,512}=*")  # RFC 6750's b64token, long enough not to be guessed
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 FIELDS = {"sha256", "requests_per_minute", "concurrent", "admin"}
@@ -191,7 +191,7 @@ class APIKeyStore:
             where = f"DDPM_API_KEYS, entry {number}"
             if not colon:
                 raise ValueError(f"{where}: must be NAME:KEY")
-            if not NAME.fullmatch(name):
+            if not KEY_NAME.fullmatch(name):
                 raise ValueError(f"{where}: a name is 1 to 64 letters, digits, hyphens or underscores")
             if not TOKEN.fullmatch(token):
                 raise ValueError(f"{where}: a key is 16 to 512 letters, digits or -._~+/")
@@ -209,7 +209,7 @@ class APIKeyStore:
             raise ValueError(f"the file of API keys {path} is not TOML {place[0] if place else ''}") from None
         for number, (name, table) in enumerate(tables.items(), 1):
             where = f"{path}, entry {number}"
-            if not NAME.fullmatch(name):
+            if not KEY_NAME.fullmatch(name):
                 raise ValueError(f"{where}: a name is 1 to 64 letters, digits, hyphens or underscores")
             if not isinstance(table, dict) or "sha256" not in table or set(table) - FIELDS:
                 raise ValueError(
@@ -251,7 +251,7 @@ def main(argv: list[str]) -> None:
     making = commands.add_parser("new", help="make a key: the key to standard error, its table to standard output")
     making.add_argument("name", help="whose it is, for logs and metrics")
     name = parser.parse_args(argv).name
-    if not NAME.fullmatch(name):
+    if not KEY_NAME.fullmatch(name):
         parser.error("a name is 1 to 64 letters, digits, hyphens or underscores")
     token, table = new(name)
     print(table, end="")

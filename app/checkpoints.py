@@ -10,7 +10,7 @@ from pathlib import Path
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # a file's name and never a path, hidden, or an option
+MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # a file's name and never a path, hidden, or an option
 BEST = "best.safetensors"  # what a training run calls its best checkpoint
 
 
@@ -66,7 +66,7 @@ def load(source: Source) -> Checkpoint:
 def _split(item: str) -> tuple[str, str]:
     """NAME and the rest of NAME=PATH; "" and all of it where it is a path with such a sign."""
     name, sign, rest = item.partition("=")
-    if not sign or not NAME.fullmatch(name) or _exists(item):
+    if not sign or not MODEL_NAME.fullmatch(name) or _exists(item):
         return "", item
     return name, rest.strip()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from app import checkpoints
-from app.checkpoints import BEST, NAME, Source
+from app.checkpoints import BEST, MODEL_NAME, Source
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import is_out_of_memory
@@ -166,7 +166,7 @@ class ModelRegistry:
         return path
 
     def _in_folder(self, name: str) -> Path | None:
-        if self._folder is None or not NAME.fullmatch(name):
+        if self._folder is None or not MODEL_NAME.fullmatch(name):
             return None
         path = self._folder / f"{name}.safetensors"
         if not path.is_file() and (self._folder / name / BEST).is_file():  # a training run

@@ -10,7 +10,7 @@ from typing import Literal
 
 from PIL import Image as Pillow
 
-from app import images
+from app import encoders
 from app.errors import InvalidRequest
 from model.images import Image
 
@@ -38,9 +38,9 @@ class PictureFormat:
         """The file of an image, uint8 [H, W, C]. Only a PNG holds the text."""
         if self.size is not None:
             text = {**text, "enlarged_from": size_text((image.shape[1], image.shape[0]))}
-            image = images.enlarged(image, self.size)
+            image = encoders.enlarged(image, self.size)
         if self.format == "png":
-            return images.png(image, text)
+            return encoders.png(image, text)
         out = io.BytesIO()
         is_lossless = self.format == "webp" and self.compression == 100
         options = {"lossless": True} if is_lossless else {"quality": self.compression}

@@ -38,7 +38,7 @@ from app.settings import Settings, default_variables
 # Ray is imported in functions: `ray.serve` reads its variables when it is imported, after they are set.
 log = logging.getLogger("ddpm.ray")
 
-NAME = "ddpm"  # of the Serve application
+APPLICATION_NAME = "ddpm"  # of the Serve application
 WARM_UP_S = 300
 HEALTH_PERIOD_S = 5.0  # Ray replaces a replica that fails three times in a row
 DEREGISTER_S = 5.0  # for the ingress to forget a replica that stops
@@ -263,7 +263,7 @@ def main(argv: list[str]) -> None:
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         quiet = {"enable_access_log": False}  # the application has a line for every request, and a better one
-        handle = serve.run(application(settings, gpus, most), name=NAME, logging_config=quiet)
+        handle = serve.run(application(settings, gpus, most), name=APPLICATION_NAME, logging_config=quiet)
         found = discovery(settings.host, settings.discovery_port, lambda: broadcast(handle, "metrics_address"))
         places = {
             "url": f"http://{settings.host}:{settings.port}",

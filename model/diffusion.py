@@ -88,7 +88,7 @@ class DiffusionConfig:
             ("variance", self.variance, VARIANCES),
             ("weighting", self.weighting, WEIGHTINGS),
         ):
-            one_of(name, value, valid)
+            require_one_of(name, value, valid)
         if not isinstance(self.num_timesteps, int) or not 2 <= self.num_timesteps <= 100_000:
             raise ValueError(f"num_timesteps must be a whole number from 2 to 100000, not {self.num_timesteps}")
         if self.zero_terminal_snr and self.prediction == "eps":
@@ -294,7 +294,7 @@ class GaussianDiffusion:
         return alpha, sigma
 
 
-def one_of(name: str, value: str, valid: Collection[str]) -> None:
+def require_one_of(name: str, value: str, valid: Collection[str]) -> None:
     """Raises ValueError, listing the valid values, where `value` is none of them."""
     if value not in valid:
         raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from model import checkpoint
-from model.checkpoint import Checkpoint, CheckpointError
+from model.checkpoint import Checkpoint
 from model.nn.unet import UNet
 from model.sampling.schedule import SamplingParams
 from training.classifier.network import Classifier
-from training.cli.options import Parser, expanded, integers, one_of, written
-from training.console import lasting_output
+from training.cli.options import Parser, choice_option, expanded, format_value, integers
+from training.console import exit_code, lasting_output
 from training.distillation.config import FIXED, DistillConfig
 from training.distillation.trainer import DistillTrainer
 from training.evaluation import feature_extractor
@@ -63,7 +63,7 @@ def teacher_params(config: DistillConfig, teacher: Checkpoint) -> SamplingParams
         raise ValueError(f"--timesteps {unknown[0]} is none of the teacher's: {', '.join(f'{t:g}' for t in there)}")
     if config.timesteps and list(config.timesteps) != sorted({there[0], *config.timesteps}, reverse=True):
         raise ValueError(
-            f"--timesteps {written(config.timesteps)} must fall, and begin with the teacher's first, {there[0]:g}"
+            f"--timesteps {format_value(config.timesteps)} must fall, and begin with the teacher's first, {there[0]:g}"
         )
     return params
 
@@ -133,10 +133,10 @@ def parse(argv: list[str] | None) -> tuple[DistillConfig, bool]:
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; options replace its own")
     for f in fields(DistillConfig):
         text = f.metadata["help"].replace("%", "%%")
-        text += f" (default: {written(f.default)})" if f.default not in ("", (), None) else ""
+        text += f" (default: {format_value(f.default)})" if f.default not in ("", (), None) else ""
         kind: Any = {"int": int, "int | None": int, "str": str, "tuple[int, ...]": integers}.get(str(f.type), float)
         settings: dict[str, Any] = {"type": kind, "metavar": {int: "N", str: "TEXT", integers: "N,N,.."}.get(kind, "X")}
-        settings |= one_of(f.metadata["choices"]) if f.metadata["choices"] else {}
+        settings |= choice_option(f.metadata["choices"]) if f.metadata["choices"] else {}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **settings)
     given = vars(parser.read(argv))
     resume = given.pop("resume")
@@ -166,16 +166,8 @@ def resumed(resume: str, given: dict[str, Any]) -> DistillConfig:
 
 def main(argv: list[str] | None = None) -> int:
     with lasting_output():
-        config, resume = parse(argv)
-        try:
-            distill(config, resume)
-        except (ValueError, OSError, FloatingPointError, CheckpointError) as error:
-            print(f"training.distill: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("training.distill: interrupted", file=sys.stderr)
-            return 130
-    return 0
+        arguments = parse(argv)
+        return exit_code("training.distill", lambda: distill(*arguments))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from model.sampling.schedule import SamplingSchedule
 from model.sampling.step import sample
 from training import data
 from training.cli import command
-from training.cli.options import Parser, expanded, one_of
+from training.cli.options import Parser, choice_option, expanded
 from training.cli.sampling_options import add_sampling_options, settings_of
+from training.console import exit_code
 from training.data import DataError, Images
 from training.evaluation import feature_extractor, memorization, metrics
 from training.evaluation.feature_extractor import FeatureExtractor
@@ -241,7 +242,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", **load_weights.weights_option("is in the folder of a run"))
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add("--batch_size", type=int, default=32, metavar="N", help="images at once (default: 32; a GPU likes 500)")
-    add("--precision", default="fp32", **one_of(("fp32", "bf16")), help="of the network's products (default: fp32)")
+    add(
+        "--precision",
+        default="fp32",
+        **choice_option(("fp32", "bf16")),
+        help="of the network's products (default: fp32)",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     args = parser.read(argv)
     if args.num_images <= metrics.NEIGHBOURS:
@@ -281,16 +287,12 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    try:
+
+    def evaluate() -> None:
         with memory_for("the evaluation", "give a smaller --batch_size"):
             print(table(run(args, argv)))
-    except (ValueError, OSError) as error:
-        print(f"training.evaluate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training.evaluate: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("training.evaluate", evaluate, "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

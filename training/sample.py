@@ -25,6 +25,7 @@ from model.sampling.step import sample
 from training.cli.command import add_known_options, check_choices
 from training.cli.options import Parser, expanded
 from training.cli.sampling_options import add_sampling_options, settings_of
+from training.console import exit_code
 from training.memory import memory_for
 from training.run import load_weights
 from training.run.config import torch_device
@@ -33,7 +34,7 @@ from training.run.image_io import save_gif, save_png, save_strip, sequence
 WRITERS = 8  # files that wait for the disk at the same time
 
 # The original's options of the network, which its sampling had to be told again
-KNOWN = (
+LEGACY_OPTIONS = (
     "image_size",
     "num_timesteps",
     "schedule",
@@ -80,7 +81,7 @@ def class_index(config: CheckpointConfig, label: str) -> int:
     raise ValueError(f"--class_label must be one of {valid}, not {label!r}")
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def reserve_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Makes `folder` that of images with these settings. Raises FileExistsError where it has other images."""
     record, text = folder / "sampling.json", json.dumps(settings, indent=2)
     if record.exists() and json.loads(record.read_text()) != json.loads(text):
@@ -163,7 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="also write how the first N images come to be (bare: 8): DIR/sequence/strip.png and animation.gif",
     )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
-    add_known_options(parser, KNOWN)
+    add_known_options(parser, LEGACY_OPTIONS)
     args = parser.read(argv)
     try:
         _check(args)
@@ -173,29 +174,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_choices(told(args))
+    check_choices(legacy_options(args))
     for name in ("num_images", "batch_size", "sequence"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed must be at least 0 and below 2^64, not {args.seed}")
-    if len(told(args).get("ema_decay", (0.0,))) != 1:
+    if len(legacy_options(args).get("ema_decay", (0.0,))) != 1:
         raise ValueError("--ema_decay chooses one of the averages: give one number")
 
 
-def told(args: argparse.Namespace) -> dict[str, Any]:
+def legacy_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of training that were given."""
-    return {name: value for name, value in vars(args).items() if name in KNOWN}
+    return {name: value for name, value in vars(args).items() if name in LEGACY_OPTIONS}
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the images that the command line asks for. Raises ValueError or OSError."""
-    source, which = load_weights.load(args.checkpoint, args.weights, told(args), torch_device(args.device))
+    source, which = load_weights.load(args.checkpoint, args.weights, legacy_options(args), torch_device(args.device))
     sampling, schedule = settings_of(source, args)
     label = None if args.class_label is None else class_index(source.config, args.class_label)
     folder = expanded(args.save_dir)
     settings = {"checkpoint": source.sha256, "weights": which, "seed": args.seed, **asdict(sampling)}
-    claim(folder, settings | {"as_told": source.config.provenance.get("as_told", {})})
+    reserve_folder(folder, settings | {"as_told": source.config.provenance.get("as_told", {})})
     todo = items(source.config, args.num_images, label)
     print(f"{source.name}, weights: {which}; {sampling.sampler} with {sampling.steps} steps", file=sys.stderr)
     write(source, schedule, todo, folder, args.seed, args.batch_size or batch_size(source.config))
@@ -206,16 +207,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def sample() -> None:
         with memory_for("these images", "give a smaller --batch_size"):
             run(args)
-    except (ValueError, OSError) as error:
-        print(f"training.sample: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training.sample: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("training.sample", sample, "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

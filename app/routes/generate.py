@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from app import images
+from app import encoders
 from app.body import JSONRoute
 from app.negotiation import negotiate
 from app.request_params import GenerationJob, build_request, headers
@@ -28,7 +28,7 @@ EMPTY = GenerateBody()  # what a request without a body asks for; FastAPI copies
     "/generate",
     summary="Generate images of one class",
     response_model=GenerateResponse,
-    openapi_extra={"x-output": ["-o", "images.png"]},
+    openapi_extra={"x-output": ["-o", "encoders.png"]},
     responses={
         **ERRORS,
         200: {"content": CONTENT, "description": "a grid, the images as JSON, a zip, or an array, as Accept says"},
@@ -48,13 +48,13 @@ async def generate(http: Request, service: StateDep, body: GenerateBody = EMPTY)
 
 def _encode(media_type: str, job: GenerationJob, pictures: Image, columns: int | None) -> bytes:
     if media_type == PNG:
-        return images.png(grid(pictures, columns), job.provenance())
+        return encoders.png(grid(pictures, columns), job.provenance())
     if media_type == NPY:
-        return images.array(pictures)
-    singles = [images.png(grid(pictures[i : i + 1]), job.provenance_of(i)) for i in range(len(pictures))]
+        return encoders.array(pictures)
+    singles = [encoders.png(grid(pictures[i : i + 1]), job.provenance_of(i)) for i in range(len(pictures))]
     if media_type == ZIP:
         names = [_file_name(job, i) for i in range(len(singles))]
-        return images.archive(dict(zip(names, singles, strict=True)))
+        return encoders.archive(dict(zip(names, singles, strict=True)))
     listed = []
     for i, data in enumerate(singles):
         label, name = job.class_of(i)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from app import images
+from app import encoders
 from app.addresses import ImageAddress, class_label, find_version, matches
 from app.engine.instance import ModelInstance
 from app.errors import InvalidRequest, NotReady
@@ -151,4 +151,4 @@ def _redirect(service: AppState, http: Request, address: ImageAddress, expires: 
 
 def _animation(frames: Sequence[Image], format: str, size: Size | None) -> bytes:
     grids = [grid(frame) for frame in frames]
-    return images.animation([images.enlarged(one, size) for one in grids] if size else grids, format)
+    return encoders.animation([encoders.enlarged(one, size) for one in grids] if size else grids, format)

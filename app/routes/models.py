@@ -44,7 +44,7 @@ CHANGES: dict[int | str, dict[str, object]] = {
 @router.get("/models", summary="The checkpoints that are served")
 async def models(service: StateDep) -> ModelList:
     """Class names, samplers, defaults, limits, and where each checkpoint comes from. The default is the first."""
-    cards = [ModelCard(**card(service, served)) for served in service.models]
+    cards = [ModelCard(**model_card(service, served)) for served in service.models]
     return ModelList(models=cards, loading=service.models.loading)
 
 
@@ -58,7 +58,7 @@ async def load(body: LoadBody, service: StateDep) -> LoadedModel:
     """Answers when new requests get it. Those that are under way end on the weights that they began with. Where it
     cannot be served nothing changes. Needs an API key with `admin = true`."""
     served, replaced = await service.models.load(body.name)
-    return LoadedModel(**card(service, served), replaced=replaced)
+    return LoadedModel(**model_card(service, served), replaced=replaced)
 
 
 @router.delete("/models/{name}", summary="Serve a checkpoint no more", dependencies=[Administrator], responses=CHANGES)
@@ -69,7 +69,7 @@ async def remove(name: str, service: StateDep) -> ModelList:
     return await models(service)
 
 
-def card(service: AppState, served: ModelInstance) -> dict[str, Any]:
+def model_card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
     samplers = [*SAMPLERS, *([FITTED] if config.fitted else [])]

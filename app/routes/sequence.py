@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from app import images
+from app import encoders
 from app.errors import NotReady, ServiceError
 from app.negotiation import negotiate
 from app.request_context import context_of
@@ -72,7 +72,7 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
         grids = [grid(frame.images, query.columns) for frame in frames]
         service.metrics.frames_sent.labels(job.request.model).inc(len(grids))
         return Response(
-            await service.encode(job, images.animation, grids, format),
+            await service.encode(job, encoders.animation, grids, format),
             media_type=MEDIA_TYPES[format],
             headers=extra,
         )
@@ -146,4 +146,4 @@ async def _frames(service: AppState, job: GenerationJob, columns: int | None) ->
 
 
 async def _png(service: AppState, job: GenerationJob, pictures: Image, columns: int | None) -> bytes:
-    return await service.encode(job, images.png, grid(pictures, columns), job.provenance())
+    return await service.encode(job, encoders.png, grid(pictures, columns), job.provenance())

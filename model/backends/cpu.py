@@ -25,7 +25,7 @@ from model.nn.layers import Attention, ResBlock, Upsample, patchify, unpatchify
 from model.nn.unet import UNet, padded, unpadded
 
 CACHE_BYTES = 64 * 2**20  # of embedded timesteps
-SMALL = 1024  # positions; on larger maps PyTorch's group norm splits a row's sums among threads by the number of rows
+SMALL_MAP = 1024  # pixels; on larger maps PyTorch's group norm splits its sums by the number of rows
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: F.silu(x, inplace=True),
@@ -34,7 +34,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Conv:
+class PackedConv:
     """A convolution in `dtype`, its weights packed by oneDNN, where PyTorch has it, for the size of its first input.
 
     Packed for another size they may lie as no fast kernel takes them, and a call be 50 times as slow.
@@ -64,12 +64,12 @@ class Conv:
         return out
 
 
-def rows_of(x: Tensor) -> Tensor:
+def channels_last_rows(x: Tensor) -> Tensor:
     """[N, C, H, W] with channels last, as [N, H·W, C]; no copy."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-class Norm:
+class FusedNormAct:
     """norm(x + bias), then an activation: x → act(x·scale + shift), with scale and shift per sample and channel."""
 
     def __init__(self, layer: nn.Module, activation: str | None) -> None:
@@ -97,9 +97,9 @@ class Norm:
         self, x: Tensor, bias: Tensor | None = None, modulation: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """x [N, C, H, W] float32; bias [N, C] before the norm; modulation: (1 + scale, shift) after it, [N, C] each."""
-        if self.groups and x[0, 0].numel() < SMALL:
+        if self.groups and x[0, 0].numel() < SMALL_MAP:
             return self._small(x, bias, modulation)
-        v = rows_of(x)
+        v = channels_last_rows(x)
         scale, shift = self._affine(v, bias)
         if modulation is not None:
             scale = modulation[0] if scale is None else scale * modulation[0]
@@ -153,12 +153,12 @@ class PackedAttention:
 
     def __init__(self, layer: Attention, dtype: torch.dtype) -> None:
         self.heads, self.dtype = layer.heads, dtype
-        self.norm = Norm(layer.norm, None)
-        self.qkv, self.out = Conv(layer.qkv, dtype), Conv(layer.out, dtype)
+        self.norm = FusedNormAct(layer.norm, None)
+        self.qkv, self.out = PackedConv(layer.qkv, dtype), PackedConv(layer.out, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        qkv = rows_of(self.qkv(self.norm(x).to(self.dtype))).view(n, h * w, 3, self.heads, c // self.heads)
+        qkv = channels_last_rows(self.qkv(self.norm(x).to(self.dtype))).view(n, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         y = F.scaled_dot_product_attention(q, k, v)  # [N, heads, HW, width]
         y = y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
@@ -171,9 +171,9 @@ class PackedBlock:
     def __init__(self, layer: ResBlock, activation: str, columns: slice, dtype: torch.dtype) -> None:
         self.dtype, self.columns = dtype, columns
         self.scale_shift, self.resample = layer.scale_shift, layer.resample
-        self.norm_1, self.norm_2 = Norm(layer.norm_1, activation), Norm(layer.norm_2, activation)
-        self.conv_1, self.conv_2 = Conv(layer.conv_1, dtype), Conv(layer.conv_2, dtype)
-        self.shortcut = Conv(layer.shortcut, dtype) if isinstance(layer.shortcut, nn.Conv2d) else None
+        self.norm_1, self.norm_2 = FusedNormAct(layer.norm_1, activation), FusedNormAct(layer.norm_2, activation)
+        self.conv_1, self.conv_2 = PackedConv(layer.conv_1, dtype), PackedConv(layer.conv_2, dtype)
+        self.shortcut = PackedConv(layer.shortcut, dtype) if isinstance(layer.shortcut, nn.Conv2d) else None
         self.attention = PackedAttention(layer.attention, dtype) if isinstance(layer.attention, Attention) else None
 
     def __call__(self, x: Tensor, biases: Tensor) -> Tensor:
@@ -202,24 +202,24 @@ class PackedUNet:
         self._cache: dict[tuple[float, int], Tensor] = {}
         self._width = 0
         self._embedders: list[ResBlock] = []
-        self.init_conv = Conv(network.init_conv, dtype)
+        self.init_conv = PackedConv(network.init_conv, dtype)
         self.downs = [self._pack(layer) for layer in network.downs]
         self.mid = [self._pack(layer) for layer in network.mid]
         self.ups = [self._pack(layer) for layer in network.ups]
-        self.out_norm = Norm(network.out_norm, self.config.activation)
-        self.out_conv = Conv(network.out_conv, dtype)
+        self.out_norm = FusedNormAct(network.out_norm, self.config.activation)
+        self.out_conv = PackedConv(network.out_conv, dtype)
         self._weight = torch.cat([block.time_bias.weight.detach() for block in self._embedders])
         self._bias = torch.cat([block.time_bias.bias.detach() for block in self._embedders])
         tables = [b.class_bias.weight.detach() for b in self._embedders if b.class_bias is not None]
         self._class_bias = torch.cat(tables, dim=1) if tables else None
 
-    def _pack(self, layer: nn.Module) -> PackedBlock | Conv:
+    def _pack(self, layer: nn.Module) -> PackedBlock | PackedConv:
         if isinstance(layer, ResBlock):
             columns = slice(self._width, self._width + layer.time_bias.out_features)
             self._width = columns.stop
             self._embedders.append(layer)
             return PackedBlock(layer, self.config.activation, columns, self.dtype)
-        return Conv(layer.conv if isinstance(layer, Upsample) else layer, self.dtype)
+        return PackedConv(layer.conv if isinstance(layer, Upsample) else layer, self.dtype)
 
     def _embed(self, t: float, y: int) -> Tensor:
         """The biases of all blocks at a timestep, [width], class embedding (not class bias) included."""

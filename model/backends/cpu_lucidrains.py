@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.cpu import CACHE_BYTES, Conv, rows_of
+from model.backends.cpu import CACHE_BYTES, PackedConv, channels_last_rows
 from model.nn.lucidrains import Block, FullAttention, LinearAttention, LucidrainsUNet, Resample, RMSNorm, Stage, resized
 
 
-class Norm:
+class FusedRMSNorm:
     """An RMSNorm of x [N, C, H, W] whose channels are last, and stay there."""
 
     def __init__(self, layer: RMSNorm) -> None:
@@ -22,7 +22,7 @@ class Norm:
 
     def __call__(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """modulation: (1 + scale, shift) after it, [N, C] each."""
-        v = rows_of(x)
+        v = channels_last_rows(x)
         length = torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp_(min=1e-12)
         if modulation is None:
             out = (v / length).mul_(self.gain)
@@ -39,14 +39,14 @@ class PackedAttention:
 
     def __init__(self, layer: LinearAttention | FullAttention, dtype: torch.dtype) -> None:
         self.heads, self.dtype = layer.heads, dtype
-        self.norm = Norm(layer.norm)
-        self.qkv, self.out = Conv(layer.qkv, dtype), Conv(layer.out, dtype)
+        self.norm = FusedRMSNorm(layer.norm)
+        self.qkv, self.out = PackedConv(layer.qkv, dtype), PackedConv(layer.out, dtype)
         self.memory = None if layer.memory is None else layer.memory.detach().to(dtype)
-        self.out_norm = Norm(layer.out_norm) if isinstance(layer, LinearAttention) else None
+        self.out_norm = FusedRMSNorm(layer.out_norm) if isinstance(layer, LinearAttention) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        qkv = rows_of(self.qkv(self.norm(x).to(self.dtype))).view(n, h * w, 3, self.heads, -1)
+        qkv = channels_last_rows(self.qkv(self.norm(x).to(self.dtype))).view(n, h * w, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each [N, heads, HW, width]
         if self.memory is not None:
             more_k, more_v = self.memory.expand(n, *self.memory.shape).unbind(1)
@@ -65,9 +65,9 @@ class PackedBlock:
 
     def __init__(self, layer: Block, columns: slice, dtype: torch.dtype) -> None:
         self.dtype, self.columns = dtype, columns
-        self.conv_1, self.conv_2 = Conv(layer.conv_1, dtype), Conv(layer.conv_2, dtype)
-        self.norm_1, self.norm_2 = Norm(layer.norm_1), Norm(layer.norm_2)
-        self.shortcut = Conv(layer.shortcut, dtype) if isinstance(layer.shortcut, nn.Conv2d) else None
+        self.conv_1, self.conv_2 = PackedConv(layer.conv_1, dtype), PackedConv(layer.conv_2, dtype)
+        self.norm_1, self.norm_2 = FusedRMSNorm(layer.norm_1), FusedRMSNorm(layer.norm_2)
+        self.shortcut = PackedConv(layer.shortcut, dtype) if isinstance(layer.shortcut, nn.Conv2d) else None
 
     def __call__(self, x: Tensor, scale_shifts: Tensor) -> Tensor:
         scale, shift = scale_shifts[:, self.columns].chunk(2, dim=1)
@@ -84,7 +84,7 @@ class PackedStage:
         self.is_up, self.blocks = layer.is_up, blocks
         self.attention = PackedAttention(layer.attention, dtype)
         assert isinstance(layer.resample, Resample)
-        self.how, self.conv, self.dtype = layer.resample.how, Conv(layer.resample.conv, dtype), dtype
+        self.how, self.conv, self.dtype = layer.resample.how, PackedConv(layer.resample.conv, dtype), dtype
 
     def __call__(self, x: Tensor, scale_shifts: Tensor, skips: list[Tensor]) -> Tensor:
         for i, block in enumerate(self.blocks):
@@ -104,7 +104,7 @@ class PackedLucidrainsUNet:
         self._cache: dict[tuple[float, int], Tensor] = {}
         self._width = 0
         self._embedders: list[nn.Linear] = []
-        self.init_conv, self.out_conv = Conv(network.init_conv, dtype), Conv(network.out_conv, dtype)
+        self.init_conv, self.out_conv = PackedConv(network.init_conv, dtype), PackedConv(network.out_conv, dtype)
         self.downs, self.ups = ([self._stage(layer) for layer in part] for part in (network.downs, network.ups))
         self.mid = self._block(network.mid.block_1), self._block(network.mid.block_2)
         self.mid_attention = PackedAttention(network.mid.attention, dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.convert.betas import diffusion_of
 from model.convert.layout import (
     Flags,
     Imported,
@@ -20,10 +21,9 @@ from model.convert.layout import (
     checked_groups,
     convert,
     diffusion_by_flags,
-    diffusion_of,
+    format_value,
     layers,
     separate_qkv,
-    written,
 )
 from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock, time_embedding
@@ -32,7 +32,7 @@ from model.nn.unet import UNet
 # abarankab/DDPM, "the original"
 
 
-def _original_place(network: UNet) -> Iterator[tuple[str, str, str]]:
+def _abarankab_place(network: UNet) -> Iterator[tuple[str, str, str]]:
     for ours, layer in layers(network):
         suffix = ""
         if not isinstance(layer, ResBlock):
@@ -40,11 +40,11 @@ def _original_place(network: UNet) -> Iterator[tuple[str, str, str]]:
         yield ours, ours + suffix, ours
 
 
-def _original_qkv(source: Source, place: str, config: UNetConfig) -> tuple[Tensor, Tensor]:
+def _abarankab_qkv(source: Source, place: str, config: UNetConfig) -> tuple[Tensor, Tensor]:
     return source.take(f"{place}.attention.to_qkv.weight"), source.take(f"{place}.attention.to_qkv.bias")
 
 
-ORIGINAL = Layout(
+ABARANKAB = Layout(
     names={
         "conv_2": "conv_2.1",
         "shortcut": "residual_connection",
@@ -59,8 +59,8 @@ ORIGINAL = Layout(
         "out_norm": "out_norm",
         "out_conv": "out_conv",
     },
-    place=_original_place,
-    qkv=_original_qkv,
+    place=_abarankab_place,
+    qkv=_abarankab_qkv,
 )
 
 
@@ -78,7 +78,7 @@ def levels_of(source: Weights, list_name: str, down: str, block: str, attention:
     return levels
 
 
-def import_original(state: Weights, flags: Flags) -> Imported:
+def import_abarankab(state: Weights, flags: Flags) -> Imported:
     """`GaussianDiffusion.state_dict()`, which has everything that its command line can choose but dropout, activation
     and in for gn; or its U-Net's alone, whose diffusion comes by flags."""
     if "betas" in state:
@@ -93,10 +93,12 @@ def import_original(state: Weights, flags: Flags) -> Imported:
         flags.need(num_timesteps=1000, schedule="linear")
         diffusion, source = diffusion_by_flags(flags, variance="fixed_large"), Source(state)
         origin, used = "by flags, since the file is a network's alone", set()
-    return Imported(*_original_network(source, flags), diffusion, origin, _assumed(source, flags), used=frozenset(used))
+    return Imported(
+        *_abarankab_network(source, flags), diffusion, origin, _assumed(source, flags), used=frozenset(used)
+    )
 
 
-def _original_network(source: Source, flags: Flags) -> tuple[Weights, UNetConfig]:
+def _abarankab_network(source: Source, flags: Flags) -> tuple[Weights, UNetConfig]:
     levels = levels_of(source, "downs", down="downsample", block="conv_1", attention="attention.to_qkv")
     if "downs.0.norm_1.running_mean" in source:
         norm = "bn"
@@ -118,10 +120,10 @@ def _original_network(source: Source, flags: Flags) -> tuple[Weights, UNetConfig
     )
     if flags.initial_pad is None and any(side % config.multiple for side in config.image_size):
         raise UnsupportedCheckpointError(
-            f"its levels need sides that {config.multiple} divides, so images of {written(config.image_size)} were "
-            "padded: add --initial_pad as its UNet had it (or 0, to pad below and to the right as is usual here)"
+            f"its levels need sides that {config.multiple} divides, so images of {format_value(config.image_size)} "
+            "were padded: add --initial_pad as its UNet had it (or 0, to pad below and to the right as is usual here)"
         )
-    return convert(source, checked_groups(config, flags), ORIGINAL), config
+    return convert(source, checked_groups(config, flags), ABARANKAB), config
 
 
 def _assumed(source: Source, flags: Flags) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ def _assumed(source: Source, flags: Flags) -> tuple[str, ...]:
         usual = {"norm": "gn", **usual}
         if flags.norm in (None, "gn"):
             usual["norm_groups"] = 32
-    return tuple(f"{name} {written(value)}" for name, value in usual.items() if getattr(flags, name) is None)
+    return tuple(f"{name} {format_value(value)}" for name, value in usual.items() if getattr(flags, name) is None)
 
 
 # w86763777/pytorch-ddpm

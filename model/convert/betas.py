@@ -1,12 +1,15 @@
-"""Beta schedules by the names that diffusers has for them, in its units: nothing is scaled by 1000 / T."""
+"""Betas and their names: diffusers' schedules, in its units (nothing is scaled by 1000 / T), and back to ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import torch
 
-from model.diffusion import Table, cosine_betas
+from model.convert.layout import UnsupportedCheckpointError
+from model.diffusion import TRAINED, DiffusionConfig, Table, cosine_betas, linear_betas, sigmoid_betas
 
 
 def _of_alpha_bar(alpha_bar: Callable[[Table], Table]) -> Callable[[int, float, float], Table]:
@@ -46,3 +49,27 @@ SCHEDULES: dict[str, Callable[[int, float, float], Table]] = {
 def betas_of(schedule: str, num_timesteps: int, low: float, high: float) -> Table:
     """float64 [T], from `low` to `high` where the schedule has ends. Raises KeyError for other names."""
     return SCHEDULES[schedule](num_timesteps, low, high)
+
+
+PRECISION = {torch.float16: (2e-3, 6e-8), torch.bfloat16: (8e-3, 1e-9)}  # relative, absolute: of rounded betas
+
+
+def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: Any) -> DiffusionConfig:
+    """The diffusion that has these betas [T], as rounded to `dtype`; `settings` are its other fields.
+
+    Betas of a schedule here are named by it; others are kept as they are.
+    """
+    if betas.ndim != 1 or not 2 <= len(betas) <= 100_000 or not np.all((betas > 0) & (betas <= 1)):
+        raise UnsupportedCheckpointError("its betas are not from 2 to 100000 numbers between 0 and 1")
+    steps = len(betas)
+    scale = 1000 / steps
+    rtol, atol = PRECISION.get(dtype, (1e-5, 1e-9))
+    for name, schedule in (("cosine", cosine_betas), ("sigmoid", sigmoid_betas)):
+        if np.allclose(schedule(steps), betas, rtol, atol):
+            return DiffusionConfig(steps, name, **settings)
+    ends = [(1e-4, 0.02)]  # the usual ones, where they are meant
+    ends += [(float(f"{betas[0] / scale:.{n}g}"), float(f"{betas[-1] / scale:.{n}g}")) for n in (2, 3, 6)]
+    for low, high in ends:
+        if np.allclose(linear_betas(steps, low, high), betas, rtol, atol):
+            return DiffusionConfig(steps, "linear", low, high, **settings)
+    return DiffusionConfig(steps, TRAINED, trained_betas=tuple(betas.tolist()), **settings)

@@ -100,9 +100,7 @@ def import_folder(source: Path, flags: Flags) -> Imported:
         flags.need(num_timesteps=1000, schedule="linear", prediction="eps")
         if not config.learned_variance:
             flags.need(variance="fixed_small")
-        if flags.schedule == "linear" and flags.num_timesteps != 1000:  # theirs is not scaled, ours is
-            scale = (flags.num_timesteps or 1000) / 1000
-            flags.need(schedule_low=1e-4 * scale, schedule_high=0.02 * scale)
+        flags.need_ends()
         variance = "learned_range" if config.learned_variance else "fixed_small"
         diffusion, origin = diffusion_by_flags(flags, variance=variance), "by flags, since there is no scheduler"
     else:

@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model.diffusion import TRAINED, DiffusionConfig, Table, cosine_betas, linear_betas, sigmoid_betas
+from model.diffusion import TRAINED, DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
 
 Weights = dict[str, Tensor]
+
+HO: dict[str, Any] = {"norm_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0, "time_freq_shift": 1}
+"""The conventions of Ho et al.'s code, which projects after it have for granted."""
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -87,11 +89,19 @@ class Flags:
         """Raises UnsupportedCheckpointError unless all are given; `defaults` are what their project has for them."""
         if self.schedule not in (None, "linear"):  # the others have no ends
             defaults = {name: value for name, value in defaults.items() if not name.startswith("schedule_")}
-        if missing := [f"--{name} {written(value)}" for name, value in defaults.items() if getattr(self, name) is None]:
+        if missing := [
+            f"--{name} {format_value(value)}" for name, value in defaults.items() if getattr(self, name) is None
+        ]:
             raise UnsupportedCheckpointError(
                 f"the file does not tell all that it needs: add {' '.join(missing)}, "
                 "or what it was trained with instead (these are its project's defaults)"
             )
+
+    def need_ends(self) -> None:
+        """Those of a linear schedule, of projects that do not scale it by 1000 / T. T and schedule are known."""
+        if self.schedule == "linear" and self.num_timesteps is not None and self.num_timesteps != 1000:
+            scale = self.num_timesteps / 1000
+            self.need(schedule_low=1e-4 * scale, schedule_high=0.02 * scale)
 
     def classes(self, rows: int | None) -> dict[str, Any]:
         """`num_classes` and `null_class` of a network whose table of classes has so many rows; None: no table."""
@@ -120,6 +130,8 @@ class Imported:
         """Raises UnsupportedCheckpointError for a flag that contradicts what was imported, or means nothing for it."""
         has = {f.name: getattr(part, f.name) for part in (self.unet, self.diffusion) for f in fields(part)}
         is_linear = self.diffusion.schedule == "linear"
+        if flags.variance == "learned_range" and not self.unet.learned_variance:
+            raise UnsupportedCheckpointError("--variance learned_range: its network does not say its variance")
         for name, value in flags.given().items():
             if name in self.used or name == "class_names":
                 continue
@@ -129,15 +141,16 @@ class Imported:
                 raise UnsupportedCheckpointError(f"--{name} means nothing for this file: leave it out")
             same = math.isclose(value, has[name], rel_tol=1e-4) if isinstance(value, float) else value == has[name]
             if not same:
+                given, found = format_value(value), format_value(has[name])
                 raise UnsupportedCheckpointError(
-                    f"--{name} {written(value)} contradicts the file, which has {written(has[name])}: leave it out"
+                    f"--{name} {given} contradicts the file, which has {found}: leave it out"
                 )
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """As on a command line."""
     if isinstance(value, tuple):
-        return ",".join(map(written, value))
+        return ",".join(map(format_value, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -220,6 +233,15 @@ def checked_groups(config: UNetConfig, flags: Flags) -> UNetConfig:
     return config
 
 
+def checked_size(config: UNetConfig) -> UNetConfig:
+    """Raises UnsupportedCheckpointError where a network that pads nothing could not halve its images."""
+    if any(side % config.multiple for side in config.image_size):
+        raise UnsupportedCheckpointError(
+            f"--image_size {format_value(config.image_size)}: its levels need sides that {config.multiple} divides"
+        )
+    return checked_groups(config, Flags())
+
+
 def norm_groups(config: UNetConfig) -> set[int]:
     """The numbers of groups of a network's GroupNorms."""
     with torch.device("meta"):
@@ -272,27 +294,3 @@ def diffusion_by_flags(flags: Flags, **settings: Any) -> DiffusionConfig:
     names = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "trained_betas", "prediction", "variance")
     given = {name: value for name, value in flags.given().items() if name in names}
     return DiffusionConfig(**settings | given)
-
-
-PRECISION = {torch.float16: (2e-3, 6e-8), torch.bfloat16: (8e-3, 1e-9)}  # relative, absolute: of rounded betas
-
-
-def diffusion_of(betas: Table, dtype: torch.dtype = torch.float64, **settings: Any) -> DiffusionConfig:
-    """The diffusion that has these betas [T], as rounded to `dtype`; `settings` are its other fields.
-
-    Betas of a schedule here are named by it; others are kept as they are.
-    """
-    if betas.ndim != 1 or not 2 <= len(betas) <= 100_000 or not np.all((betas > 0) & (betas <= 1)):
-        raise UnsupportedCheckpointError("its betas are not from 2 to 100000 numbers between 0 and 1")
-    steps = len(betas)
-    scale = 1000 / steps
-    rtol, atol = PRECISION.get(dtype, (1e-5, 1e-9))
-    for name, schedule in (("cosine", cosine_betas), ("sigmoid", sigmoid_betas)):
-        if np.allclose(schedule(steps), betas, rtol, atol):
-            return DiffusionConfig(steps, name, **settings)
-    ends = [(1e-4, 0.02)]  # the usual ones, where they are meant
-    ends += [(float(f"{betas[0] / scale:.{n}g}"), float(f"{betas[-1] / scale:.{n}g}")) for n in (2, 3, 6)]
-    for low, high in ends:
-        if np.allclose(linear_betas(steps, low, high), betas, rtol, atol):
-            return DiffusionConfig(steps, "linear", low, high, **settings)
-    return DiffusionConfig(steps, TRAINED, trained_betas=tuple(betas.tolist()), **settings)

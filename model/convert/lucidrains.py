@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.convert.betas import PRECISION, diffusion_of
 from model.convert.layout import (
-    PRECISION,
     Flags,
     Imported,
     Source,
@@ -19,8 +19,7 @@ from model.convert.layout import (
     Weights,
     as_float32,
     diffusion_by_flags,
-    diffusion_of,
-    written,
+    format_value,
 )
 from model.diffusion import MIN_SNR_GAMMA, Table
 from model.nn.config import LucidrainsConfig
@@ -214,7 +213,7 @@ def _objective(weights: Tensor | None, betas: Table, flags: Flags) -> tuple[str,
                 return prediction, "none", ()
             if np.isclose(gamma, MIN_SNR_GAMMA, 1e-2):
                 return prediction, "min_snr", ()
-            return prediction, "none", (f"weighting none: its min_snr_gamma {written(float(gamma))} is not here",)
+            return prediction, "none", (f"weighting none: its min_snr_gamma {format_value(float(gamma))} is not here",)
     raise UnsupportedCheckpointError(
         "its loss_weight is that of no objective of its GaussianDiffusion (pred_noise, pred_x0, pred_v)"
     )

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from model.convert.abarankab import import_original, import_w86763777
+from model.convert.abarankab import import_abarankab, import_w86763777
+from model.convert.ermongroup import import_ermongroup
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.convert.lucidrains import SIGN as LUCIDRAINS
 from model.convert.lucidrains import import_lucidrains
 from model.convert.openai import import_openai
+from model.convert.pesser import import_pesser
+from model.convert.tqch import import_tqch
 
 Importer = Callable[[Any, Flags], Imported]
 
@@ -21,13 +24,15 @@ AVERAGES = ("ema", "ema_model", "model_ema", "ema_state_dict")
 NETWORKS = ("model", "state_dict", "model_state_dict", "net", "network")
 
 OPENAI = {"time_embed.0.weight", "input_blocks.0.0.weight"}
-ORIGINAL = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs.0.conv_1.weight", "out_conv.weight"}
+ABARANKAB = {"init_conv.weight", "time_mlp.1.weight", "time_mlp.3.weight", "downs.0.conv_1.weight", "out_conv.weight"}
+HO = {"temb.dense.0.weight", "conv_in.weight", "conv_out.weight"}  # in ermongroup/ddim and pesser/pytorch_diffusion
+TQCH = {"embed.0.weight", "in_conv.weight", "middle.1.project_in.weight"}
 W86 = {"head.weight", "time_embedding.timembedding.0.weight"}
 
 NAMED: tuple[tuple[str, str], ...] = (  # a tensor's name → what has it
     (r"mem_kv|null_classes_emb|final_res_block\.", "a lucidrains checkpoint, but without all of its U-Net"),
-    (r"(^|\.)project_in\.", "a tqch/ddpm-torch checkpoint, which cannot be imported"),
-    (r"^temb\.dense\.0\.", "a checkpoint of ermongroup/ddim or pesser/pytorch_diffusion, which cannot be imported"),
+    (r"(^|\.)project_in\.", "a tqch/ddpm-torch checkpoint, of which parts are missing"),
+    (r"^temb\.dense\.0\.", "of ermongroup/ddim or pesser/pytorch_diffusion, but parts are missing"),
     (r"^all_modules\.\d", "a checkpoint of yang-song/score_sde_pytorch, another architecture"),
     (r"^x_embedder\.", "a diffusion transformer (DiT), another architecture"),
     (r"^model\.diffusion_model\.|^first_stage_model\.", "a latent diffusion model: its network works on latents"),
@@ -36,8 +41,10 @@ NAMED: tuple[tuple[str, str], ...] = (  # a tensor's name → what has it
 )
 
 
-def unwrapped(state: Any, depth: int = 2) -> Any:
+def unwrapped(state: Any, depth: int = 3) -> Any:
     """The same without the prefixes of modules that only hold another, in it and in the tables inside."""
+    if isinstance(state, list) and depth:
+        return [unwrapped(part, depth - 1) for part in state]
     if not isinstance(state, dict) or depth == 0:
         return state
     return {WRAPPER.sub(r"\1", str(key)): unwrapped(value, depth - 1) for key, value in state.items()}
@@ -54,9 +61,9 @@ def recognised(state: Any, flags: Flags) -> tuple[Any, Importer]:
     if not isinstance(state, dict):
         first = state[0] if isinstance(state, list) and state else None
         if isinstance(first, dict):
-            raise UnsupportedCheckpointError(
-                _name(_keys(unwrapped(first))) or "it is a list, and not of a project known here"
-            )
+            if _keys(first) >= HO:
+                return state, import_ermongroup
+            raise UnsupportedCheckpointError(_name(_keys(first)) or "it is a list, and not of a project known here")
         raise UnsupportedCheckpointError("it is not a table of tensors: no checkpoint of a project known here")
     keys = _keys(state)
     if importer := _importer(state, keys):
@@ -88,14 +95,20 @@ def _keys(state: Any) -> set[str]:
 def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
     if {"net_model", "ema_model"} <= keys and _keys(state["ema_model"]) >= W86:
         return import_w86763777
+    if {"model", "optimizer"} <= keys and _keys(state["model"]) >= TQCH:
+        return import_tqch
     if any(key.endswith(LUCIDRAINS) for key in keys | _keys(state.get("model"))):
         return import_lucidrains
     if not all(isinstance(value, Tensor) for value in state.values()):
         return None
+    if keys >= HO:
+        return import_pesser
+    if keys >= TQCH:
+        return import_tqch
     if "betas" in keys and any(key.startswith("ema_model.downs.") for key in keys):
-        return import_original
-    if keys >= ORIGINAL:
-        return import_original
+        return import_abarankab
+    if keys >= ABARANKAB:
+        return import_abarankab
     if keys >= OPENAI:
         if not any(key.startswith("output_blocks.") for key in keys):
             raise UnsupportedCheckpointError(

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from model.convert.betas import SCHEDULES, betas_of
-from model.convert.layout import UnsupportedCheckpointError, diffusion_of
+from model.convert.betas import SCHEDULES, betas_of, diffusion_of
+from model.convert.layout import UnsupportedCheckpointError
 from model.diffusion import DiffusionConfig, Table
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.diffusion import VARIANCES, GaussianDiffusion, Table, one_of
+from model.diffusion import VARIANCES, GaussianDiffusion, Table, require_one_of
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import LAMBDA_MIN_CLIPPED, SPACINGS, Timesteps, make_timesteps
 
@@ -92,7 +92,7 @@ class SamplingParams:
         """
         given = {name: value for name, value in given.items() if value is not None}
         sampler = given.get("sampler", self.sampler)
-        one_of("sampler", sampler, SAMPLERS)  # fitted's are in a table, whose checkpoint is not known here
+        require_one_of("sampler", sampler, SAMPLERS)  # fitted's are in a table, whose checkpoint is not known here
         if given.get("eta") and sampler != "ddim":
             raise InvalidSamplingParams("eta", f"belongs to the ddim sampler; {sampler} takes none")
         settings = self
@@ -113,7 +113,7 @@ class SamplingParams:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.metadata["choices"]:
-                one_of(setting.name, value, setting.metadata["choices"])
+                require_one_of(setting.name, value, setting.metadata["choices"])
             low, high = setting.metadata["bounds"] or (-math.inf, math.inf)
             if math.isfinite(high) and not low <= value <= high:  # of steps T is the bound
                 raise InvalidSamplingParams(setting.name, f"must be between {low} and {high}, not {value}")
@@ -246,7 +246,7 @@ def usable_variance(diffusion: GaussianDiffusion, steps: int) -> str:
 
 def _checked_variance(diffusion: GaussianDiffusion, sampler: str, steps: int, asked: str | None) -> str:
     variance = diffusion.config.variance if asked is None else asked
-    one_of("variance", variance, VARIANCES)
+    require_one_of("variance", variance, VARIANCES)
     if variance == "learned_range" != diffusion.config.variance:
         raise InvalidSamplingParams("variance", "learned_range needs a network that learned it")
     if sampler == "ddpm" and variance == "fixed_large" and steps < diffusion.num_timesteps:

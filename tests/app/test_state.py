@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from app import images
+from app import encoders
 from app.errors import Cancelled
 from app.request_context import context_of
 from app.request_params import build_request
@@ -25,14 +25,14 @@ def test_steps_and_answers_go_on_while_a_picture_is_encoded(
     grey_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, leave = threading.Event(), threading.Event()
-    png = images.png
+    png = encoders.png
 
     def slow(*args: Any) -> bytes:
         entered.set()
         assert leave.wait(30)
         return png(*args)
 
-    monkeypatch.setattr(images, "png", slow)
+    monkeypatch.setattr(encoders, "png", slow)
     with serving(grey_checkpoint) as client, ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.post, "/generate", json={"steps": 1})
         assert entered.wait(30)

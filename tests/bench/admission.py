@@ -1,6 +1,6 @@
 """Which requests to admit? Overload replayed through the engine's scheduler in virtual time, with rules for a 504.
 
-    python -m tests.bench.admission [--caps 16,16-32] [--step_ms 6,6.7,8.8,…] [--out build]
+    python -m tests.bench.admission [--caps 16,16-32] [--simulated-step-ms 6,6.7,8.8,…] [--out build]
 
 Uniform requests, worth nothing after the deadline, at 1, 2 and 3 times capacity. A rule says how long a new request
 will take: who would be late is refused. Requests come while a step runs, and are judged by what is there at that

@@ -4,7 +4,7 @@
         [--micro_batch_size N]
 
 Steps are the engine's, with the host's part: deterministic ones (ddim), and noisy ones (ddpm), whose noise is drawn in
-the graph. It needs torch, numpy and safetensors, and nothing else. The weights of cifar10 are random. Contenders take
+the graph. It needs torch, numpy and safetensors, and nothing else. The weights of cifar10 are random. Candidates take
 turns, medians of the rounds; the device is waited for. Not a test; `--device cpu --nets tiny --rows 1,2,8` shows that
 it runs.
 """
@@ -48,7 +48,7 @@ CONFIGS = {
     ),
 }
 STEPS = 20  # of the single image
-TURN_S = 0.1  # that one contender runs for, within a round
+TURN_S = 0.1  # that one candidate runs for, within a round
 
 
 def load(name: str) -> Checkpoint:

@@ -14,7 +14,7 @@ from model.convert.exporter import renamed, unet_json
 from model.nn.config import UNetConfig
 from model.nn.layers import Attention
 from model.nn.unet import UNet
-from tests.bench.timing import Contender
+from tests.bench.timing import Candidate
 
 CONFIGS = {
     "mnist": UNetConfig(
@@ -93,14 +93,14 @@ Maker = Callable[[nn.Module, set[str]], Callable[[], object]]
 """(network, options) → what is timed."""
 
 
-def contenders(names: str, base: UNet, makers: dict[str, Maker], options: Collection[str]) -> list[Contender]:
+def candidates(names: str, base: UNet, makers: dict[str, Maker], options: Collection[str]) -> list[Candidate]:
     """One for each of `names`, such as ours+bf16, each with a network of its own."""
     result = []
     for name in names.split(","):
         who, *chosen = name.split("+")
         if who not in makers or not set(options).issuperset(chosen):
             raise SystemExit(f"{name!r}: it must be {', '.join(makers)}, with any of +{', +'.join(options)} behind it")
-        result.append(Contender(name, makers[who](TWINS[who](base), set(chosen))))
+        result.append(Candidate(name, makers[who](TWINS[who](base), set(chosen))))
     return result
 
 

@@ -1,4 +1,4 @@
-"""What the server costs: images a second through HTTP at saturation, beside the naive loop on the same weights.
+"""What the server costs: images a second through HTTP at saturation, beside the baseline loop on the same weights.
 
     python -m tests.bench.overhead [--rounds N] [--seconds S] [--threads N] [--clients N]
     python -m tests.bench.overhead --pngs     # only: what a step takes while pictures are encoded
@@ -103,12 +103,12 @@ def pauses(text: str) -> dict[float, float]:
     }
 
 
-def compare_rates(server: ServerProcess, naive: Callable[[], float], args: argparse.Namespace) -> None:
+def compare_rates(server: ServerProcess, baseline: Callable[[], float], args: argparse.Namespace) -> None:
     """Prints images a second of both, and what became of the event loop."""
     ratios, turns = [], []
-    naive()
+    baseline()
     for _ in range(args.rounds):
-        loop, turn = naive(), Turn(server, args.clients, args.steps, args.seconds)
+        loop, turn = baseline(), Turn(server, args.clients, args.steps, args.seconds)
         turns.append(turn)
         ratios.append((turn.rate / loop, turn.rate / loop / (1 - turn.clients / args.cores)))
         both = f"loop {loop:.2f} images/s, HTTP {turn.rate:.2f}: {ratios[-1][0]:.3f}"
@@ -123,17 +123,17 @@ def compare_rates(server: ServerProcess, naive: Callable[[], float], args: argpa
     p99, all_of_them = (1e3 * min(b for b, count in below.items() if count >= part * most) for part in (0.99, 1))
     longest = 1e3 * max(turn.longest for turn in turns)
     print(f"event loop: of {most:.0f} pauses 99 % at most {p99:g} ms and all at most {all_of_them:g} ms")
-    print(f"event loop: longest pause of any minute {longest:.1f} ms, turns of the naive loop among them")
+    print(f"event loop: longest pause of any minute {longest:.1f} ms, turns of the baseline loop among them")
 
 
-def compare_steps(server: ServerProcess, naive: Callable[[], float], args: argparse.Namespace) -> None:
-    """Prints a step's duration under each load, and in the naive loop."""
+def compare_steps(server: ServerProcess, baseline: Callable[[], float], args: argparse.Namespace) -> None:
+    """Prints a step's duration under each load, and in the baseline loop."""
     loops: list[float] = []
     steps: dict[str, list[float]] = {name: [] for name in LOADS}
     totals: dict[str, list[tuple[float, ...]]] = {name: [] for name in LOADS}
-    naive()
+    baseline()
     for _ in range(args.rounds):
-        loops.append(ROWS / naive() / args.steps)
+        loops.append(ROWS / baseline() / args.steps)
         for name, (body, accept) in LOADS.items():
             with load(server, args.clients, body, accept):
                 first = last = server.client.get("/metrics").text
@@ -149,7 +149,7 @@ def compare_steps(server: ServerProcess, naive: Callable[[], float], args: argpa
             totals[name].append((*(grown(each, first, last) for each in names), took))
     base = statistics.median(loops)
     how = f"{args.precision}, {args.threads} threads, {args.clients} clients"
-    print(f"{how}; the naive loop: {1e3 * base:.2f} ms a step")
+    print(f"{how}; the baseline loop: {1e3 * base:.2f} ms a step")
     for name in LOADS:
         rows, count, encoded, took = (sum(column) for column in zip(*totals[name], strict=True))
         took_by_step = statistics.median(steps[name])
@@ -177,7 +177,7 @@ def main() -> None:
     schedule = make_schedule(loaded.diffusion, "ddim", args.steps)
     shape = loaded.config.unet.image_shape
 
-    def naive() -> float:
+    def baseline() -> float:
         """Images a second."""
         count, started = 0, time.perf_counter()
         while time.perf_counter() - started < args.seconds:
@@ -187,7 +187,7 @@ def main() -> None:
 
     argv = ["--checkpoint", "mnist", "--max-batch-size", str(ROWS), "--threads", str(args.threads)]
     with ServerProcess("app", *argv, fresh=True) as server:
-        (compare_steps if args.pngs else compare_rates)(server, naive, args)
+        (compare_steps if args.pngs else compare_rates)(server, baseline, args)
 
 
 if __name__ == "__main__":

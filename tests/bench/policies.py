@@ -260,18 +260,21 @@ def step_options(doc: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--threads", type=int, default=2)
     add("--seconds", type=float, default=10.0, help="for the step times")
-    add("--step_ms", help="step times instead of measuring them: of 1, 2, … images, or IMAGES:TIME,… and even between")
+    add(
+        "--simulated-step-ms",
+        help="step times instead of measuring them: of 1, 2, … images, or IMAGES:TIME,… and even between",
+    )
     add("--out", type=Path, default=Path("build"), help="folder that gets the page (default: build)")
     return parser
 
 
 def steps_of(args: argparse.Namespace, most: int) -> tuple[list[float], str]:
     """Seconds of a step with 0 … `most` images, as given or measured; and the same in words."""
-    if args.step_ms:
-        told = [pair.rpartition(":")[::2] for pair in args.step_ms.split(",")]
+    if args.simulated_step_ms:
+        told = [pair.rpartition(":")[::2] for pair in args.simulated_step_ms.split(",")]
         images = [int(number or place) for place, (number, _) in enumerate(told, 1)]
         if images[-1] < most:
-            raise SystemExit(f"--step_ms ends at {images[-1]} images; {most} are needed")
+            raise SystemExit(f"--simulated-step-ms ends at {images[-1]} images; {most} are needed")
         times_ms = np.interp(range(most + 1), [0, *images], [0.0, *(float(ms) for _, ms in told)])
         step_s = [float(ms) / 1e3 for ms in times_ms]
     else:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.runner [--rounds N] [--threads N] [--nets mnist,cifar] [--batches 1,4,16]
 
-Contenders take turns within a round, so that a disturbance of the machine hits them alike; the table has medians of
+Candidates take turns within a round, so that a disturbance of the machine hits them alike; the table has medians of
 milliseconds per call, and ratios over diffusers in fp32 and in the same precision. With one thread it counts that
 thread's processor time, which on a busy machine is the better measure. Not a test: pytest does not collect it.
 """
@@ -47,7 +47,7 @@ def theirs(config: UNetConfig) -> torch.nn.Module:
     return network
 
 
-def contenders(ours: UNet, diffusers: torch.nn.Module, rows: int) -> dict[str, Callable[[], object]]:
+def candidates(ours: UNet, diffusers: torch.nn.Module, rows: int) -> dict[str, Callable[[], object]]:
     c = ours.config
     x, t = torch.randn(rows, *c.image_shape), torch.full((rows,), 500)
     y = None if c.num_classes is None else torch.zeros(rows, dtype=torch.long)
@@ -95,7 +95,7 @@ def main() -> None:
         if name not in args.nets.split(","):
             continue
         for rows in map(int, args.batches.split(",")):
-            times = measure(contenders(ours, diffusers, rows), args.rounds)
+            times = measure(candidates(ours, diffusers, rows), args.rounds)
             medians = {who: statistics.median(values) for who, values in times.items()}
             print(
                 f"\n{name}, batch {rows}: median ms (least), over diffusers fp32, over diffusers in the same precision"

@@ -102,9 +102,9 @@ def main(argv: list[str]) -> None:
     base = networks.ours(networks.CONFIGS[args.network], device).eval()
     makers = {who: partial(maker, args.batch_size) for who, maker in RUNS.items()}
     command = shlex.join(["python", "-m", "tests.bench.sampling", *argv])
-    contenders = networks.contenders(args.contenders, base, makers, OPTIONS)
+    candidates = networks.candidates(args.candidates, base, makers, OPTIONS)
     timing.report(
-        command, contenders, args, warmup=1, flops=STEPS * networks.flops(base, args.batch_size, backward=False)
+        command, candidates, args, warmup=1, flops=STEPS * networks.flops(base, args.batch_size, backward=False)
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from tests.bench import gpu
 
 
-def test_a_timed_turn_begins_where_its_contender_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timed_turn_begins_where_its_candidate_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 1,024 rows two steppers push each other out of the slots, and that is not what is to be timed."""
     called: list[str] = []
     monkeypatch.setattr(gpu, "seconds", lambda run, device, repeat: (called.append("timed"), run(), 0.05)[2])

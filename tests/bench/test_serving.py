@@ -24,11 +24,11 @@ from model.images import to_uint8
 from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.bench.policies import POLICIES, InOrder, replay
-from tests.bench.serving import generator, numbers, report, steady, workloads
+from tests.bench.serving import fixed_latency, generator, numbers, report, workloads
 from tests.bench.serving.backend import Backend
-from tests.bench.serving.contenders import CONTENDERS
 from tests.bench.serving.phases import Course, Plan
 from tests.bench.serving.server import MARK, kill
+from tests.bench.serving.servers import SERVERS
 from tests.bench.serving.settings import Settings
 from tests.bench.serving.workloads import Arrival
 
@@ -127,7 +127,7 @@ def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_
     """Three rounds of ours at 1, 2 and 9 s, of a peer at 4 s; the loop that they are compared with ran as fast as it
     was told before, twice as fast, and half as fast."""
     plan = Plan({"capacity": 100.0, "alone_s": {"1x10": 0.5, "1x20": 1, "1x50": 1, "1x200": 1, "16x20": 1}}, seconds=9)
-    naive = plan.naive | {"step_s": {"1": 0.01}, "knee": 1, "precision": "bf16", "checkpoint": "0" * 64}
+    baseline = plan.baseline | {"step_s": {"1": 0.01}, "knee": 1, "precision": "bf16", "checkpoint": "0" * 64}
     traces = {name: trace for name, trace in plan.traces.items() if name.startswith(("mixed", "overload"))}
     workloads.save(plan.traces, tmp_path / "traces.json")
 
@@ -140,7 +140,7 @@ def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_
         for seconds, pace in ((9.0, 100.0), (1.0, 200.0), (2.0, 50.0))
     ]
     results = {
-        "naive": naive | {"processor": "any", "torch": "any"},
+        "baseline": baseline | {"processor": "any", "torch": "any"},
         "circumstances": {"date": "", "threads": 1, "cores": 1, "seconds": 9, "deadline_s": 10, "overload_s": 30},
         "settings": {"mosec": [8, 5.0]},
         "rounds": rounds,
@@ -149,7 +149,7 @@ def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_
     text = (tmp_path / "README.md").read_text()
     assert "| mixed steps: median latency | 0.5 (0.25–2.25) | ≤ 0.5 | met | mosec |" in text
     assert "| mixed steps: p95 latency | 0.5 (0.25–2.25) | ≤ 1 | met | mosec |" in text
-    assert "| images/s through HTTP, saturated, of naive | 0.9 (0.45–1.8) | ≥ 0.95 | **not met** |  |" in text
+    assert "| images/s through HTTP, saturated, of the baseline | 0.9 (0.45–1.8) | ≥ 0.95 | **not met** |  |" in text
     assert "from\n  50 to 200" in text
     count = 3 * len(traces["mixed steps"])
     assert f"| 2000 | 2000 | 2000 | 2 | 4 | 0 of {count} |" in text
@@ -158,15 +158,18 @@ def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_
     assert "| LitServe" not in text, "it had no turn"
     assert "## Overload" in text
     assert "## Bursts" not in text, "nobody was asked for them"
-    assert "A steady machine" not in text
-    results["circumstances"] |= {"step_ms": [[1, 20], [8, 47.5]], "command": "python -m it --step_ms 1:20,8:47.5"}
+    assert "Fixed latency" not in text
+    results["circumstances"] |= {
+        "step_ms": [[1, 20], [8, 47.5]],
+        "command": "python -m it --simulated-step-ms 1:20,8:47.5",
+    }
     for turns, calls in zip(rounds, ([100, 5, 0.5, 10.0], [200, 0, 0.0, 20.0], [100, 15, 1.0, 10.0]), strict=True):
         turns["ours"]["calls"] = calls
     report.write(results, {}, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "`python -m it --step_ms 1:20,8:47.5` made this page" in text
-    assert "1: 20, 8: 47.5.\n  Of 400 calls of contenders 5.00% took longer" in text
-    assert "which made them 3.75%\n  longer in all, and for the contender that fared worst in a round 10.00%" in text
+    assert "`python -m it --simulated-step-ms 1:20,8:47.5` made this page" in text
+    assert "1: 20, 8: 47.5.\n  Of 400 calls of servers 5.00% took longer" in text
+    assert "which made them 3.75%\n  longer in all, and for the candidate that fared worst in a round 10.00%" in text
     assert (tmp_path / "latency.png").stat().st_size > 10_000
 
 
@@ -176,7 +179,7 @@ def test_only_the_workloads_that_were_asked_for_are_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(Course, "go", lambda self, told, tasks: went.append((told.queue, len(tasks))))
     told = Settings(0, "mnist", 1, rows=2, batch=4, wait_ms=0, queue=1000, deadline_s=600, counter="")
     plan = Plan({"capacity": 100.0, "alone_s": {"1x20": 1.0}}, seconds=9)
-    course = Course(CONTENDERS["ours"], sys.executable, told, plan, print)
+    course = Course(SERVERS["ours"], sys.executable, told, plan, print)
     course.run(False, ["mixed n", "backlog uniform"])
     course.run(False, ["mixed n", "overload 2", "cancels"])
     course.run(False)
@@ -191,26 +194,26 @@ def test_a_held_network_takes_the_time_that_it_is_told_and_counts_what_it_overra
         return 2 * x
 
     settings = {"rows": 2, "batch": 4, "wait_ms": 0, "queue": 4, "deadline_s": 1, "counter": str(tmp_path / "counter")}
-    told = Settings(0, "mnist", 1, **settings, step_ms=steady.read("1:20,3:40"))  # type: ignore[arg-type]
-    held, x = steady.held(network, told), torch.ones(2, 1, 1, 1)
+    told = Settings(0, "mnist", 1, **settings, step_ms=fixed_latency.read("1:20,3:40"))  # type: ignore[arg-type]
+    held, x = fixed_latency.held(network, told), torch.ones(2, 1, 1, 1)
     started = time.perf_counter()
     assert torch.equal(held(x, x, None), 2 * x)
     assert time.perf_counter() - started >= 0.03, "evenly between"
     takes_s = 0.05
     held(x, x, None)
-    calls, late, lost, seconds = map(float, Path(steady.tally_of(told)).read_text().split())
+    calls, late, lost, seconds = map(float, Path(fixed_latency.tally_of(told)).read_text().split())
     assert (calls, late) == (2, 1)
     assert lost >= 0.02
     assert seconds == pytest.approx(0.06)
-    assert steady.held(network, Settings(0, "mnist", 1, **settings)) is network  # type: ignore[arg-type]
-    assert "app" in CONTENDERS["ours"].argv(Settings(0, "mnist", 1, **settings))  # type: ignore[arg-type]
-    assert "app" not in CONTENDERS["ours"].argv(told)
+    assert fixed_latency.held(network, Settings(0, "mnist", 1, **settings)) is network  # type: ignore[arg-type]
+    assert "app" in SERVERS["ours"].argv(Settings(0, "mnist", 1, **settings))  # type: ignore[arg-type]
+    assert "app" not in SERVERS["ours"].argv(told)
 
 
 @pytest.mark.parametrize("text", ["", "1", "1:2,1:2:3", "8:20,1:3", "1:0", "0:1", "1:x"])
 def test_times_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"ROWS:MS|convert"):
-        steady.read(text)
+        fixed_latency.read(text)
 
 
 @pytest.mark.slow
@@ -285,10 +288,10 @@ def alive(process: int) -> bool:
 
 def test_our_own_requests_carry_the_clients_deadline_and_the_peers_do_not() -> None:
     arrival = Arrival(0, 2, 20, 7, 3)
-    assert '"timeout_s": 2.5' in CONTENDERS["ours"].request(arrival, timeout_s=2.5)
-    for contender in CONTENDERS.values():
-        text = contender.request(arrival, timeout_s=2.5)
+    assert '"timeout_s": 2.5' in SERVERS["ours"].request(arrival, timeout_s=2.5)
+    for candidate in SERVERS.values():
+        text = candidate.request(arrival, timeout_s=2.5)
         head, _, body = text.partition("\r\n\r\n")
         assert f"Content-Length: {len(body)}" in head
         assert '"steps": 20' in body
-        assert ("timeout_s" in body) == contender.ours
+        assert ("timeout_s" in body) == candidate.ours

@@ -139,9 +139,9 @@ def main(argv: list[str]) -> None:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     makers = {who: partial(maker, images, args.batch_size) for who, maker in STEPS.items()}
     command = shlex.join(["python", "-m", "tests.bench.training_step", *argv])
-    contenders = networks.contenders(args.contenders, base, makers, OPTIONS)
+    candidates = networks.candidates(args.candidates, base, makers, OPTIONS)
     timing.report(
-        command, contenders, args, warmup=args.warmup, flops=networks.flops(base, args.batch_size, backward=True)
+        command, candidates, args, warmup=args.warmup, flops=networks.flops(base, args.batch_size, backward=True)
     )
 
 

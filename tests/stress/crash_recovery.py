@@ -45,11 +45,11 @@ def run_crashes(checkpoint: Path) -> Findings:
         findings.numbers[f"{name}: exit code, seconds until everyone knew, seconds of the start before"] = (
             f"{code}, {seconds:.1f}, {ready:.1f}"
         )
-        _judge(name, code, seen, server, findings)
+        _check(name, code, seen, server, findings)
     return findings
 
 
-def _judge(name: str, code: int, seen: Counter[str], server: ServerProcess, findings: Findings) -> None:
+def _check(name: str, code: int, seen: Counter[str], server: ServerProcess, findings: Findings) -> None:
     expected = -9 if name == KILL else 0 if name in DRAINS else 1
     if code != expected:
         findings.wrong.append(f"{name}: exit code {code}")

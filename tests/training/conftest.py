@@ -154,26 +154,26 @@ def pictures(image_folder: ImageFolder, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def save_judge(tmp_path: Path) -> Callable[..., str]:
+def save_extractor(tmp_path: Path) -> Callable[..., str]:
     """Writes a classifier of 8 × 8 images that knows nothing."""
 
     def save(names: tuple[str, ...] = ("cat", "dog", "emu"), channels: int = 1) -> str:
         torch.manual_seed(0)
         network = Classifier(ClassifierConfig(channels, (8, 8), len(names), width=3)).eval()
         feature_extractor.save(
-            tmp_path / "judge.safetensors", network, names, {"accuracy": 0.625, "dataset": "pictures"}
+            tmp_path / "extractor.safetensors", network, names, {"accuracy": 0.625, "dataset": "pictures"}
         )
-        return str(tmp_path / "judge.safetensors")
+        return str(tmp_path / "extractor.safetensors")
 
     return save
 
 
 @pytest.fixture
 def evaluation(
-    pictures: Path, tmp_path: Path, save_checkpoint: Callable[..., str], save_judge: Callable[..., str]
+    pictures: Path, tmp_path: Path, save_checkpoint: Callable[..., str], save_extractor: Callable[..., str]
 ) -> list[str]:
     """The words of an evaluation of some milliseconds: 12 images, two steps each, by fives."""
-    words = ["--checkpoint", save_checkpoint(), "--features", save_judge(), "--dataset", str(pictures)]
+    words = ["--checkpoint", save_checkpoint(), "--features", save_extractor(), "--dataset", str(pictures)]
     return [*words, "--out", str(tmp_path / "result.json"), "--num_images", "12", "--batch_size", "5"]
 
 

@@ -26,7 +26,7 @@ def network() -> Classifier:
 
 @pytest.fixture
 def saved(network: Classifier, tmp_path: Path) -> Path:
-    path = tmp_path / "judge.safetensors"
+    path = tmp_path / "extractor.safetensors"
     feature_extractor.save(path, network, ("cat", "dög"), PROVENANCE)
     return path
 
@@ -37,7 +37,7 @@ def images(n: int = 5) -> Tensor:
 
 def test_the_file_brings_back_everything(network: Classifier, saved: Path) -> None:
     loaded = feature_extractor.load(saved)
-    assert (loaded.name, loaded.class_names, loaded.accuracy) == ("judge", ("cat", "dög"), 0.75)
+    assert (loaded.name, loaded.class_names, loaded.accuracy) == ("extractor", ("cat", "dög"), 0.75)
     assert loaded.provenance == PROVENANCE
     assert not loaded.network.training
     for mine, theirs in zip(network.extract(images()), loaded.network.extract(images()), strict=True):
@@ -45,7 +45,7 @@ def test_the_file_brings_back_everything(network: Classifier, saved: Path) -> No
     again = saved.with_name("again.safetensors")
     feature_extractor.save(again, loaded.network, loaded.class_names, loaded.provenance)
     assert feature_extractor.load(again).sha256 == loaded.sha256
-    assert sorted(p.name for p in saved.parent.iterdir()) == ["again.safetensors", "judge.safetensors"]
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["again.safetensors", "extractor.safetensors"]
 
 
 def test_features_are_what_the_logits_are_made_of(network: Classifier) -> None:
@@ -56,7 +56,7 @@ def test_features_are_what_the_logits_are_made_of(network: Classifier) -> None:
     torch.testing.assert_close(logits, network(images().float() / 127.5 - 1))
 
 
-def test_an_image_is_judged_the_same_in_any_company(network: Classifier) -> None:
+def test_features_do_not_depend_on_the_batch(network: Classifier) -> None:
     torch.testing.assert_close(network.extract(images())[0][:2], network.extract(images()[:2])[0])
 
 
@@ -205,11 +205,11 @@ def test_a_command_trains_tests_and_saves(
     mode: str, image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = image_folder(classes=("cat", "dog", "emu"), count=40, mode=mode)
-    words = ["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "12"]
+    words = ["--dataset", str(folder), "--out", str(tmp_path / "extractor.safetensors"), "--epochs", "12"]
     words += ["--batch_size", "19", "--width", "4", "--flip", "--device", "cpu"]
     assert train.main(words) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    loaded = feature_extractor.load(tmp_path / "judge.safetensors")
+    loaded = feature_extractor.load(tmp_path / "extractor.safetensors")
     assert printed.pop("parameters") == sum(p.numel() for p in loaded.network.parameters())
     assert printed == loaded.provenance
     assert loaded.accuracy == 1
@@ -221,10 +221,19 @@ def test_a_command_trains_tests_and_saves(
 def test_photos_of_different_sizes_are_brought_to_one(image_folder: ImageFolder, tmp_path: Path) -> None:
     image_folder(classes=("cat",), size=(8, 12))
     folder = image_folder(classes=("dog",), size=(20, 14))
-    words = ["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "1", "--width", "4"]
+    words = [
+        "--dataset",
+        str(folder),
+        "--out",
+        str(tmp_path / "extractor.safetensors"),
+        "--epochs",
+        "1",
+        "--width",
+        "4",
+    ]
     assert train.main([*words, "--batch_size", "14", "--device", "cpu"]) == 2
     assert train.main([*words, "--batch_size", "14", "--device", "cpu", "--image_size", "9,7"]) == 0
-    assert feature_extractor.load(tmp_path / "judge.safetensors").network.config.image_size == (9, 7)
+    assert feature_extractor.load(tmp_path / "extractor.safetensors").network.config.image_size == (9, 7)
     with pytest.raises(SystemExit):
         train.main([*words, "--image_size", "9"])
 
@@ -235,9 +244,16 @@ def test_accuracy_is_that_of_the_held_out_images(
     """The test split's names are exchanged: who is right on the train split is wrong on every one of them."""
     image_folder("pictures/train", classes=("cat", "dog"), count=30)
     image_folder("pictures/test", classes=("dog", "cat"), count=6)
-    words = ["--dataset", str(tmp_path / "pictures"), "--out", str(tmp_path / "judge.safetensors"), "--epochs", "12"]
+    words = [
+        "--dataset",
+        str(tmp_path / "pictures"),
+        "--out",
+        str(tmp_path / "extractor.safetensors"),
+        "--epochs",
+        "12",
+    ]
     assert train.main([*words, "--batch_size", "15", "--width", "4", "--device", "cpu"]) == 0
-    assert feature_extractor.load(tmp_path / "judge.safetensors").accuracy == 0
+    assert feature_extractor.load(tmp_path / "extractor.safetensors").accuracy == 0
 
 
 def test_the_seed_decides(image_folder: ImageFolder, tmp_path: Path) -> None:
@@ -268,21 +284,21 @@ def test_the_seed_decides(image_folder: ImageFolder, tmp_path: Path) -> None:
 def test_what_cannot_be_is_said(
     words: list[str], why: str, image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--dataset", str(image_folder()), "--out", str(tmp_path / "judge.safetensors"), *words]
+    argv = ["--dataset", str(image_folder()), "--out", str(tmp_path / "extractor.safetensors"), *words]
     try:
         code = train.main(argv)
     except SystemExit as error:
         code = error.code
     assert code == 2
     assert why in capsys.readouterr().err
-    assert not (tmp_path / "judge.safetensors").exists()
+    assert not (tmp_path / "extractor.safetensors").exists()
 
 
 def test_images_without_classes_are_refused(
     image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = image_folder(classes=(".",), count=40)
-    assert train.main(["--dataset", str(folder), "--out", str(tmp_path / "judge.safetensors")]) == 2
+    assert train.main(["--dataset", str(folder), "--out", str(tmp_path / "extractor.safetensors")]) == 2
     assert "class of every image" in capsys.readouterr().err
 
 
@@ -329,7 +345,7 @@ def test_every_image_is_mirrored_in_every_second_pass(
 
     monkeypatch.setattr(train, "augmented", spy)
     words = ["--dataset", str(image_folder(count=16)), "--epochs", "2", "--batch_size", "31", "--width", "4"]
-    words += ["--out", str(tmp_path / "judge.safetensors"), "--device", "cpu"]
+    words += ["--out", str(tmp_path / "extractor.safetensors"), "--device", "cpu"]
     assert train.main(words) == 0
     assert not torch.cat([mirrored for _, mirrored in seen]).any()
     seen.clear()

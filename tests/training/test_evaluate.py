@@ -57,7 +57,7 @@ def test_the_result_is_complete(
     ratio = result["generated"]["frechet_distance"] / result["test"]["frechet_distance"]
     assert result["frechet_ratio"] == pytest.approx(ratio)
     printed = capsys.readouterr().out
-    assert "judge (accuracy 62.50%)" in printed
+    assert "extractor (accuracy 62.50%)" in printed
     assert f"{result['test']['frechet_distance']:.4g}" in printed
 
 
@@ -255,15 +255,15 @@ def test_what_cannot_be_is_said(
 @pytest.mark.parametrize(
     ("names", "channels", "why"), [(("cat", "dog", "eel"), 1, "classes cat, dog, emu"), (NAMES, 3, "(1, 8, 8)")]
 )
-def test_a_judge_of_other_images_is_refused(
+def test_an_extractor_of_other_images_is_refused(
     names: tuple[str, ...],
     channels: int,
     why: str,
     evaluation: list[str],
-    save_judge: Callable[..., str],
+    save_extractor: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save_judge(names, channels)
+    save_extractor(names, channels)
     assert evaluate.main(evaluation) == 2
     assert why in capsys.readouterr().err
 
@@ -295,7 +295,7 @@ def test_guidance_needs_a_null_class(
     assert "no null class" in capsys.readouterr().err
 
 
-def test_bytes_are_judged_as_the_service_sends_them() -> None:
+def test_features_are_of_the_bytes_that_clients_get() -> None:
     x = torch.linspace(-1.5, 1.5, 64).reshape(1, 1, 8, 8)
     network = Classifier(ClassifierConfig(1, (8, 8), 2, width=3)).eval()
     torch.testing.assert_close(network.extract(to_uint8(x))[1], network(from_uint8(to_uint8(x))))

@@ -20,11 +20,12 @@ from training import train as module
 from training.data import Images
 from training.data.batches import Batches
 from training.loop.distributed import DistributedContext
-from training.loop.optimizer import step
+from training.loop.optimizer import learning_rate, step
 from training.loop.validation import chosen, validation_loss
 from training.run.config import TrainConfig
 from training.run.git import git_revision
-from training.train import learning_rate, main, single_channel_groups, train
+from training.run.norm_groups import single_channel_groups
+from training.train import main, train
 
 pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).parents[2]
@@ -124,8 +125,9 @@ def test_what_is_validated_and_shown_is_the_average_in_eval_mode(
     _, held_out = data.load(config.dataset)
     assert (len(held_out), precision) == (1, "bf16")
     assert (images.images == held_out.images).all()
-    _, settings, indices, classes = told["sequence"]
-    assert (settings, list(indices), list(classes)) == (config.sampling(), [0, 1], [0, 1])  # an image of either class
+    schedule, indices, classes = told["sequence"]
+    assert (schedule.sampler, len(schedule)) == (config.sampling().sampler, config.sampling().steps)
+    assert (list(indices), list(classes)) == ([0, 1], [0, 1])  # an image of either class
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A small convolutional network that tells classes apart: quick to train, and the judge of `training.evaluate`.
+"""A small convolutional network that tells classes apart: quick to train, the extractor of `training.evaluate`.
 
 Whitened patches, then three groups of convolutions with max pooling (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on
 a single GPU", after Page's ResNet-9).

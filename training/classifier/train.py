@@ -28,14 +28,15 @@ from model.nn.ema import EMA
 from training import data
 from training.classifier.network import Classifier, ClassifierConfig
 from training.cli import command
-from training.cli.options import Parser, expanded, integers, one_of, written
+from training.cli.options import Parser, choice_option, expanded, format_value, integers
+from training.console import exit_code
 from training.data import DataError, Images
 from training.evaluation import feature_extractor
 from training.memory import memory_for
 from training.run.config import torch_device
 
 WHITENING_IMAGES = 5000  # images whose patches make the stem
-HEAD = 9  # the last layer's answers are divided by it, which slows it down beside the others
+LOGIT_SCALE = 9  # the last layer's answers are divided by it, which slows it down beside the others
 RECALIBRATION_IMAGES = 10_000  # images that the norms' statistics are of
 
 
@@ -63,13 +64,13 @@ def parts(images: Images, size: int) -> list[Images]:
     return [images.select(which) for which in torch.arange(len(images), device=images.images.device).split(size)]
 
 
-def spread(images: Tensor, count: int) -> Tensor:
+def subsample(images: Tensor, count: int) -> Tensor:
     """At most `count` of them, from everywhere, since a folder is sorted by class, and in any order."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:count].to(images.device)]
 
 
-class Progress:
+class ClassifierState:
     """A network on its way, and what a killed training goes on with: one file, written after each pass."""
 
     def __init__(self, args: argparse.Namespace, training_set: Images, device: torch.device) -> None:
@@ -77,7 +78,7 @@ class Progress:
         torch.manual_seed(args.seed)
         config = ClassifierConfig(c, (h, w), len(training_set.class_names), args.width, args.depth)
         self.network = Classifier(config)
-        self.network.whiten(spread(training_set.images, WHITENING_IMAGES).cpu())
+        self.network.whiten(subsample(training_set.images, WHITENING_IMAGES).cpu())
         self.network.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.network, args)
         self.ema = EMA(self.network, 1 - 1 / max(2, args.epochs * (len(training_set) // args.batch_size) // 15))
@@ -139,7 +140,7 @@ def train(args: argparse.Namespace, training_set: Images, device: torch.device, 
     statistics of clean images.
     """
     assert training_set.labels is not None
-    now, n = Progress(args, training_set, device), len(training_set)
+    now, n = ClassifierState(args, training_set, device), len(training_set)
     now.load(kept)
     network, per_epoch = now.network.train(), n // args.batch_size
     precision = best_precision(device) if args.precision == "auto" else args.precision
@@ -155,7 +156,7 @@ def train(args: argparse.Namespace, training_set: Images, device: torch.device, 
                 mirrored = turned[which] ^ bool(epoch % 2) if args.flip else torch.zeros_like(turned[which])
                 x = augmented(from_uint8(training_set.images[which]), args.shift, mirrored)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = network(x.contiguous(memory_format=torch.channels_last)) / HEAD
+                    logits = network(x.contiguous(memory_format=torch.channels_last)) / LOGIT_SCALE
                 loss = F.cross_entropy(logits.float(), training_set.labels[which], label_smoothing=args.label_smoothing)
                 for group in now.optimizer.param_groups:
                     group["lr"] = group["peak"] * lr_schedule((epoch * per_epoch + i) / total)
@@ -169,8 +170,8 @@ def train(args: argparse.Namespace, training_set: Images, device: torch.device, 
             now.epoch = epoch + 1
             now.save(kept)
     network.load_state_dict(now.ema.weights)
-    network.head.weight.data.div_(HEAD)
-    recalibrate_batchnorm(network, spread(training_set.images, RECALIBRATION_IMAGES))
+    network.head.weight.data.div_(LOGIT_SCALE)
+    recalibrate_batchnorm(network, subsample(training_set.images, RECALIBRATION_IMAGES))
     return network.eval()
 
 
@@ -203,7 +204,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--depth", type=int, default=2, metavar="N", help="convolutions per group (default: 2)")
     add("--shift", type=int, default=2, metavar="N", help="move images at random by up to N pixels (default: 2)")
     add("--flip", action="store_true", help="mirror images at random (photos, not digits)")
-    add("--precision", default="auto", **one_of(("auto", "fp32", "bf16")), help="auto: bf16 where it is fast (default)")
+    add(
+        "--precision",
+        default="auto",
+        **choice_option(("auto", "fp32", "bf16")),
+        help="auto: bf16 where it is fast (default)",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     command.add_load_options(parser)
@@ -220,7 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be at least 0 and below 2^63, not {args.seed}")
     if args.image_size and (len(args.image_size) != 2 or min(args.image_size) < 1):
-        parser.error(f"--image_size is height,width, such as 32,48, not {written(args.image_size)}")
+        parser.error(f"--image_size is height,width, such as 32,48, not {format_value(args.image_size)}")
     parser.check_place("out", args.out)
     return args
 
@@ -254,13 +260,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    try:
+
+    def make() -> None:
         with memory_for("training a classifier", "give a smaller --image_size or --batch_size"):
             print(json.dumps(run(args, argv)))
-    except (ValueError, OSError) as error:
-        print(f"training.classifier: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training.classifier: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("training.classifier", make, "interrupted; the same command goes on")

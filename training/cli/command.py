@@ -7,7 +7,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import Field, fields, replace
 from typing import Any
 
-from training.cli.options import Parser, boolean, check_choice, expanded, integers, numbers, one_of, pairs, written
+from training.cli.options import (
+    Parser,
+    boolean,
+    check_choice,
+    choice_option,
+    expanded,
+    format_value,
+    integers,
+    numbers,
+    pairs,
+)
 from training.cli.presets import PRESETS
 from training.data.options import LoadOptions
 from training.data_record import NOTHING, DataChanges
@@ -24,7 +34,7 @@ def add_options(parser: Parser) -> None:
             group = parser.add_argument_group(headlines[f.name])
         text = f.metadata["help"].replace("%", "%%")
         if f.default not in ("", ()):
-            text += f" (default: {written(f.default)})"
+            text += f" (default: {format_value(f.default)})"
         group.add_argument(f"--{f.name}", **_settings(f), help=text)
 
 
@@ -42,8 +52,8 @@ def add_load_options(parser: Parser) -> None:
     names = {f.name for f in fields(LoadOptions)}
     for f in fields(TrainConfig):
         if f.name in names:
-            choices = one_of(f.metadata["choices"]) if f.metadata["choices"] else {}
-            text = f.metadata["help"] + (f" (default: {written(f.default)})" if f.default != "" else "")
+            choices = choice_option(f.metadata["choices"]) if f.metadata["choices"] else {}
+            text = f.metadata["help"] + (f" (default: {format_value(f.default)})" if f.default != "" else "")
             group.add_argument(f"--{f.name}", **_settings(f) | choices | {"default": f.default}, help=text)
 
 
@@ -122,7 +132,7 @@ def _preset(name: str, given: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig(**options | given)
     except ValueError as error:
-        words = " ".join(f"--{key} {written(value)}" for key, value in options.items() if key not in given)
+        words = " ".join(f"--{key} {format_value(value)}" for key, value in options.items() if key not in given)
         raise ValueError(f"{error} (--preset {name} says: {words})") from error
 
 

@@ -62,12 +62,12 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as these functions read it."""
     return ",".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value)
 
 
-def nearest(word: str, valid: Collection[str]) -> str | None:
+def closest_match(word: str, valid: Collection[str]) -> str | None:
     """What was probably meant: the same but for spelling, or its initials ("lr"), or the only one that begins so."""
     plain = word.lower().replace("-", "_")
     if close := difflib.get_close_matches(plain, valid, n=1, cutoff=0.7):
@@ -78,7 +78,7 @@ def nearest(word: str, valid: Collection[str]) -> str | None:
     return (initials or (begun if len(begun) == 1 else []) or close or [None])[0]
 
 
-def one_of(valid: Collection[str]) -> dict[str, Any]:
+def choice_option(valid: Collection[str]) -> dict[str, Any]:
     """Keywords of an option of argparse with these values; as its `choices`, but the error names the nearest."""
 
     def chosen(text: str) -> str:
@@ -96,7 +96,7 @@ def check_choice(option: str, value: str, valid: Collection[str]) -> None:
 
 
 def _not_one_of(value: str, valid: Collection[str]) -> str:
-    guess = nearest(str(value), valid)
+    guess = closest_match(str(value), valid)
     hint = f"; did you mean {guess}?" if guess else ""
     return f"must be one of {', '.join(valid)}, not {value!r}{hint}"
 
@@ -135,6 +135,6 @@ class Parser(argparse.ArgumentParser):
             self.error(f'unexpected {" ".join(unknown)!r}; a list is one word, such as 1,2,2 or "(1, 2, 2)"')
         name = word[2:].partition("=")[0].replace("-", "_")
         valid = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-        guess = name if name in valid else nearest(name, valid)
+        guess = name if name in valid else closest_match(name, valid)
         hint = f"; did you mean --{guess}?" if guess else ""
         self.error(f"there is no option {word.partition('=')[0]}{hint} (--help lists all)")

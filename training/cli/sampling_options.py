@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from model.checkpoint import Checkpoint
 from model.sampling.schedule import InvalidSamplingParams, SamplingParams, SamplingSchedule
-from training.cli.options import numbers, one_of
+from training.cli.options import choice_option, numbers
 
 OWN = "the checkpoint's"
 DEFAULTS = {"steps": f"{OWN}, or what suits another sampler"}
@@ -25,7 +25,7 @@ def add_sampling_options(parser: ArgumentParser) -> None:
     for setting in fields(SamplingParams):
         description, choices = setting.metadata["description"], setting.metadata["choices"]
         words = f"{description} (default: {DEFAULTS.get(setting.name, OWN)})".lstrip().replace("%", "%%")
-        arguments = one_of(choices) if choices else ARGUMENTS[types[setting.name]]
+        arguments = choice_option(choices) if choices else ARGUMENTS[types[setting.name]]
         parser.add_argument(f"--{setting.name}", **arguments, help=words)
 
 

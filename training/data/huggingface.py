@@ -16,7 +16,7 @@ from training.data.options import LoadOptions
 from training.data.picture import Encoded
 from training.data.splits import Split
 
-NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+DATASET_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TIMEOUT_S = 10.0  # for the hub's first answer
 PICTURE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture")
 
@@ -27,7 +27,7 @@ def hugging_face(dataset: str, path: Path, options: LoadOptions, say: Say) -> di
     """The splits of a folder with parquet files and the like, or of a name on the hub."""
     if path.is_file():
         raise DataError(f"{dataset!r} is a file; a data set is a folder, or a name on the Hugging Face hub")
-    if not path.exists() and not NAME.fullmatch(dataset):
+    if not path.exists() and not DATASET_NAME.fullmatch(dataset):
         raise DataError(f"there is no folder {dataset!r}{_near(path)}")
     is_folder = path.exists()
     is_offline = not is_folder and not _reach(dataset, path)

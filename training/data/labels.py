@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from training.cli.options import nearest
+from training.cli.options import closest_match
 from training.data.images import DataError
 
 COLUMNS = {"label", "labels", "class", "classes", "class_label", "class_name", "category", "cls", "target"}
@@ -82,7 +82,7 @@ def column_of_labels(columns: Sequence[str], classes: Sequence[str], asked: str,
     if asked:
         if asked in columns:
             return asked
-        guess = nearest(asked, columns)
+        guess = closest_match(asked, columns)
         hint = f" (did you mean {guess}?)" if guess else ""
         raise DataError(f"{table} has no column {asked!r}{hint}, only {', '.join(columns)}")
     found = [column for column in columns if column in classes or column.casefold() in COLUMNS]

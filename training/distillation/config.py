@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from training.cli.options import check_choice, expanded, printable, written
+from training.cli.options import check_choice, expanded, format_value, printable
 
 METHODS = ("end_to_end", "sfd", "guidance")
 LARGEST_STEPS = 8
@@ -114,7 +114,7 @@ class DistillConfig:
             value = getattr(self, f.name)
             is_needed = f.name in ("teacher", "steps") or value != f.default
             if is_needed and f.name not in ("log_dir", "run_name", "device"):
-                words += [f"--{f.name}", written(value)]
+                words += [f"--{f.name}", format_value(value)]
         return shlex.join(words)
 
 

@@ -25,14 +25,13 @@ from training.distillation.student import Batch, easiest_points, student_table, 
 from training.distillation.trajectories import AT_ONCE, Trajectories
 from training.loop.distributed import DistributedContext
 from training.loop.loss_meter import LossMeter
-from training.loop.optimizer import load_state, step
+from training.loop.optimizer import learning_rate, load_state, step
 from training.loop.validation import finite
 from training.memory import memory_for
 from training.run.git import git_revision, machine
-from training.run.image_io import sample_grid, sequence
+from training.run.image_io import NUM_PREVIEW, sample_grid, sequence
 from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
-from training.train import SHOWN, learning_rate
 
 HELD_OUT = 64  # trajectories at the beginning of the file, by which students are compared
 ALONE = DistributedContext()
@@ -192,8 +191,8 @@ class DistillTrainer:
         is_best, self.best = judged < self.best, min(self.best, judged)
         self.run.save(self.iteration, self.ema.weights, self._checkpoint_config(distance), self.state_dict(), is_best)
         schedule, classes = self.lesson.schedule, network.config.num_classes
-        labels = None if classes is None else range(min(SHOWN, classes))
-        frames = sequence(network, schedule, labels or range(SHOWN), labels)
+        labels = None if classes is None else range(min(NUM_PREVIEW, classes))
+        frames = sequence(network, schedule, labels or range(NUM_PREVIEW), labels)
         self.run.save_pictures(self.iteration, sample_grid(network, schedule), frames)
         self._started, self._since = time.perf_counter(), 0
 

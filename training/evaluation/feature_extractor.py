@@ -1,4 +1,4 @@
-"""The judge of `training.evaluate`: a small network that tells classes apart, and its file.
+"""The feature extractor of `training.evaluate`: a small network that tells classes apart, and its file.
 
 Its penultimate layer gives the features in which images are compared, its answer says whether a sample shows what was
 asked for. `python -m training.classifier` trains one.

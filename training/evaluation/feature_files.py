@@ -17,7 +17,7 @@ from model.atomic_write import atomic_write
 from training.data import Images
 from training.evaluation.feature_extractor import FeatureExtractor
 
-AT_ONCE = 500  # real images that the judge sees together
+BATCH_SIZE = 500  # real images in one call of the extractor
 
 
 class FeatureFile:
@@ -63,10 +63,10 @@ class FeatureFile:
 
 
 def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
-    """What the judge says of every image of a split: features and logits, float32 [N, F + K] on the CPU, in order.
+    """What the extractor makes of every image of a split: features and logits, float32 [N, F + K] on the CPU, in order.
 
-    It is kept in a file beside the judge's, one for each split: F + K numbers of four bytes for an image. Other images
-    have another file; another judge of that name, or device, or torch, writes over it. Where it cannot be written,
+    It is kept in a file beside the extractor's, one for each split: 4·(F + K) bytes for an image. Other images have
+    another file; another extractor of that name, or device, or torch, writes over it. Where it cannot be written,
     nothing is kept, and a line says so.
     """
     hashed = hashlib.sha256(str(tuple(images.images.shape)).encode())
@@ -75,7 +75,7 @@ def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
     path = extractor.path.with_name(f"{extractor.path.stem}-{digest[:12]}.real")
     shape = (len(images), extractor.size + len(extractor.class_names))
     key = {
-        "judge": extractor.sha256,
+        "extractor": extractor.sha256,
         "images": digest,
         "shape": shape,
         "torch": torch.__version__,
@@ -90,8 +90,8 @@ def real_features(extractor: FeatureExtractor, images: Images) -> Tensor:
                     return torch.from_numpy(kept.astype(np.float32, copy=False)).reshape(shape)
     except FileNotFoundError:
         pass
-    parts = images.images.split(AT_ONCE)
-    bar = tqdm(parts, desc="real images", unit_scale=AT_ONCE, unit="image", leave=False)
+    parts = images.images.split(BATCH_SIZE)
+    bar = tqdm(parts, desc="real images", unit_scale=BATCH_SIZE, unit="image", leave=False)
     rows = torch.cat([torch.cat(extractor.network.extract(part), dim=1).cpu() for part in bar])
     try:
         with atomic_write(path) as part:

@@ -21,9 +21,9 @@ from training.evaluation.metrics import balanced
 from training.run.image_io import enlarged, save_png
 
 NEAREST = 5  # of the train images, that a picture shows
-SHOWN = 16  # samples, of the picture
-SPARE = 8  # more candidates than are asked for, since they are found in float32
-AT_ONCE = 10_000  # train images that are compared together
+NUM_PREVIEW = 16  # samples, of the picture
+EXTRA_CANDIDATES = 8  # more candidates than are asked for, since they are found in float32
+BATCH_SIZE = 10_000  # train images that are compared together
 
 
 def nearest(queries: Tensor, points: Tensor, k: int = NEAREST) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,12 @@ def nearest(queries: Tensor, points: Tensor, k: int = NEAREST) -> tuple[Tensor, 
     centre = queries.mean(dim=0)
     found = torch.full((len(queries), 1), torch.inf, device=queries.device)
     which = torch.zeros_like(found, dtype=torch.long)
-    for start in range(0, len(points), AT_ONCE):
-        part = points[start : start + AT_ONCE].to(queries.device).float() - centre
+    for start in range(0, len(points), BATCH_SIZE):
+        part = points[start : start + BATCH_SIZE].to(queries.device).float() - centre
         squared = part.square().sum(dim=1) - 2 * (queries - centre) @ part.T  # |q|² is the same for all of a row
         index = torch.arange(start, start + len(part), device=queries.device).expand_as(squared)
         found, which = torch.cat([found, squared], dim=1), torch.cat([which, index], dim=1)
-        found, best = found.topk(min(k + SPARE, found.shape[1]), largest=False)
+        found, best = found.topk(min(k + EXTRA_CANDIDATES, found.shape[1]), largest=False)
         which = which.gather(1, best)
     which = which[:, : min(which.shape[1], len(points))]  # without the infinity of the beginning
     exact = torch.stack(
@@ -76,8 +76,9 @@ def compare(
 ) -> dict[str, Any]:
     """The nearest train images of `samples` uint8 [N, C, H, W], and of as many held-out images; writes the picture.
 
-    By pixels, as the root of the mean squared difference in grey levels from 0 to 255, and by the judge's features. The
-    picture has a row for each of the first samples: the sample, its nearest train images by pixels, those by features.
+    By pixels, as the root of the mean squared difference in grey levels from 0 to 255, and by the extractor's features.
+    The picture has a row for each of the first samples: the sample, its nearest train images by pixels, then by
+    features.
     """
     held_out, size = balanced(test_set, num_classes, len(samples)), samples[0].numel()
     features = torch.cat([extractor.network.extract(part)[0].cpu() for part in samples.split(500)])
@@ -87,12 +88,12 @@ def compare(
         "features": (features, real[1][held_out], real[0], 1.0),
     }
     result: dict[str, Any] = {"images": len(samples), "train_images": len(train_set)}
-    columns = [samples[:SHOWN, None]]
+    columns = [samples[:NUM_PREVIEW, None]]
     for name, (own, others, train, unit) in spaces.items():
         distances, which = nearest(own.to(extractor.device), train)
         theirs, _ = nearest(others.to(extractor.device), train, 1)
         result[name] = report(distances[:, 0] / unit, theirs[:, 0] / unit)
-        shown = train_set.images[which[:SHOWN]]
+        shown = train_set.images[which[:NUM_PREVIEW]]
         columns += [torch.full_like(shown[:, :1], 255), shown]
     rows = torch.cat(columns, dim=1)
     shape = rows.shape[2:]

@@ -1,4 +1,4 @@
-"""Samples against the train split, beside as many held-out images, in the eyes of a judge."""
+"""Samples against the train split, beside as many held-out images, in the features of an extractor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.evaluation.inception import Inception
 from training.evaluation.statistics import Moments
 
 NEIGHBOURS = 3  # the k of precision and recall
-PART = 10_000  # rows that go into the moments at once
+BATCH_SIZE = 10_000  # rows that go into the moments at once
 
 
 def balanced(images: Images, num_classes: int | None, num_images: int | None = None) -> Tensor:
@@ -60,7 +60,7 @@ def measure(
     n = min(len(rows), len(chosen), len(held_out))
     train, test = real_features(extractor, train_set)[chosen], real_features(extractor, test_set)[held_out[:n]]
     all_train = Moments(extractor.size)
-    for part in train.split(PART):
+    for part in train.split(BATCH_SIZE):
         all_train.add(part[:, : extractor.size])
     widths = [extractor.size, len(extractor.class_names)]
     near = train[:n, : extractor.size].to(extractor.device)

@@ -13,7 +13,7 @@ from model.nn.unet import UNet
 from training.data import Images
 
 VALIDATION_IMAGES = 1024  # a multiple of four
-AT_ONCE = 64
+BATCH_SIZE = 64
 
 
 def chosen(images: Images, device: torch.device) -> Images:
@@ -31,8 +31,8 @@ def validation_loss(network: UNet, diffusion: GaussianDiffusion, images: Images,
     t = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * diffusion.num_timesteps).long()
     t = t.clamp(max=diffusion.num_timesteps - 1)[torch.randperm(n, generator=generator)]
     losses: list[Tensor] = []
-    for start in range(0, n, AT_ONCE):
-        part = slice(start, start + AT_ONCE)
+    for start in range(0, n, BATCH_SIZE):
+        part = slice(start, start + BATCH_SIZE)
         some = images.select(which[part].to(device))
         x0, y = from_uint8(some.images), None if network.config.num_classes is None else some.labels
         noise = torch.randn(x0.shape, generator=generator).to(device)

@@ -17,7 +17,7 @@ from model.nn.config import CONDITIONINGS, UNetConfig
 from model.nn.ema import WIDEST
 from model.nn.layers import ACTIVATIONS, NORMS
 from model.sampling.schedule import SamplingParams, make_schedule
-from training.cli.options import check_choice, expanded, printable, written
+from training.cli.options import check_choice, expanded, format_value, printable
 from training.data.options import LABEL_SOURCES, LoadOptions
 from training.loop.lognormal import LOGNORMAL
 from training.loop.timestep_sampler import TIMESTEP_SAMPLERS
@@ -181,11 +181,13 @@ class TrainConfig:
             raise ValueError(f"--label_dropout must be at least 0 and below 1, not {self.label_dropout}")
         decays = self.ema_decay
         if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
-            raise ValueError(f"--ema_decay must be at least 0 and below 1, or several such, not {written(decays)!r}")
+            raise ValueError(
+                f"--ema_decay must be at least 0 and below 1, or several such, not {format_value(decays)!r}"
+            )
         powers = self.ema_power
         if len(set(powers)) < len(powers) or not all(0 < width <= WIDEST for width in powers):
             raise ValueError(
-                f"--ema_power must be above 0 and at most {WIDEST}, or several such, not {written(powers)!r}"
+                f"--ema_power must be above 0 and at most {WIDEST}, or several such, not {format_value(powers)!r}"
             )
         if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"--image_size is height,width, such as 32,48, not {self.image_size}")
@@ -228,7 +230,7 @@ class TrainConfig:
             raise ValueError("--attention_at and --attention_resolutions say the same in two ways: give one of them")
         if not self.attention_at and not all(0 <= i < len(self.channel_mults) for i in self.attention_resolutions):
             raise ValueError(
-                f"--attention_resolutions {written(self.attention_resolutions)} counts levels, 0 for the full size: "
+                f"--attention_resolutions {format_value(self.attention_resolutions)} counts levels from 0: "
                 f"with these --channel_mults they are 0 to {len(self.channel_mults) - 1} (--attention_at takes pixels)"
             )
         for name in ("project_name", "run_name"):  # a plot shows it, and W&B
@@ -289,7 +291,7 @@ class TrainConfig:
         if missing := [str(at) for at in self.attention_at if at not in sides]:
             raise ValueError(
                 f"--attention_at {','.join(missing)}: with these images and --channel_mults "
-                f"the levels' shorter sides are {written(tuple(sides))}"
+                f"the levels' shorter sides are {format_value(tuple(sides))}"
             )
         return tuple(i for i in levels if sides[i] in self.attention_at)
 
@@ -315,7 +317,7 @@ class TrainConfig:
             if value != f.default and f.name not in ("log_dir", "project_name", "run_name", "device"):
                 words.append(f"--{f.name}")
                 if value is not True:
-                    words.append(written(value))
+                    words.append(format_value(value))
         return shlex.join(words)
 
 

@@ -15,14 +15,14 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
-from model.convert.abarankab import import_original
+from model.convert.abarankab import import_abarankab
 from model.convert.importer import import_path, load_weights, recognise
 from model.convert.layout import Flags, UnsupportedCheckpointError, Weights
 from model.diffusion import DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from model.sampling.schedule import SamplingParams
-from training.cli.options import expanded, numbers, one_of, written
+from training.cli.options import choice_option, expanded, format_value, numbers
 from training.run.config import TrainConfig
 
 CliOverrides = Mapping[str, Any]
@@ -31,7 +31,7 @@ CliOverrides = Mapping[str, Any]
 
 def weights_option(what: str) -> dict[str, Any]:
     """Keywords of an option that names the weights to load: ema, raw, or one average of several by its name."""
-    plain = one_of(("ema", "raw"))
+    plain = choice_option(("ema", "raw"))
 
     def chosen(text: str) -> str:
         return text if re.fullmatch(r"(power-)?[0-9][0-9.e-]*", text) else str(plain["type"](text))
@@ -55,7 +55,7 @@ def is_original(path: Path) -> bool:
     return path.suffix in (".pth", ".pt") and not path.name.startswith("state-")
 
 
-def load_original(path: Path, told: CliOverrides) -> Original:
+def load_abarankab(path: Path, told: CliOverrides) -> Original:
     """What the file does not know, activation, dropout, loss, and instance from group norm, is as `told`.
 
     Raises UnsupportedCheckpointError with a sentence for other files.
@@ -63,7 +63,7 @@ def load_original(path: Path, told: CliOverrides) -> Original:
     try:
         state = load_weights(path)
         is_whole = any(str(key).endswith("betas") for key in state)  # not a network alone
-        if recognise(state) is not import_original or not is_whole:
+        if recognise(state) is not import_abarankab or not is_whole:
             raise UnsupportedCheckpointError(
                 "it is not the original's; python -m model.importers makes a checkpoint of it"
             )
@@ -88,7 +88,7 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
     """
     path = expanded(name)
     if path.is_file() and is_original(path):
-        return _of_original(path, weights, told, device)
+        return _of_abarankab(path, weights, told, device)
     if path.is_dir():
         if not (path / "best.safetensors").is_file():
             raise CheckpointError(f"{path} is a folder, but not that of a run that has saved a checkpoint")
@@ -110,10 +110,10 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
     return _of_state(state, served.config, index, device), f"ema of decay {decays[index]}"
 
 
-def _of_original(path: Path, weights: str, told: CliOverrides, device: torch.device) -> tuple[Checkpoint, str]:
+def _of_abarankab(path: Path, weights: str, told: CliOverrides, device: torch.device) -> tuple[Checkpoint, str]:
     if weights not in ("ema", "raw"):
         raise CheckpointError(f"{path} has no weights {weights!r}: it has ema and raw")
-    found = load_original(path, told)
+    found = load_abarankab(path, told)
     names = tuple(str(i) for i in range(found.unet.num_classes or 0))
     noted = {key: value for key, value in told.items() if key in ("ema_decay", "ema_update_rate")}
     steps = min(SamplingParams.steps, found.diffusion.num_timesteps)
@@ -164,7 +164,7 @@ def _of_command(config: CheckpointConfig, option: str) -> str | None:
         return None
     if f"--{option}" in words[:-1]:
         return words[words.index(f"--{option}") + 1]
-    return written(next(f.default for f in fields(TrainConfig) if f.name == option))
+    return format_value(next(f.default for f in fields(TrainConfig) if f.name == option))
 
 
 def known(config: CheckpointConfig) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def check(config: CheckpointConfig, told: CliOverrides, decays: tuple[float, ...
         raise ValueError(f"the checkpoint does not tell its {' and '.join(unknown)}: leave it out")
     wrong = [name for name, value in told.items() if not _same(name, value, has[name])]
     if wrong:
-        words = [f"--{name} {written(told[name])}, where it has {written(has[name])}" for name in wrong]
+        words = [f"--{name} {format_value(told[name])}, where it has {format_value(has[name])}" for name in wrong]
         raise ValueError(f"the checkpoint was made with other options: {'; '.join(words)}")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.convert.abarankab import import_original
+from model.convert.abarankab import import_abarankab
 from model.convert.importer import load_weights
 from model.convert.layout import Flags, UnsupportedCheckpointError, Weights
 from model.diffusion import DiffusionConfig
@@ -20,11 +20,11 @@ from model.nn.config import UNetConfig
 from model.nn.ema import EMA
 from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
-from training.cli.options import expanded, printable, written
+from training.cli.options import expanded, format_value, printable
 from training.loop.muon import MuonAdamW
 from training.loop.optimizer import Optimizer, load_state
 from training.run.config import TrainConfig
-from training.run.load_weights import is_original, load_original
+from training.run.load_weights import is_original, load_abarankab
 
 FREE = ("image_size", "dropout")  # of a network: its weights do not depend on them
 PROCESS = ("num_timesteps", "schedule", "schedule_low", "schedule_high", "prediction")
@@ -44,7 +44,7 @@ def warm_start(
         return
     path = expanded(config.model_checkpoint)
     if path.is_file() and is_original(path):
-        found = load_original(path, {f.name: getattr(config, f.name) for f in fields(config)})
+        found = load_abarankab(path, {f.name: getattr(config, f.name) for f in fields(config)})
         _check(config, network.config, found.unet, found.diffusion)
         raw, averaged = found.raw, found.averaged
     else:
@@ -70,7 +70,7 @@ def _check(config: TrainConfig, ours: UNetConfig, theirs: AnyConfig, process: Di
     pairs = [(f.name, getattr(ours, f.name), getattr(theirs, f.name)) for f in fields(ours) if f.name not in FREE]
     pairs += [(name, getattr(config, name), getattr(process, name)) for name in PROCESS]
     differ = [
-        f"{OPTIONS.get(name, name)} is {written(here)} here, {written(there)} there"
+        f"{OPTIONS.get(name, name)} is {format_value(here)} here, {format_value(there)} there"
         for name, here, there in pairs
         if not (math.isclose(here, there, rel_tol=1e-4) if isinstance(here, float) else here == there)
     ]
@@ -125,7 +125,7 @@ def _original_moments(loaded: dict[str, Any], weights: Weights, network: UNet) -
     for moment in ("exp_avg", "exp_avg_sq"):
         moments = {name: loaded["state"][i][moment] for i, name in zip(ids, names, strict=False)}
         flags = Flags(weights="raw", initial_pad=0, norm="in" if network.config.norm == "in" else None)
-        imported = import_original(weights | moments, flags).weights
+        imported = import_abarankab(weights | moments, flags).weights
         for i, (name, _) in enumerate(network.named_parameters()):
             state[i][moment] = imported[name]
     step = torch.tensor(float(loaded["state"][ids[0]]["step"]))  # older versions of torch have an int

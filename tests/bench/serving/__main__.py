@@ -2,17 +2,17 @@
 
     python -m tests.bench.serving --sweep                     # first: batch size × wait of each peer, ten minutes
     python -m tests.bench.serving                             # an hour and a half; the machine must be quiet
-    python -m tests.bench.serving --quick                     # does each contender give the right images?
+    python -m tests.bench.serving --quick                     # does each server give the right images?
     python -m tests.bench.serving --only litserve             # one of them again
     python -m tests.bench.serving --tables                    # the tables and plots again, from results.json
-    python -m tests.bench.serving --step_ms 1:20,8:47,32:143  # every call of the network takes that long
+    python -m tests.bench.serving --simulated-step-ms 1:20,8:47,32:143  # every call of the network takes that long
 
-Contenders take turns, round after round, and between any two the naive loop shows what the machine gives just then.
+ServerSpecs take turns, round after round, and between any two the baseline loop shows what the machine gives just then.
 Each peer has a virtual environment DIR/NAME of its own under `--venvs DIR`, with peers/NAME.txt installed and this
 project's dependencies visible: `make bench` makes them. Where there is none, the Python that runs this must have it.
 
-With --step_ms the network's calls are held until so many milliseconds are over (of so many rows, and evenly between),
-for a host that is shared: as long as they are longer than the calls themselves, the machine is as fast for everybody.
+With --simulated-step-ms the network's calls are held until so many milliseconds are over (of so many rows, and evenly
+between), for a host that is shared: while that is longer than the calls themselves, all servers have as fast a machine.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.serving import report
-from tests.bench.serving.contenders import CONTENDERS, python_of
+from tests.bench.serving.fixed_latency import read
 from tests.bench.serving.numbers import score
 from tests.bench.serving.phases import Course, Plan, sweep
 from tests.bench.serving.server import ROOT
+from tests.bench.serving.servers import SERVERS, python_of
 from tests.bench.serving.settings import Settings
-from tests.bench.serving.steady import read
 from tests.bench.serving.workloads import save
 
 SWEPT_BATCHES = (4, 8, 16)
-UNSWEPT = 8  # the batch; the wait is the contender's second
+UNSWEPT = 8  # the batch; the wait is the server's second
 
 
 def say(line: str) -> None:
@@ -50,25 +50,25 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
-def measure_naive(told: Settings, seconds: float, *options: str) -> dict[str, Any]:
-    """Runs `naive` in a process of its own. `seconds` for each batch size."""
+def measure_baseline(told: Settings, seconds: float, *options: str) -> dict[str, Any]:
+    """Runs `baseline` in a process of its own. `seconds` for each batch size."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "naive.json"
+        result = Path(folder) / "baseline.json"
         environment = os.environ | replace(told, wait_ms=1e3 * seconds, counter=f"{folder}/counter").variables()
-        command = [sys.executable, "-m", "tests.bench.serving.naive", str(result), *options]
+        command = [sys.executable, "-m", "tests.bench.serving.baseline", str(result), *options]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
 
 def tuned(told: Settings, name: str, swept: dict[str, Any]) -> Settings:
-    """With the contender's best settings of the sweep."""
-    contender = CONTENDERS[name]
+    """With the server's best settings of the sweep."""
+    spec = SERVERS[name]
     rows = [row for row in swept.get(name, []) if math.isfinite(score(row))]
     if rows:
         best = min(rows, key=score)
         return replace(told, batch=best["batch"], wait_ms=best["wait_ms"])
-    return replace(told, batch=UNSWEPT, wait_ms=contender.waits_ms[1])
+    return replace(told, batch=UNSWEPT, wait_ms=spec.waits_ms[1])
 
 
 def options() -> argparse.Namespace:
@@ -81,25 +81,25 @@ def options() -> argparse.Namespace:
         default=Path("build/serving"),
         help="folder of results.json, traces.json, sweep.json, README.md and the plots (default: build/serving)",
     )
-    add("--threads", type=int, default=2, help="of torch, in every contender (default: 2)")
+    add("--threads", type=int, default=2, help="of torch, in every server (default: 2)")
     add("--checkpoint", default="mnist")
-    add("--only", default=",".join(CONTENDERS), help="contenders, by commas; the others keep what --out has of them")
+    add("--only", default=",".join(SERVERS), help="servers, by commas; the others keep what --out has of them")
     add("--seconds", type=float, default=24.0, help="of the longest workload; the others are shares of it")
-    add("--rounds", type=int, default=3, help="turns of every contender (default: 3)")
+    add("--rounds", type=int, default=3, help="turns of every server (default: 3)")
     add(
         "--workloads", help="only these, by commas: idle, cancels, and the names in traces.json ('own' needs 'backlog')"
     )
     add("--venvs", type=Path, help="folder of virtual environments, one for each peer")
     add("--settings", type=Path, help="a sweep.json, for the peers' settings (default: that in --out)")
-    add("--step_ms", type=read, default=(), help="ROWS:MS,…: what the network's calls take, at least")
+    add("--simulated-step-ms", type=read, default=(), help="ROWS:MS,…: what the network's calls take, at least")
     add("--sweep", action="store_true", help="only the sweep: batch size × wait of each peer")
     add("--quick", action="store_true", help="only: right images, and a few seconds of load")
     add("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
     args.only = args.only.split(",")
     args.workloads = args.workloads and args.workloads.split(",")
-    if unknown := set(args.only) - set(CONTENDERS):
-        parser.error(f"no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
+    if unknown := set(args.only) - set(SERVERS):
+        parser.error(f"no server {', '.join(sorted(unknown))}; there are {', '.join(SERVERS)}")
     return args
 
 
@@ -116,20 +116,23 @@ def main() -> None:
     swept = load(args.settings or args.out / "sweep.json")
     if args.tables:
         return report.write(load(args.out / "results.json"), swept, args.out)
-    some = set(args.only) != set(CONTENDERS)
+    some = set(args.only) != set(SERVERS)
     kept = load(args.out / "results.json") if some and not (args.quick or args.sweep) else {}
     told = Settings(
         0, args.checkpoint, args.threads, rows=16, batch=1, wait_ms=0, queue=1000, deadline_s=600, counter=""
     )
-    told = replace(told, step_ms=args.step_ms)
-    say("the naive loop")
-    naive = measure_naive(told, 0.5 if args.quick else 10.0)
+    told = replace(told, step_ms=args.simulated_step_ms)
+    say("the baseline loop")
+    baseline = measure_baseline(told, 0.5 if args.quick else 10.0)
     if kept:  # the others ran at this load, so these do
-        naive |= {key: kept["naive"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
+        baseline |= {key: kept["baseline"][key] for key in ("step_s", "knee", "capacity", "alone_s")}
         args.seconds, args.rounds = kept["circumstances"]["seconds"], len(kept["rounds"])
-    told = replace(told, rows=naive["knee"])
-    say(f"capacity {naive['capacity']:.0f} image-steps/s at the knee, {naive['knee']} images; {naive['precision']}")
-    plan = Plan(naive, 4.0 if args.quick else args.seconds)
+    told = replace(told, rows=baseline["knee"])
+    say(
+        f"capacity {baseline['capacity']:.0f} image-steps/s at the knee, {baseline['knee']} images; "
+        f"{baseline['precision']}"
+    )
+    plan = Plan(baseline, 4.0 if args.quick else args.seconds)
     if unknown := set(args.workloads or ()) - {"idle", *plan.traces}:
         sys.exit(f"no workload {', '.join(sorted(unknown))}; there are idle, {', '.join(plan.traces)}")
     circumstances = {
@@ -139,39 +142,44 @@ def main() -> None:
         "seconds": plan.seconds,
         "deadline_s": plan.deadline_s,
         "overload_s": plan.overload_s,
-        "step_ms": args.step_ms,
+        "step_ms": args.simulated_step_ms,
         "command": shlex.join(["python", "-m", "tests.bench.serving", *sys.argv[1:]]),
     }
     if not args.quick:
         args.out.mkdir(parents=True, exist_ok=True)
     if args.sweep:
         for name in args.only:
-            contender = CONTENDERS[name]
-            if contender.batching:
-                say(f"sweep of {contender.title}")
-                python = python_of(contender, sys.executable, args.venvs)
-                swept[name] = sweep(contender, python, told, plan, SWEPT_BATCHES, say)
-        swept["naive"], swept["circumstances"] = without_pictures(naive), circumstances
+            spec = SERVERS[name]
+            if spec.batching:
+                say(f"sweep of {spec.title}")
+                python = python_of(spec, sys.executable, args.venvs)
+                swept[name] = sweep(spec, python, told, plan, SWEPT_BATCHES, say)
+        swept["baseline"], swept["circumstances"] = without_pictures(baseline), circumstances
         (args.out / "sweep.json").write_text(json.dumps(swept, indent=1))
         return
     rounds: list[dict[str, Any]] = kept.get("rounds") or [{} for _ in range(1 if args.quick else args.rounds)]
     settings = kept.get("settings", {})
-    results = {"naive": without_pictures(naive), "circumstances": circumstances, "settings": settings, "rounds": rounds}
+    results = {
+        "baseline": without_pictures(baseline),
+        "circumstances": circumstances,
+        "settings": settings,
+        "rounds": rounds,
+    }
     for i, found in enumerate(rounds):
         before = 0.0 if args.quick else pace(told)
         for name in args.only[:: 1 if i % 2 == 0 else -1]:  # there and back, so that nobody is always the first
-            contender = CONTENDERS[name]
+            spec = SERVERS[name]
             chosen = tuned(told, name, swept)
             settings[name] = [chosen.batch, chosen.wait_ms]
-            how = f", batch {chosen.batch}, wait {chosen.wait_ms:g} ms" if contender.batching else ""
-            say(f"round {i + 1}: {contender.title}{how}")
-            course = Course(contender, python_of(contender, sys.executable, args.venvs), chosen, plan, say)
+            how = f", batch {chosen.batch}, wait {chosen.wait_ms:g} ms" if spec.batching else ""
+            say(f"round {i + 1}: {spec.title}{how}")
+            course = Course(spec, python_of(spec, sys.executable, args.venvs), chosen, plan, say)
             found[name] = course.run(args.quick, args.workloads)
             if args.quick:
                 say(f"  pictures: {found[name].get('pictures')}")
                 continue
             after = pace(told)
-            say(f"  the naive loop before and after it: {before:.0f} and {after:.0f} image-steps/s")
+            say(f"  the baseline loop before and after it: {before:.0f} and {after:.0f} image-steps/s")
             found[name]["pace"], before = [before, after], after
             keep(results, plan, args.out)
     if args.quick:
@@ -181,19 +189,19 @@ def main() -> None:
 
 
 def pace(told: Settings) -> float:
-    """Image-steps a second of the naive loop at the knee, just now."""
-    return float(measure_naive(told, 6.0, "--pace")["pace"])
+    """Image-steps a second of the baseline loop at the knee, just now."""
+    return float(measure_baseline(told, 6.0, "--pace")["pace"])
 
 
 def keep(results: dict[str, Any], plan: Plan, out: Path) -> None:
-    """After every contender, so that an interrupted run loses one."""
+    """After every server, so that an interrupted run loses one."""
     save(plan.traces, out / "traces.json")
     (out / "results.json").write_text(json.dumps(results, separators=(",", ":")).replace("]],", "]],\n") + "\n")
 
 
-def without_pictures(naive: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of the naive loop's measurements."""
-    return {key: value for key, value in naive.items() if key not in ("pictures", "requests")}
+def without_pictures(baseline: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of the baseline loop's measurements."""
+    return {key: value for key, value in baseline.items() if key not in ("pictures", "requests")}
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from model.backends.compile import best_precision, compile_for_inference
 from model.images import grid, to_uint8
 from model.sampling.schedule import SamplingSchedule, make_schedule
 from model.sampling.step import sample
+from tests.bench.serving.fixed_latency import held
 from tests.bench.serving.settings import SAMPLER, Settings
-from tests.bench.serving.steady import held
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ def percentile(values: np.ndarray, percent: float) -> float:
 
 
 def slowdowns(trace: Sequence[Arrival], records: Records, alone_s: dict[str, float]) -> np.ndarray:
-    """Latency over what the naive loop, with nothing else to do and no server around it, takes for the request."""
+    """Latency over what the baseline loop, with nothing else to do and no server around it, takes for the request."""
     return latencies(records) / np.array([alone_s[f"{a.n}x{a.steps}"] for a in trace])
 
 
@@ -55,7 +55,7 @@ def middle(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def turns(results: dict[str, Any], name: str, key: str) -> list[dict[str, Any]]:
-    """What a contender measured in each round that it got as far as `key` in."""
+    """What a server measured in each round that it got as far as `key` in."""
     return [found[name] for found in results["rounds"] if key in found.get(name, {})]
 
 

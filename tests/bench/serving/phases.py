@@ -1,4 +1,4 @@
-"""What each contender goes through: the workloads in turn; for overload on a server that is told to shed."""
+"""What each server goes through: the workloads in turn; for overload on a server that is told to shed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.bench.serving.contenders import Contender
 from tests.bench.serving.numbers import summary
 from tests.bench.serving.server import Server, Unavailable, serving
+from tests.bench.serving.servers import ServerSpec
 from tests.bench.serving.settings import Settings
 from tests.bench.serving.workloads import KINDS, Arrival, backlog, bursts, impatient, poisson, replace_time
 
@@ -35,15 +35,15 @@ Task = Callable[[Server], bool]
 class Plan:
     """Of a run: capacity (image-steps a second), what requests take alone, and the traces of every workload."""
 
-    naive: dict[str, Any]
+    baseline: dict[str, Any]
     seconds: float
     levels: Sequence[float] = LEVELS
     traces: dict[str, list[Arrival]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        c, s = self.naive["capacity"], self.seconds
+        c, s = self.baseline["capacity"], self.seconds
         mixed = ("mixed steps", "mixed n")
-        self.deadline_s = round(max(1.0, 10 * self.naive["alone_s"]["1x20"]), 1)
+        self.deadline_s = round(max(1.0, 10 * self.baseline["alone_s"]["1x20"]), 1)
         self.queue = max(4, round(self.deadline_s * c / 20))  # uniform requests that can be done within the deadline
         self.traces = {f"backlog {kind}": backlog(kind, c * s / 2.5, 1) for kind in KINDS}
         self.traces["uniform"] = poisson("uniform", LOAD * c, s / 3, 2)
@@ -66,9 +66,9 @@ class Plan:
 
 @dataclass
 class Course:
-    """One contender's way through the plan. `result` fills up as it goes."""
+    """One server's way through the plan. `result` fills up as it goes."""
 
-    contender: Contender
+    spec: ServerSpec
     python: str
     told: Settings
     plan: Plan
@@ -101,7 +101,7 @@ class Course:
         """One after the other. A server that does not come to rest after a load is started anew before the next."""
         left = list(tasks)
         while left:
-            with serving(self.contender, self.python, told) as server:
+            with serving(self.spec, self.python, told) as server:
                 before = server.calls() if told.step_ms else []
                 while left:
                     if not left.pop(0)(server):
@@ -115,7 +115,7 @@ class Course:
 
     def verify(self, server: Server) -> bool:
         """The right pictures, before anything is measured."""
-        self.result["pictures"] = verify(server, self.plan.naive)
+        self.result["pictures"] = verify(server, self.plan.baseline)
         return True
 
     def idle(self, server: Server) -> bool:
@@ -141,7 +141,7 @@ class Course:
         def task(server: Server) -> bool:
             started = time.monotonic()
             capacity = self.result["capacity"][kind]
-            stretch = self.plan.naive["capacity"] / capacity if capacity else 1.0
+            stretch = self.plan.baseline["capacity"] / capacity if capacity else 1.0
             name = f"own {kind}"
             records = server.run([replace_time(a, a.at * stretch) for a in self.plan.traces[name]], PATIENCE_S)
             return self.keep(server, name, records, started)
@@ -161,15 +161,16 @@ class Course:
 
         def task(server: Server) -> bool:
             trace = self.plan.traces[f"backlog {kind}"]
-            if self.contender.one_by_one:  # a fraction shows it as well, and takes long enough
+            if self.spec.one_by_one:  # a fraction shows it as well, and takes long enough
                 trace = trace[: max(6, len(trace) // 8)]
             records = server.run(trace, 10 * PATIENCE_S)
             done = [(a.work, r["done"]) for a, r in zip(trace, records, strict=True) if r["status"] == 200]
             rate = sum(work for work, _ in done) / max(at for _, at in done) if done else 0.0
             self.result.setdefault("capacity", {})[kind] = rate
-            share = rate / self.plan.naive["capacity"]
+            share = rate / self.plan.baseline["capacity"]
             self.say(
-                f"  capacity, {kind}: {rate:.0f} image-steps/s, {share:.2f} of naive ({len(done)} of {len(trace)})"
+                f"  capacity, {kind}: {rate:.0f} image-steps/s, {share:.2f} of the baseline "
+                f"({len(done)} of {len(trace)})"
             )
             return server.settle()
 
@@ -179,7 +180,7 @@ class Course:
         """How much is computed for nobody."""
         server.settle()
         before, trace = server.image_steps(), self.plan.traces["cancels"]
-        wasted = server.metric(WASTED) if self.contender.ours else 0.0
+        wasted = server.metric(WASTED) if self.spec.ours else 0.0
         records = server.run(trace, PATIENCE_S)
         server.settle()
         wanted = sum(a.work for a, r in zip(trace, records, strict=True) if r["status"] == 200)
@@ -189,7 +190,7 @@ class Course:
             "wanted": wanted,
             "computed": server.image_steps() - before,  # with the probes of `settle`, a handful
         }
-        if self.contender.ours:
+        if self.spec.ours:
             self.result["cancels"]["metric"] = server.metric(WASTED) - wasted
         self.say(f"  cancels: {self.result['cancels']}")
         return True
@@ -209,31 +210,29 @@ def idle(server: Server) -> dict[str, float]:
         for seed in range(3):
             started = time.monotonic()
             status, _ = server.ask(Arrival(0, n, steps, seed, 0), PATIENCE_S)
-            assert status == 200, f"{server.contender.title} answered {status}"
+            assert status == 200, f"{server.spec.title} answered {status}"
             times.append(time.monotonic() - started)
         found[f"{n}x{steps}"] = sorted(times)[1]
     return found
 
 
-def verify(server: Server, naive: dict[str, Any]) -> dict[str, float]:
-    """Asks at once for the pictures that the naive loop made. Raises Unavailable where they are others."""
-    requests = naive["requests"]
+def verify(server: Server, baseline: dict[str, Any]) -> dict[str, float]:
+    """Asks at once for the pictures that the baseline loop made. Raises Unavailable where they are others."""
+    requests = baseline["requests"]
     arrivals = [Arrival(0, r["n"], r["steps"], r["seed"], r["class_label"]) for r in requests]
     mean, far = 0.0, 0.0
-    for record, expected in zip(server.run(arrivals, PATIENCE_S, keep=True), naive["pictures"], strict=True):
+    for record, expected in zip(server.run(arrivals, PATIENCE_S, keep=True), baseline["pictures"], strict=True):
         body = base64.b64decode(record.get("body", ""))
         if record["status"] != 200:
-            raise Unavailable(
-                f"{server.contender.title} answered {record['status']}: {record['error'] or body[:300]!r}"
-            )
-        theirs, right = pixels(server.contender.picture(body)), pixels(base64.b64decode(expected))
+            raise Unavailable(f"{server.spec.title} answered {record['status']}: {record['error'] or body[:300]!r}")
+        theirs, right = pixels(server.spec.picture(body)), pixels(base64.b64decode(expected))
         if theirs.shape != right.shape:
-            raise Unavailable(f"{server.contender.title} gave a picture of {theirs.shape}, not {right.shape}")
+            raise Unavailable(f"{server.spec.title} gave a picture of {theirs.shape}, not {right.shape}")
         distance = np.abs(theirs.astype(int) - right)
         mean, far = max(mean, float(distance.mean())), max(far, float((distance > FAR_LEVELS).mean()))
     if mean > MEAN_LEVELS or far > FAR_SHARE:
         raise Unavailable(
-            f"{server.contender.title} gives other pictures: {mean:.2f} levels off, {far:.1%} by more than {FAR_LEVELS}"
+            f"{server.spec.title} gives other pictures: {mean:.2f} levels off, {far:.1%} by more than {FAR_LEVELS}"
         )
     return {"mean_levels": mean, "far_share": far}
 
@@ -243,22 +242,22 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def sweep(contender: Contender, python: str, told: Settings, plan: Plan, batches: Sequence[int], say: Say) -> list[Any]:
-    """A row for each batch size × wait: both mixed workloads at 75 % of the naive loop's capacity."""
+def sweep(spec: ServerSpec, python: str, told: Settings, plan: Plan, batches: Sequence[int], say: Say) -> list[Any]:
+    """A row for each batch size × wait: both mixed workloads at 75 % of the baseline loop's capacity."""
     rows = []
     for batch in batches:
-        for wait in contender.waits_ms:
+        for wait in spec.waits_ms:
             row: dict[str, Any] = {"batch": batch, "wait_ms": wait}
             try:
-                with serving(contender, python, replace(told, batch=batch, wait_ms=wait)) as server:
+                with serving(spec, python, replace(told, batch=batch, wait_ms=wait)) as server:
                     for kind in ("mixed steps", "mixed n"):
                         trace = plan.traces[f"sweep {kind}"]
                         records = [compact(record) for record in server.run(trace, PATIENCE_S)]
-                        row[kind] = summary(trace, records, plan.naive["alone_s"])
+                        row[kind] = summary(trace, records, plan.baseline["alone_s"])
                         server.settle()
             except Unavailable as error:
                 row["unavailable"] = str(error)
-            say(f"  {contender.name} {row}")
+            say(f"  {spec.name} {row}")
             rows.append(row)
             if "unavailable" in row:
                 return rows

@@ -1,4 +1,4 @@
-"""A contender's server as a real process: started, waited for, asked, and ended with all that it started."""
+"""A server as a real process: started, waited for, asked, and ended with all that it started."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.serving.contenders import Contender
+from tests.bench.serving.fixed_latency import tally_of
 from tests.bench.serving.generator import parse
+from tests.bench.serving.servers import ServerSpec
 from tests.bench.serving.settings import Settings
-from tests.bench.serving.steady import tally_of
 from tests.bench.serving.workloads import Arrival
 
 ROOT = Path(__file__).parents[3]
@@ -44,9 +44,9 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """A contender that is ready."""
+    """A server that is ready."""
 
-    contender: Contender
+    spec: ServerSpec
     told: Settings
     folder: Path
 
@@ -63,7 +63,7 @@ class Server:
         requests = [
             {
                 "at": arrival.at,
-                "raw": self.contender.request(arrival, streamed and bool(self.contender.stream), timeout_s),
+                "raw": self.spec.request(arrival, streamed and bool(self.spec.stream), timeout_s),
                 "patience": patience_s,
                 "leaves": arrival.leaves,
                 "keep": keep,
@@ -92,16 +92,16 @@ class Server:
 
     def ask(self, arrival: Arrival, patience_s: float) -> tuple[int, bytes]:
         """Status and body. Raises OSError or ValueError where there is no answer."""
-        return exchange(self.told.port, self.contender.request(arrival), patience_s)
+        return exchange(self.told.port, self.spec.request(arrival), patience_s)
 
     def image_steps(self) -> int:
         """Those that it has computed."""
-        if not self.contender.ours:
+        if not self.spec.ours:
             return int(Path(self.told.counter).read_text())
         return round(self.metric("ddpm_image_steps_total"))
 
     def calls(self) -> list[float]:
-        """Calls of the network so far, and what else `tests.bench.serving.steady` counts."""
+        """Calls of the network so far, and what else `tests.bench.serving.fixed_latency` counts."""
         return [float(number) for number in Path(tally_of(self.told)).read_text().split()]
 
     def metric(self, name: str) -> float:
@@ -121,12 +121,12 @@ def exchange(port: int, raw: str, patience_s: float) -> tuple[int, bytes]:
 
 
 @contextmanager
-def serving(contender: Contender, python: str, told: Settings) -> Iterator[Server]:
-    """The contender, ready. Raises Unavailable."""
-    if contender.package:
-        found = subprocess.run([python, "-c", f"import {contender.package}"], capture_output=True, text=True)
+def serving(spec: ServerSpec, python: str, told: Settings) -> Iterator[Server]:
+    """The server, ready. Raises Unavailable."""
+    if spec.package:
+        found = subprocess.run([python, "-c", f"import {spec.package}"], capture_output=True, text=True)
         if found.returncode:
-            raise Unavailable(f"{contender.package} cannot be imported: {found.stderr.strip().splitlines()[-1]}")
+            raise Unavailable(f"{spec.package} cannot be imported: {found.stderr.strip().splitlines()[-1]}")
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -139,7 +139,7 @@ def serving(contender: Contender, python: str, told: Settings) -> Iterator[Serve
         log = folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [python, *contender.argv(told)],
+                [python, *spec.argv(told)],
                 cwd=ROOT,
                 env=environment,
                 stdout=output,
@@ -148,7 +148,7 @@ def serving(contender: Contender, python: str, told: Settings) -> Iterator[Serve
                 preexec_fn=_end_with_the_bench,
             )
         try:
-            server = Server(contender, told, folder)
+            server = Server(spec, told, folder)
             _wait(server, process, log)
             yield server
         finally:
@@ -174,7 +174,7 @@ def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
                 return
         time.sleep(0.2)
     last = log.read_text(errors="replace").strip().splitlines()[-8:]
-    raise Unavailable(f"{server.contender.title} did not start: {' / '.join(last) or process.poll()}")
+    raise Unavailable(f"{server.spec.title} did not start: {' / '.join(last) or process.poll()}")
 
 
 def kill(mark: str) -> None:

@@ -19,7 +19,7 @@ class Settings:
     """What the bench tells a server. `rows` images run together; `batch` requests at most are taken together, after
     waiting `wait_ms` for them. Where a peer can refuse work or give it up, it holds at most `queue` requests, each for
     `deadline_s`. `counter` is a file that gets the image-steps computed so far. `step_ms`, if any, are
-    [rows, milliseconds] that calls of the network take (see `tests.bench.serving.steady`)."""
+    [rows, milliseconds] that calls of the network take (see `tests.bench.serving.fixed_latency`)."""
 
     port: int
     checkpoint: str

@@ -1,4 +1,4 @@
-"""Who asks for what, and when: arrival traces, the same for every contender."""
+"""Who asks for what, and when: arrival traces, the same for every server."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def inputs(config: UNetConfig, n: int) -> tuple[torch.Tensor, torch.Tensor, torc
 def test_it_computes_what_the_network_computes(
     tiny_config: UNetConfig, changes: dict[str, Any], small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.backends.cpu.SMALL", small)
+    monkeypatch.setattr("model.backends.cpu.SMALL_MAP", small)
     config = replace(tiny_config, **changes)
     network = with_statistics(config)
     x, t, y = inputs(config, 5)

@@ -25,7 +25,14 @@ from tests.fixtures import expected, theirs
 
 LABELS, PLAIN, PADDED = (f"original/{name}-model.pth" for name in ("labels-linear", "plain-cosine", "padded"))
 W86, IMPROVED, GUIDED = "w86763777/small.pt", "improved-diffusion/cifar-like.pt", "guided-diffusion/imagenet-like.pt"
+DDIM, PESSER, TQCH = "ddim/small.pth", "pytorch_diffusion/model-790000.ckpt", "ddpm-torch/small_3.pt"
+WITH_AVERAGES = (LABELS, PLAIN, PADDED, W86, DDIM, TQCH)
+HO = {"image_size": (8, 8), "num_timesteps": 1000, "schedule": "linear", "variance": "fixed_large"}
+ENDS = {"num_timesteps": 20, "schedule_low": 1e-4, "schedule_high": 0.004}  # 0.005 to 0.2 there, which scales nothing
 FLAGS: dict[str, dict[str, Any]] = {
+    DDIM: HO,
+    PESSER: HO | ENDS,
+    TQCH: HO | {"prediction": "eps"},
     LABELS: {},
     PLAIN: {},
     PADDED: {"norm_groups": 4, "initial_pad": 1, "time_scale": 0.5, "image_size": (6, 10)},
@@ -68,9 +75,14 @@ def inputs(name: str) -> tuple[Tensor, Tensor, Tensor | None]:
 @pytest.mark.parametrize(
     ("file", "output", "weights"),
     [
-        *((name, f"{weights}_out", weights) for name in (LABELS, PLAIN, PADDED, W86) for weights in ("ema", "raw")),
+        *(
+            (name, f"{weights}_out", weights)
+            for name in (LABELS, PLAIN, PADDED, W86, DDIM, TQCH)
+            for weights in ("ema", "raw")
+        ),
         (IMPROVED, "out", None),
         (GUIDED, "out", None),
+        (PESSER, "out", None),
     ],
 )
 def test_their_outputs_are_reproduced(file: str, output: str, weights: str | None) -> None:
@@ -83,7 +95,8 @@ def test_their_outputs_are_reproduced(file: str, output: str, weights: str | Non
         )
     scale = exact.abs().max()
     assert (out - exact).abs().max() <= 2e-6 * scale
-    assert (out - torch.from_numpy(expected(file)[output])).abs().max() <= 4e-6 * scale
+    error = 2e-6 if file in (DDIM, PESSER, TQCH) else 4e-6
+    assert (out - torch.from_numpy(expected(file)[output])).abs().max() <= error * scale
     if "betas" in expected(file):
         np.testing.assert_allclose(found.diffusion.betas(), expected(file)["betas"], rtol=1e-5)
     assert (found.diffusion.variance == "learned_range") == found.unet.learned_variance
@@ -119,6 +132,35 @@ def test_the_originals_own_sampling_equals_theirs() -> None:
     assert (ours - sampled).abs().max() <= 2e-5 * sampled.abs().max()
 
 
+def test_pessers_sampling_equals_theirs() -> None:
+    found = imported(PESSER)
+    ours = sample(
+        network_of(found), make_schedule(GaussianDiffusion(found.diffusion), "ddpm", 20), (3, 8, 8), [5, 5], [0, 1]
+    )
+    sampled = torch.from_numpy(expected(PESSER)["sampled"])
+    assert (ours - sampled).abs().max() <= 2e-5 * sampled.abs().max()
+
+
+def test_ermongroups_ddim_equals_theirs() -> None:
+    found = imported(DDIM)
+    schedule = make_schedule(GaussianDiffusion(found.diffusion), "ddim", 10, spacing="leading", limit="none")
+    ours = sample(network_of(found), schedule, (3, 8, 8), seeds=[5, 5], indices=[0, 1])
+    sampled = torch.from_numpy(expected(DDIM)["sampled"])
+    assert (ours - sampled).abs().max() <= 2e-5 * sampled.abs().max()
+
+
+def test_tqchs_mean_and_variance_are_reproduced() -> None:
+    found = imported(TQCH)
+    x, t, _ = inputs(TQCH)
+    with torch.no_grad():
+        mean, log_variance = GaussianDiffusion(found.diffusion).p_mean_log_variance(
+            network_of(found)(x, t), x, t, clip=True
+        )
+    torch.testing.assert_close(mean, torch.from_numpy(expected(TQCH)["mean"]), rtol=0, atol=1e-5)
+    theirs_variance = torch.from_numpy(expected(TQCH)["log_variance"])
+    torch.testing.assert_close(log_variance, theirs_variance.expand_as(x), rtol=0, atol=1e-5)
+
+
 def test_only_ancestral_sampling_of_all_steps_is_unlimited() -> None:
     diffusion = GaussianDiffusion(imported(PLAIN).diffusion)
     make_schedule(diffusion, "ddpm", 40, limit="none")
@@ -143,6 +185,12 @@ def test_only_ancestral_sampling_of_all_steps_is_unlimited() -> None:
         (W86, "variance", "--variance fixed_large"),
         (W86, "schedule_low", "--schedule_low 2e-05"),
         (W86, "schedule_high", "--schedule_high 0.004"),
+        (DDIM, "image_size", "--image_size 32,32"),
+        (DDIM, "num_timesteps", "--num_timesteps 1000"),
+        (DDIM, "schedule", "--schedule linear"),
+        (DDIM, "variance", "--variance fixed_large"),
+        (PESSER, "schedule_high", "--schedule_high 0.0004"),
+        (TQCH, "prediction", "--prediction eps"),
         (PADDED, "norm_groups", "--norm_groups"),
         (PADDED, "initial_pad", "--initial_pad"),
     ],
@@ -210,6 +258,13 @@ def test_the_last_class_means_none_where_told(file: str) -> None:
         (PLAIN, {"new_attention_order": True}, "--new_attention_order means nothing"),
         (PLAIN, {"rescale_timesteps": True}, "--rescale_timesteps means nothing"),
         (W86, {"null_class": True}, "--null_class needs"),
+        (PESSER, {"prediction": "v"}, "--prediction v: such a network always predicts eps"),
+        (PESSER, {"weights": "raw"}, "--weights means nothing"),
+        (PESSER, {"num_heads": 4}, "--num_heads 4 contradicts"),
+        (TQCH, {"norm_groups": 8}, "--norm_groups 8 contradicts the file, which has 32"),
+        (TQCH, {"image_size": (8, 9)}, "--image_size 8,9: its levels need sides that 2 divides"),
+        (DDIM, {"null_class": True}, "--null_class needs"),
+        (DDIM, {"variance": "learned_range"}, "its network does not say its variance"),
         (W86, {"norm": "in"}, "--norm in contradicts"),
         (W86, {"initial_pad": 2}, "--initial_pad 2 contradicts"),
         (W86, {"num_heads_upsample": 2}, "--num_heads_upsample 2 contradicts"),
@@ -265,6 +320,15 @@ FORMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         W86,
         lambda s: s | {name: prefixed(s[name], "module.") for name in ("net_model", "ema_model")},
     ),
+    "tqch in DDP": (TQCH, lambda s: s | {"model": prefixed(s["model"], "module.")}),
+    "tqch's average in DDP": (
+        TQCH,
+        lambda s: s | {"ema": s["ema"] | {"shadow": prefixed(s["ema"]["shadow"], "module.")}},
+    ),
+    "tqch's network alone": (TQCH, lambda s: s["ema"]["shadow"]),
+    "ddim without optimizer": (DDIM, lambda s: [s[0], {}, 1, 2, s[4]]),
+    "ddim's average alone": (DDIM, lambda s: s[4]),
+    "pesser in DataParallel": (PESSER, lambda s: prefixed(s, "module.")),
     "openai in DDP": (IMPROVED, lambda s: prefixed(s, "module.")),
     "openai in a table": (GUIDED, lambda s: {"model": s, "step": 7}),
     "average in a table": (GUIDED, lambda s: {"ema": s, "model": {"x": torch.zeros(1)}}),
@@ -279,6 +343,47 @@ def test_wrapped_weights_are_the_same(form: str, tmp_path: Path) -> None:
     assert found.unet == plain.unet
     assert found.diffusion == plain.diffusion
     assert all(torch.equal(found.weights[key], plain.weights[key]) for key in plain.weights)
+
+
+def test_raw_weights_are_taken_where_there_is_no_average(tmp_path: Path) -> None:
+    for name, change in ((DDIM, lambda s: s[:4]), (TQCH, lambda s: {k: v for k, v in s.items() if k != "ema"})):
+        path = changed(name, tmp_path, change)
+        found, raw = import_path(path, Flags(**FLAGS[name])), imported(name, weights="raw")
+        assert all(torch.equal(found.weights[key], raw.weights[key]) for key in raw.weights)
+        assert "raw weights" in found.origin
+        with pytest.raises(UnsupportedCheckpointError, match="leave out --weights"):
+            import_path(path, Flags(**FLAGS[name], weights="ema"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (PESSER, lambda s: {k: v for k, v in s.items() if ".downsample." not in k}, "resamp_with_conv false"),
+        (
+            TQCH,
+            lambda s: {k: v for k, v in s["model"].items() if not k.startswith("downsamples.level_0.1.")},
+            "resample_with_conv false",
+        ),
+        (
+            TQCH,
+            lambda s: s["model"] | {"out_conv.2.weight": torch.zeros(6, 32, 3, 3), "out_conv.2.bias": torch.zeros(6)},
+            "a learned log variance",
+        ),
+        (
+            PESSER,
+            lambda s: {k: v for k, v in s.items() if k != "mid.attn_1.q.weight"},
+            "'mid.attn_1.q.weight' is missing",
+        ),
+        (PESSER, lambda s: s | {"logvar": torch.zeros(20)}, "1 tensors belong to no layer .* 'logvar'"),
+        (DDIM, lambda s: [*s[:4], 5], "damaged"),
+    ],
+    ids=["ddim pools", "tqch pools", "tqch learns variance", "missing", "surplus", "no average"],
+)
+def test_variants_that_differ_are_refused(
+    name: str, change: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedCheckpointError, match=message):
+        import_path(changed(name, tmp_path, change), Flags(**FLAGS[name]))
 
 
 def test_the_originals_network_alone_is_read(tmp_path: Path) -> None:

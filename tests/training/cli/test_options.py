@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.cli.options import boolean, nearest
+from training.cli.options import boolean, closest_match
 
 
 @pytest.mark.parametrize("word", ["no", "False", "f", "N", "0"])
@@ -22,4 +22,4 @@ def test_the_words_for_no(word: str) -> None:
 )
 def test_the_nearest_option(word: str, meant: str | None) -> None:
     valid = ("learning_rate", "schedule", "image_size", "norm_groups_of_all", "norm_eps_of_everything")
-    assert nearest(word, valid) == meant
+    assert closest_match(word, valid) == meant

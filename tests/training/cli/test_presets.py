@@ -13,7 +13,7 @@ from model.sampling.schedule import make_schedule
 from training.cli.command import parse
 from training.cli.presets import PRESETS
 from training.run.config import TrainConfig
-from training.train import single_channel_groups
+from training.run.norm_groups import single_channel_groups
 
 
 def parsed(words: str) -> TrainConfig:

@@ -184,7 +184,7 @@ def test_memory_is_read_from_the_system(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_result_in_the_folder_of_a_run_shares_its_cache(tmp_path: Path) -> None:
-    assert beside(tmp_path / "judge.safetensors") == tmp_path
+    assert beside(tmp_path / "extractor.safetensors") == tmp_path
     (tmp_path / "config.json").write_text("{}")
     assert beside(tmp_path / "quality.json") == tmp_path.parent
 

@@ -45,7 +45,7 @@ def test_a_classifier_reads_classes_from_a_table(draw: Draw, tmp_path: Path) -> 
     dataset = draw(count=40)
     rows = [f"{i:03d}.png,{i % 2 * 10 + 2}" for i in range(40)]
     (dataset / "metadata.csv").write_text("\n".join(["file_name,breed", *rows]))
-    out = tmp_path / "judge.safetensors"
+    out = tmp_path / "extractor.safetensors"
     words = ["--dataset", str(dataset), "--out", str(out), "--epochs", "1", "--batch_size", "8", "--width", "4"]
     assert classifier.main([*words, "--label_column", "breed"]) == 0
     assert class_names(out) == ["2", "12"]
@@ -54,12 +54,12 @@ def test_a_classifier_reads_classes_from_a_table(draw: Draw, tmp_path: Path) -> 
 
 
 def test_an_evaluation_keeps_the_order_of_its_checkpoint(
-    evaluation: list[str], save_judge: Callable[..., str], evaluated: Callable[..., dict[str, Any]], tmp_path: Path
+    evaluation: list[str], save_extractor: Callable[..., str], evaluated: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     names = ("emu", "cat", "dog")
     loaded = checkpoint.load(evaluation[1])
     checkpoint.save(Path(evaluation[1]), loaded.network.state_dict(), replace(loaded.config, class_names=names))
-    save_judge(names)
+    save_extractor(names)
     assert list(evaluated([*evaluation, "--label_from", "folder"])["test"]["accuracy_by_class"]) == list(names)
 
 

@@ -143,19 +143,19 @@ def split(images: int = 12, seed: int = 0) -> Images:
 
 
 class Reads:
-    """A judge that counts the images it sees."""
+    """An extractor that counts the images it sees."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.images, judged = 0, Classifier.extract
+        self.images, extract = 0, Classifier.extract
 
         def counted(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
             self.images += len(images)
-            return judged(network, images)
+            return extract(network, images)
 
         monkeypatch.setattr(Classifier, "extract", counted)
 
 
-def test_the_judge_sees_real_images_once_for_all_evaluations(
+def test_the_extractor_sees_real_images_once(
     evaluation: list[str], evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = Reads(monkeypatch)
@@ -164,27 +164,27 @@ def test_the_judge_sees_real_images_once_for_all_evaluations(
     again = evaluated([*evaluation, "--out", str(tmp_path / "again.json")])
     assert reads.images == 60 + 12 + 30
     assert again == first
-    assert len(list(tmp_path.glob("judge-*.real"))) == 2
+    assert len(list(tmp_path.glob("extractor-*.real"))) == 2
     assert sum(p.stat().st_size for p in tmp_path.glob("*.real")) < 4 * (60 + 12) * 15 + 1000  # 12 features, 3 logits
 
 
-def test_real_features_are_those_of_every_image_in_order(save_judge: Callable[..., str], tmp_path: Path) -> None:
-    who, images = feature_extractor.load(save_judge()), split()
+def test_real_features_are_those_of_every_image_in_order(save_extractor: Callable[..., str], tmp_path: Path) -> None:
+    who, images = feature_extractor.load(save_extractor()), split()
     expected = torch.cat(who.network.extract(images.images), dim=1)
     for _ in range(2):  # made, and read
         torch.testing.assert_close(real_features(who, images), expected)
-    assert [p.name[:6] for p in tmp_path.glob("*.real*")] == ["judge-"]
+    assert [p.name[:10] for p in tmp_path.glob("*.real*")] == ["extractor-"]
 
 
-@pytest.mark.parametrize("what", ["judge", "images", "shape", "cut", "empty"])
+@pytest.mark.parametrize("what", ["extractor", "images", "shape", "cut", "empty"])
 def test_real_features_of_something_else_are_made_anew(
-    what: str, save_judge: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, save_extractor: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    who, images = feature_extractor.load(save_judge()), split()
+    who, images = feature_extractor.load(save_extractor()), split()
     real_features(who, images)
     (kept,) = tmp_path.glob("*.real")
     match what:
-        case "judge":
+        case "extractor":
             network = who.network
             network.head.weight.mul_(2)
             feature_extractor.save(who.path, network, ("cat", "dog", "emu"), {"accuracy": 0})
@@ -206,9 +206,12 @@ def test_real_features_of_something_else_are_made_anew(
 
 
 def test_where_real_features_cannot_be_kept_they_are_made_all_the_same(
-    save_judge: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    save_extractor: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    who, images = feature_extractor.load(save_judge()), split()
+    who, images = feature_extractor.load(save_extractor()), split()
     expected = real_features(who, images)
     (kept,) = tmp_path.glob("*.real")
     kept.unlink()

@@ -23,7 +23,7 @@ Evaluated = Callable[..., dict[str, Any]]
 def test_the_nearest_are_those_of_a_plain_search(
     parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memorization, "AT_ONCE", parts)
+    monkeypatch.setattr(memorization, "BATCH_SIZE", parts)
     draw = torch.Generator().manual_seed(0)
     queries, points = (torch.randint(0, 256, (n, 12), generator=draw).to(dtype) for n in (9, 50))
     points[13] = queries[4]

@@ -13,10 +13,11 @@ from torch import Tensor
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.nn.unet import UNet
 from training.data.batches import Batch, Batches
+from training.loop.backward import backward
 from training.loop.state import TrainState
 from training.loop.timestep_sampler import LossSecondMoment
 from training.run.config import TrainConfig
-from training.train import backward, main, train
+from training.train import main, train
 
 pytestmark = pytest.mark.usefixtures("quick")
 

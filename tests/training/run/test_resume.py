@@ -18,8 +18,9 @@ from torch import Tensor
 from model import checkpoint
 from training import data
 from training import train as module
+from training.loop.optimizer import learning_rate
 from training.run.config import TrainConfig
-from training.train import learning_rate, main, train
+from training.train import main, train
 
 pytestmark = pytest.mark.usefixtures("quick")
 

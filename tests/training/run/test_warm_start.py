@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.convert.abarankab import import_original
+from model.convert.abarankab import import_abarankab
 from model.convert.importer import import_path
 from model.convert.importer import main as import_main
 from model.convert.layout import Flags
@@ -60,7 +60,7 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: 
 
 
 def imported(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return import_original({k: v.detach().clone() for k, v in state.items()}, Flags(weights="raw")).weights
+    return import_abarankab({k: v.detach().clone() for k, v in state.items()}, Flags(weights="raw")).weights
 
 
 def test_the_originals_weights_and_their_average_are_both_taken() -> None:

@@ -1,4 +1,4 @@
-"""Our own server, its network's calls as long as the settings say (see `tests.bench.serving.steady`)."""
+"""Our own server, its network's calls as long as the settings say (see `tests.bench.serving.fixed_latency`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from app.__main__ import read_settings, serve
 from app.engine import runner
+from tests.bench.serving.fixed_latency import held
 from tests.bench.serving.settings import settings
-from tests.bench.serving.steady import held
 
 
 def hold() -> None:

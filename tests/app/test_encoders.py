@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from app.images import LAST_FRAME_MS, animation, archive, png
+from app.encoders import LAST_FRAME_MS, animation, archive, png
 from model.images import Image
 
 

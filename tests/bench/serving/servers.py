@@ -21,7 +21,7 @@ def _own_flags(told: Settings) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Contender:
+class ServerSpec:
     """`package` is what it needs beside this project's own. `argv` follows the Python that has it. A batching one has
     settings to sweep. `one_by_one`: no two requests run together. `in_list` is one whose API takes and gives lists.
     `stream` is the path of its streams, if any."""
@@ -69,27 +69,27 @@ def _bentoml(told: Settings) -> list[str]:
     return ["-m", "bentoml", "serve", f"{PEERS}.bentoml:Peer", "--host", "127.0.0.1", "--port", str(told.port)]
 
 
-CONTENDERS = {
+SERVERS = {
     c.name: c
     for c in (
-        Contender(
+        ServerSpec(
             "ours",
             "python -m app",
             lambda told: ["-m", f"{PEERS}.ours" if told.step_ms else "app", *_own_flags(told)],
             stream="/diffusion-sequence",
             ours=True,
         ),
-        Contender(
+        ServerSpec(
             "request_level",
             "ours, batching requests",
             lambda told: ["-m", f"{PEERS}.request_level", *_own_flags(told)],
             stream="/diffusion-sequence",
             ours=True,
         ),
-        Contender("fastapi_lock", "FastAPI + lock", _module("fastapi_lock"), one_by_one=True, stream="/stream"),
-        Contender("litserve", "LitServe", _module("litserve"), "litserve", batching=True),
-        Contender("rayserve", "Ray Serve", _module("rayserve"), "ray", batching=True),
-        Contender(
+        ServerSpec("fastapi_lock", "FastAPI + lock", _module("fastapi_lock"), one_by_one=True, stream="/stream"),
+        ServerSpec("litserve", "LitServe", _module("litserve"), "litserve", batching=True),
+        ServerSpec("rayserve", "Ray Serve", _module("rayserve"), "ray", batching=True),
+        ServerSpec(
             "bentoml",
             "BentoML",
             _bentoml,
@@ -98,12 +98,12 @@ CONTENDERS = {
             waits_ms=(5_000, 60_000),
             in_list=True,
         ),
-        Contender("mosec", "mosec", _module("mosec"), "mosec", batching=True),
+        ServerSpec("mosec", "mosec", _module("mosec"), "mosec", batching=True),
     )
 }
 
 
-def python_of(contender: Contender, own: str, venvs: Path | None) -> str:
+def python_of(spec: ServerSpec, own: str, venvs: Path | None) -> str:
     """VENVS/NAME/bin/python where there is one, else the Python that runs this."""
-    found = venvs / contender.name / "bin" / "python" if venvs else None
+    found = venvs / spec.name / "bin" / "python" if venvs else None
     return str(found) if found and found.exists() else own

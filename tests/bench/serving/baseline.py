@@ -1,11 +1,11 @@
 """The yardstick: `model.sampling.sample` in a loop, without a server. Its rate at the knee batch is "capacity".
 
-    python -m tests.bench.serving.naive RESULT
-    python -m tests.bench.serving.naive RESULT --pace
+    python -m tests.bench.serving.baseline RESULT
+    python -m tests.bench.serving.baseline RESULT --pace
 
 The settings come from the environment, as those of the servers do. RESULT is JSON: seconds of a step by batch, knee,
-image-steps a second there, what single requests take alone, and the pictures that every contender must give. With
---pace only `pace`, image-steps a second at the knee that the settings tell: it is taken between the contenders.
+image-steps a second there, what single requests take alone, and the pictures that every server must give. With
+--pace only `pace`, image-steps a second at the knee that the settings tell: it is taken between the servers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A network whose calls take the times that they are told, on a machine whose speed nobody can tell in advance.
 
-A host that is shared gives one contender twice what it gives the next. So every call of the network, whoever makes it,
+A host that is shared gives one server twice what it gives the next. So every call of the network, whoever makes it,
 is held until its time is over: the real network, the real images, and a machine as fast for everybody, as long as the
 times are longer than what the call itself takes. How often they were not is counted.
 """
