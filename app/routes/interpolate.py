@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from app import images
+from app import encoders
 from app.errors import InvalidRequest, NotReady
 from app.request_context import context_of
 from app.request_params import LARGEST_JSON_INTEGER, build_request, headers
@@ -68,5 +68,5 @@ async def interpolate(query: Annotated[InterpolateQuery, Query()], http: Request
 
 def _encode(pictures: Image, format: str, columns: int | None, provenance: dict[str, str]) -> bytes:
     if format == "png":
-        return images.png(grid(pictures, columns or len(pictures)), provenance)
-    return images.animation([grid(pictures[i : i + 1]) for i in range(len(pictures))], format)
+        return encoders.png(grid(pictures, columns or len(pictures)), provenance)
+    return encoders.animation([grid(pictures[i : i + 1]) for i in range(len(pictures))], format)
