@@ -197,7 +197,7 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         received, complete = 0, False
-        limit = self.limits.get(scope["path"], self.limit)
+        limit = self.limits.get(scope.get("path", ""), self.limit)
         until = asyncio.get_running_loop().time() + self.seconds
 
         async def counted() -> Message:

@@ -86,8 +86,6 @@ def _check(picture: Pillow.Image, data: bytes, name: str) -> None:
 def _rgba(picture: Pillow.Image) -> Pillow.Image:
     if picture.mode.startswith("I"):  # 16 bits, of which Pillow's conversion would cut those above the eighth
         picture = Pillow.fromarray((np.asarray(picture) / np.float32(257)).round().astype(np.uint8))
-    if not picture.has_transparency_data:
-        picture = picture.convert("RGB")  # CMYK has no other way
     return picture.convert("RGBA")
 
 

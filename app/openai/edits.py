@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import UploadFile
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from app.errors import InvalidRequest
 from app.openai.prompt import MAX_PROMPT
@@ -20,6 +20,10 @@ STRENGTHS = {"low": 0.6, "high": 0.35}
 
 class EditsForm(ImagesRequest):
     """Form of POST /v1/images/edits. In a form, a field that is empty is left out."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"image": "@image.png", "mask": "@mask.png", "prompt": "7", "seed": 1}]}
+    )
 
     prompt: str = Field("", max_length=MAX_PROMPT, description=ImagesRequest.model_fields["prompt"].description)
     image: UploadFile = Field(

@@ -146,6 +146,7 @@ def test_a_short_plan_has_fewer_partial_images(ai: OpenAI) -> None:
     more = {**SEED, "strength": 0.3}
     events = list(ai.images.edit(image=IMAGE, prompt="plain", stream=True, partial_images=3, extra_body=more))
     assert len(events) == 2, "two steps are run, and after the second comes the image"
+    assert events[0].b64_json != events[1].b64_json
 
 
 def test_async_clients_get_the_same(ai: OpenAI, server: ServerProcess) -> None:
