@@ -63,6 +63,15 @@ class GenerationJob:
             **each_class,
         }
 
+    @property
+    def nfe(self) -> int:
+        """Network rows that each image costs (number of function evaluations)."""
+        return int(self.request.schedule.nfe.sum())
+
+    def headers(self) -> dict[str, str]:
+        """X-DDPM-… headers: what to send again, and what an image cost."""
+        return {**headers(self.provenance()), "X-DDPM-NFE": str(self.nfe)}
+
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""
         name = self.class_of(i)[1]

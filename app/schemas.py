@@ -210,6 +210,7 @@ _MadeWithSettings: Any = create_model("_MadeWithSettings", __base__=_Made, **REQ
 class GenerateResponse(_MadeWithSettings):
     """Response of POST /generate as application/json."""
 
+    nfe: int = Field(description="network rows that each image cost")
     images: list[GeneratedImage]
 
 
@@ -238,6 +239,10 @@ class ModelCard(BaseModel):
         "row a step: another guidance_scale is refused; null for others"
     )
     fitted_steps: list[int] = Field(description="numbers of steps that sampler fitted takes here; others are refused")
+    plans: dict[str, dict[str, str | int | float]] = Field(
+        description="fast, balanced and exact: sampler, steps, guidance_scale, and nfe, an image's network rows; "
+        "{} without fitted tables"
+    )
     guidance: bool = Field(description="whether guidance_scale can be other than 1")
     limits: dict[str, int | float]
     provenance: dict[str, Any]

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("training.evaluate", "measure how good a checkpoint's samples are"),
     "classifier": ("training.classifier", "train the network that `evaluate` compares images by"),
     "card": ("training.model_card", "write a checkpoint's model card"),
+    "fit": ("training.fit_sampler", "learn schedules of few steps for a checkpoint"),
     "export-checkpoint": ("training.export_checkpoint", "make a checkpoint smaller, or change its sampling defaults"),
     "import": ("model.importers", "turn another project's weights into a checkpoint"),
     "export": ("model.exporters", "turn a checkpoint into a diffusers folder"),

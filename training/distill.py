@@ -37,6 +37,8 @@ def distill(config: DistillConfig, resume: bool = False) -> Path:
     """
     device = torch_device(config.device)
     teacher = checkpoint.load(config.teacher, device)
+    if teacher.config.diffusion.sigmas is not None:
+        raise ValueError(f"--teacher {config.teacher} has EDM's levels of noise, which no student can be taught here")
     params = teacher_params(config, teacher)
     student, judge = begin_with(config, teacher, params), load_judge(config, teacher, device)
     with RunDir(config, resume) as run:

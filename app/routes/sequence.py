@@ -15,7 +15,7 @@ from app import encoders
 from app.errors import NotReady, ServiceError
 from app.negotiation import negotiate
 from app.request_context import context_of
-from app.request_params import GenerationJob, build_request, headers
+from app.request_params import GenerationJob, build_request
 from app.routes.state import ERRORS, AppState, StateDep, in_flight
 from app.schemas import Format, SequenceQuery
 from app.streaming import JobStream, nothing, sse_event, with_heartbeats
@@ -60,7 +60,7 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     query.format = format
     served = service.models.find(query.model)
     job = build_request(query, served, service.settings, service.metrics.frames_dropped.labels(served.name).inc)
-    extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
+    extra = {**job.headers(), "Cache-Control": "no-store", "Vary": "Accept"}
     if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)
@@ -103,6 +103,7 @@ async def _sse(service: AppState, http: Request, job: GenerationJob, columns: in
         "index": job.request.index,
         "n": job.request.n,
         **vars(job.sampling),
+        "nfe": job.nfe,
         "frames": len(job.request.frame_steps),
         "view": job.request.view,
     }

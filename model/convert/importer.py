@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         imported = import_path(source, flags)
         names = flags.class_names or tuple(str(i) for i in range(imported.unet.num_classes or 0))
         steps = min(SamplingParams.steps, imported.diffusion.num_timesteps)
-        sampling = SamplingParams(steps=steps, limit=imported.limit)
+        sampling = replace(SamplingParams(steps=steps, limit=imported.limit), **imported.sampling)
         provenance = {"imported_from": source.name, "diffusion": imported.origin, "flags": _noted(flags)}
         config = CheckpointConfig(imported.unet, imported.diffusion, names, sampling, provenance)
     except ValueError as error:
@@ -128,6 +128,8 @@ def told(imported: Imported) -> str:
 
 
 def _words(diffusion: DiffusionConfig) -> str:
+    if (sigmas := diffusion.sigmas) is not None:
+        return f"levels of noise from {sigmas.sigma_min:g} to {sigmas.sigma_max:g}, prediction {diffusion.prediction}"
     schedule = diffusion.schedule
     if schedule == "linear":
         schedule += f" {diffusion.schedule_low:.4g} to {diffusion.schedule_high:.4g}"

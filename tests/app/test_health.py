@@ -70,7 +70,7 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
         assert client.get("/models").json()["models"][0]["batch_rows"] == limit > 0
 
 
-def test_a_draining_server_takes_no_work_and_finishes_what_it_has(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_draining_server_refuses_new_work_and_finishes_old(held: HeldRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
         answers: list[Any] = []
         worker = threading.Thread(target=lambda: answers.append(client.post("/generate", json={"n": 2, "steps": 40})))

@@ -89,7 +89,7 @@ def test_guidance_counts_two_rows_for_one_image(fresh: ServerProcess) -> None:
         assert metric(after, name) - metric(before, name) == more
 
 
-def test_a_client_that_leaves_is_a_cancel_and_its_steps_are_waste(fresh: ServerProcess) -> None:
+def test_a_leaving_client_counts_as_a_cancel_and_wasted_steps(fresh: ServerProcess) -> None:
     before = fresh.client.get("/metrics").text
     params = {"n": 8, "steps": 1000, "frames": 100, "format": "sse"}
     with fresh.client.stream("GET", SEQUENCE, params=params) as stream:
@@ -206,7 +206,7 @@ def test_a_container_has_the_memory_of_its_limit(monkeypatch: pytest.MonkeyPatch
         assert memory.available_bytes() == expected
 
 
-def test_a_request_is_counted_under_few_labels_whatever_clients_say(fresh: ServerProcess) -> None:
+def test_clients_cannot_make_new_label_values(fresh: ServerProcess) -> None:
     for path in ("/a", "/b", "/c?model=x"):
         assert httpx.get(fresh.url + path).status_code == 404
     fresh.client.post("/generate", content=json.dumps({"model": "zzz"}), headers={"content-type": "application/json"})

@@ -121,7 +121,7 @@ def test_timesteps_drawn_by_importance_have_its_weights(tiny_options: Options) -
     assert weights[t == 0].max() < weights[t == 3].min()
 
 
-def test_importance_remembers_losses_without_their_weights_and_the_log_has_them_with(
+def test_importance_remembers_unweighted_losses(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch, read_log: ReadLog
 ) -> None:
     losses: list[Tensor] = []
