@@ -9,6 +9,10 @@ from app.engine.request import Sample
 from model.sampling.edit import Edit, start_from
 
 
+Kept = tuple[Tensor, Tensor]
+"""Images [N, C, H, W] and masks [N, 1, H, W], as `apply_step` takes them."""
+
+
 def first_states(samples: list[Sample], noise: Tensor) -> list[tuple[Tensor, Edit | None]]:
     """x [C, H, W] of each before its first step, and what it keeps of its image: noise [N, C, H, W], or the reference
     with it. On the device of the noise."""
@@ -24,7 +28,7 @@ def first_states(samples: list[Sample], noise: Tensor) -> list[tuple[Tensor, Edi
     return states
 
 
-def kept_parts(samples: list[Sample], x: Tensor) -> tuple[Tensor, Tensor] | None:
+def kept_parts(samples: list[Sample], x: Tensor) -> Kept | None:
     """Images and masks for `apply_step`, as x [N, C, H, W]; None where no sample keeps a part of its image."""
     if all(sample.kept is None for sample in samples):
         return None

@@ -15,7 +15,7 @@ from app.engine.autotune import autotune_batch_size
 from app.engine.batch import Batch, rng_counters
 from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant_set, split_rows
 from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
-from app.engine.edits import first_states, kept_parts
+from app.engine.edits import Kept, first_states, kept_parts
 from app.engine.latent_pool import LatentPool, pool_size
 from app.engine.memory import is_out_of_memory, trim_malloc
 from app.engine.request import Sample, View
@@ -71,16 +71,14 @@ class ModelRunner:
     @torch.inference_mode()
     def init_latents(self, samples: list[Sample]) -> None:
         """Draws x_T; edits begin from their noised reference. Nothing is changed if it raises."""
-        others, drawn = samples, []
-        if self._graphs is not None and len(samples) <= self._graphs.slots.count:
-            others = [sample for sample in samples if sample.request.edit is not None]
-            drawn = [sample for sample in samples if sample.request.edit is None]
+        graphs = self._graphs if self._graphs and len(samples) <= self._graphs.slots.count else None
+        others = samples if graphs is None else [sample for sample in samples if sample.request.edit is not None]
+        drawn = [] if graphs is None else [sample for sample in samples if sample.request.edit is None]
         states = first_states(others, self._noise(rng_counters(others, [0] * len(others)))) if others else []
-        if drawn:
-            assert self._graphs is not None
-            slots = self._graphs.slots.allocate(len(drawn), drawn)
-            self._graphs.init_latents(np.array(slots), rng_counters(drawn, [0] * len(drawn)))
-            self._graphs.slots.assign(drawn, slots)
+        if graphs is not None and drawn:
+            slots = graphs.slots.allocate(len(drawn), drawn)
+            graphs.init_latents(np.array(slots), rng_counters(drawn, [0] * len(drawn)))
+            graphs.slots.assign(drawn, slots)
         for sample, (x, kept) in zip(others, states, strict=True):
             sample.x, sample.x0, sample.x0_prev = x, torch.zeros_like(x), torch.zeros_like(x)
             sample.kept = kept
@@ -134,12 +132,7 @@ class ModelRunner:
         return list(zip(x_next.unbind(), x0.unbind(), strict=True)), finite
 
     def _update(
-        self,
-        batch: Batch,
-        x: Tensor,
-        x0_prev: Tensor,
-        x0_prev2: Tensor,
-        kept: tuple[Tensor, Tensor] | None = None,
+        self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor, kept: Kept | None = None
     ) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
         table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
