@@ -8,7 +8,6 @@ from torch import Tensor
 from app.engine.request import Sample
 from model.sampling.edit import Edit, start_from
 
-
 Kept = tuple[Tensor, Tensor]
 """Images [N, C, H, W] and masks [N, 1, H, W], as `apply_step` takes them."""
 

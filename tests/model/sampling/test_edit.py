@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, InvalidSamplingParams, make_schedule
 from model.sampling.solvers import SAMPLERS
 from model.sampling.step import apply_step, sample
+from model.sigmas import Sigmas
 from tests.model.sampling.test_solvers import INDICES, SEEDS, SHAPE, diffusion_of, network_of
 
 LINEAR = GaussianDiffusion(DiffusionConfig())
@@ -169,3 +171,16 @@ def test_a_row_that_keeps_nothing_is_left_alone_to_the_bit() -> None:
     edited = apply_step(x, out, x0_prev, x0_prev2, rows, z, True, (image, mask))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(plain, edited, strict=True))
     assert torch.equal(edited[1][1], image[1])
+
+
+def test_levels_of_noise_begin_midway_too() -> None:
+    """x of these networks is c_in·(image + σ·z) (Karras et al. 2022, eq. 7)."""
+    sigmas = Sigmas()
+    diffusion = GaussianDiffusion(DiffusionConfig(schedule="karras", prediction="edm", sigmas=sigmas))
+    whole, begun = (make_schedule(diffusion, "dpmpp_2m", 10, strength=strength) for strength in (1.0, 0.5))
+    sigma = float(sigmas.levels(10)[4])  # of 0 … 9, the first of those nearest to the middle
+    assert len(begun) == 5
+    assert begun.timesteps.tolist() == whole.timesteps[5:].tolist()
+    scale = math.sqrt(sigma**2 + sigmas.sigma_data**2)
+    assert begun.start == pytest.approx((1 / scale, sigma / scale), rel=1e-6)
+    assert begun.table[-1].tolist() == pytest.approx(whole.table[-1].tolist())
