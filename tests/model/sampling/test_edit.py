@@ -178,9 +178,9 @@ def test_levels_of_noise_begin_midway_too() -> None:
     sigmas = Sigmas()
     diffusion = GaussianDiffusion(DiffusionConfig(schedule="karras", prediction="edm", sigmas=sigmas))
     whole, begun = (make_schedule(diffusion, "dpmpp_2m", 10, strength=strength) for strength in (1.0, 0.5))
-    sigma = float(sigmas.levels(10)[4])  # of 0 … 9, the first of those nearest to the middle
-    assert len(begun) == 5
-    assert begun.timesteps.tolist() == whole.timesteps[5:].tolist()
+    sigma = float(sigmas.levels(10)[5])  # of 0 … 9, the noisier of those nearest to the middle
+    assert len(begun) == 6
+    assert begun.timesteps.tolist() == whole.timesteps[4:].tolist()
     scale = math.sqrt(sigma**2 + sigmas.sigma_data**2)
     assert begun.start == pytest.approx((1 / scale, sigma / scale), rel=1e-6)
     assert begun.table[-1].tolist() == pytest.approx(whole.table[-1].tolist())
