@@ -14,10 +14,11 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app.auth import APIKeyStore
+from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import tune_malloc
-from app.engine.runner import ModelRunner, default_micro_batch_size
+from app.engine.runner import ModelRunner
 from app.error_handler import handle_errors
 from app.event_loop_monitor import EventLoopMonitor
 from app.metrics import Metrics
@@ -32,13 +33,14 @@ from app.middleware import (
 )
 from app.model_registry import ModelRegistry
 from app.openapi import DescribedApp
-from app.routes import docs, generate, health, image, models, openai, sequence, ui
+from app.routes import docs, edits, generate, health, image, interpolate, models, openai, sequence, ui
 from app.routes.state import AppState
 from app.settings import Settings
 from app.signing import image_access
 from app.tracing import Tracer, TracingMiddleware
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint
+from model.nn.config import UNetConfig
 
 VERSION = "0.1.0"
 WATCH_S = 0.25
@@ -58,18 +60,21 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     keys = APIKeyStore(settings)
     access = image_access(settings, keys.required)
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
-    # OpenMP keeps a team of threads for every thread that used it, and two teams on the same cores hinder each other:
-    # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
+    # OpenMP keeps a team of threads for every thread that used it, and all of them would want the same cores. So this
+    # thread gets none, as those that come, and the engine shares out its work itself: see `app.engine.workers`.
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     device = settings.torch_device()
     if device.type == "cpu":
         tune_malloc()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
-    precision = best_precision(device) if settings.precision == "auto" else settings.precision
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
-        micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device)
+        precision: str = settings.precision
+        if precision == "auto":
+            unet = checkpoint.config.unet
+            precision = best_precision(device, unet.base_channels if isinstance(unet, UNetConfig) else unet.dim)
+        micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device, runtime)
         runner = make_runner(checkpoint, device, micro_batch_size, threads, runtime, precision)
         return ModelInstance(checkpoint, runner, settings.max_batch_size)
 
@@ -83,7 +88,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        log_device(settings.device, device, runtime, precision)
+        log_device(settings.device, device, runtime, threads)
         engine.start()
         tasks = [
             asyncio.create_task(watch)
@@ -110,14 +115,20 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     )
     app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    routers = [module.router for module in (generate, sequence, image, openai, models, ui, docs)] + [health.health]
+    pages = generate, sequence, interpolate, image, openai, edits, models, ui, docs
+    routers = [module.router for module in pages] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
         app.include_router(router)
     handle_errors(app)
     app.add_middleware(HeadAsGetMiddleware)
-    app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        limit=settings.max_body_bytes,
+        seconds=settings.read_timeout_s,
+        limits={edits.PATH: settings.max_upload_bytes},
+    )
     if keys.required:
         app.add_middleware(AuthMiddleware, keys=keys, images=access)
     if settings.cors_origins:
@@ -125,7 +136,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
             CORSMiddleware,
             allow_origins=settings.cors_origins.split(","),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["*"],  # credentials, with which this would not do, are never allowed
         )
     app.state.headers = SECURITY_HEADERS | (
@@ -171,12 +182,12 @@ async def _tell_progress(models: ModelRegistry) -> None:
     log.info("ready for requests after %.1f s of warm-up", time.monotonic() - started)
 
 
-def log_device(asked: str, device: torch.device, runtime: str, precision: str) -> None:
+def log_device(asked: str, device: torch.device, runtime: str, threads: int) -> None:
     """Says what the networks run on. Warns where a torch that is built for GPUs finds none, unasked."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
     level = logging.WARNING if torch.version.cuda and not on_gpu and asked != "cpu" else logging.INFO
-    extra = {"device": str(device), "runtime": runtime, "precision": precision, "torch": torch.__version__}
+    extra = {"device": str(device), "runtime": runtime, "threads": threads, "torch": torch.__version__}
     log.log(level, "the network runs on %s", name, extra=extra)
 
 

@@ -49,13 +49,15 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the network runs; auto uses the GPU if there is one"
     )
-    threads: int = Field(0, ge=0, le=1024, description="number of CPU threads for the network; 0 means one per core")
+    threads: int = Field(
+        0, ge=0, le=1024, description="number of network calls at once on a CPU, each on one thread; 0: one per core"
+    )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto",
         description="library that runs the network; auto means torch; openvino needs a CPU and the extra openvino",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="precision of the network; auto uses bf16 if the device has matrix units for it"
+        "auto", description="precision of the network; auto uses bf16 if the device is faster in it"
     )
 
     max_n: int = Field(64, ge=1, le=4096, description="maximum number of images per request")
@@ -71,6 +73,7 @@ class Settings(BaseSettings):
     )
     max_timeout_s: float = Field(300, gt=0, le=86_400, description="maximum timeout of a request, and its default")
     max_body_bytes: int = Field(65_536, ge=1, description="maximum size of a request body")
+    max_upload_bytes: int = Field(8 * 2**20, ge=1, description="the same of an edit, which has images in it")
     max_pending_nfe: int = Field(
         250_000,
         ge=1,
@@ -87,7 +90,7 @@ class Settings(BaseSettings):
         ge=0,
         le=65_536,
         description="maximum number of network rows per network call; it affects the last bits of images. 0 means "
-        "32 on a CPU (8 from 10 million parameters on) and up to 256 on a GPU",
+        "8 on a CPU and up to 256 on a GPU",
     )
     api_keys_file: str = Field("", description="file of API keys; if it is set, requests need a key")
     api_keys: SecretStr = Field(

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
-from app.engine.autotune import autotune_batch_size
 from app.engine.request import Request
 from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
@@ -40,18 +39,18 @@ class ModelInstance:
         self.runner = runner
         self.batch_limits, self.throughput = BatchLimits(max_batch_size), ThroughputEstimator()
         # Making one for every request would keep the event loop busy for much of its time.
-        self.schedule = lru_cache(CACHED_SCHEDULES)(self._schedule)  # of settings, and of ddpm's variance
+        self.schedule = lru_cache(CACHED_SCHEDULES)(self._schedule)  # of settings, ddpm's variance, strength
         self.warm = False
         self.warmup_steps = self._warm_up()  # what has to run before it serves, each about as long as a step
 
-    def _schedule(self, sampling: SamplingParams, variance: str | None) -> SamplingSchedule:
-        return self.config.schedule(sampling, variance, self.diffusion)
+    def _schedule(self, sampling: SamplingParams, variance: str | None, strength: float = 1.0) -> SamplingSchedule:
+        return self.config.schedule(sampling, variance, self.diffusion, strength)
 
     def _warm_up(self) -> Iterator[None]:
         runner, limits = self.runner, self.batch_limits
         yield from runner.find_invariant_sizes()
         if not limits.max:
-            limits.set(*(yield from autotune_batch_size(runner.warm_up, runner.micro_batch_size, runner.device.type)))
+            limits.set(*(yield from runner.autotune()))
         seconds = []
         for _ in range(WARMUP_STEPS):
             started = time.monotonic()

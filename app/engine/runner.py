@@ -3,47 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from app.engine.autotune import autotune_batch_size
 from app.engine.batch import Batch, rng_counters
-from app.engine.batch_invariance import candidate_batch_sizes, gpu_micro_batch_size, largest_invariant_set
+from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant_set, split_rows
 from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
+from app.engine.edits import Kept, first_states, kept_parts
 from app.engine.latent_pool import LatentPool, pool_size
 from app.engine.memory import is_out_of_memory, trim_malloc
 from app.engine.request import Sample, View
+from app.engine.workers import WorkerPool
 from model.backends.compile import compile_for_inference
 from model.backends.cuda import CudaRecorder, Record
 from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
-from model.nn.networks import AnyUNet
 from model.sampling.noise import normals, normals_of
 from model.sampling.step import apply_step, cfg_forward
 
 log = logging.getLogger("ddpm.engine")
-
-SMALL_NETWORK = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
-
-
-def default_micro_batch_size(network: AnyUNet, device: torch.device) -> int:
-    """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
-    if device.type == "cuda":
-        return gpu_micro_batch_size(network.config.image_size)
-    return 32 if sum(weights.numel() for weights in network.parameters()) < SMALL_NETWORK else 8
 
 
 class ModelRunner:
     """Steps samples of one checkpoint on one device.
 
     The U-Net runs on `micro_batch_size` rows, or on fewer where that gives the same bits. The first warm-up finds out
-    which numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a GPU each
-    number that agrees gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots;
-    steps that are not among those run without, to the same bits. Runtime and precision are those of all batches.
+    which numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a CPU the
+    calls of a step run side by side, on one thread each (see `app.engine.workers`). On a GPU each number that agrees
+    gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps that are not
+    among those run without, to the same bits. Runtime and precision are those of all batches.
     """
 
     def __init__(
@@ -57,12 +52,13 @@ class ModelRunner:
     ) -> None:
         """Raises ValueError for a runtime or precision that is not there; `threads` 0 is as many as torch has now."""
         self.config = checkpoint.config.unet
-        self._threads = threads
+        self._threads = threads or torch.get_num_threads()
+        self._workers = WorkerPool(self._threads if device.type == "cpu" and runtime == "torch" else 1)
         self.device, self.micro_batch_size, self.runtime, self.precision = device, micro_batch_size, runtime, precision
         if runtime == "openvino":
             if device.type != "cpu":
                 raise ValueError(f"runtime openvino runs on the CPU, not on {device.type}")
-            self._network = compile_openvino(checkpoint.network, precision, threads or torch.get_num_threads())
+            self._network = compile_openvino(checkpoint.network, precision, self._threads)
         else:
             self._network = compile_for_inference(checkpoint.network, device, precision)
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
@@ -74,16 +70,18 @@ class ModelRunner:
 
     @torch.inference_mode()
     def init_latents(self, samples: list[Sample]) -> None:
-        """Draws x_T. Nothing is changed if it raises."""
-        words = rng_counters(samples, [0] * len(samples))
-        if self._graphs is not None and len(samples) <= self._graphs.slots.count:
-            slots = self._graphs.slots.allocate(len(samples), samples)
-            self._graphs.init_latents(np.array(slots), words)
-            self._graphs.slots.assign(samples, slots)
-            return
-        noise = self._noise(words)
-        for sample, x in zip(samples, noise.unbind(), strict=True):
+        """Draws x_T; edits begin from their noised reference. Nothing is changed if it raises."""
+        graphs = self._graphs if self._graphs and len(samples) <= self._graphs.slots.count else None
+        others = samples if graphs is None else [sample for sample in samples if sample.request.edit is not None]
+        drawn = [] if graphs is None else [sample for sample in samples if sample.request.edit is None]
+        states = first_states(others, self._noise(rng_counters(others, [0] * len(others)))) if others else []
+        if graphs is not None and drawn:
+            slots = graphs.slots.allocate(len(drawn), drawn)
+            graphs.init_latents(np.array(slots), rng_counters(drawn, [0] * len(drawn)))
+            graphs.slots.assign(drawn, slots)
+        for sample, (x, kept) in zip(others, states, strict=True):
             sample.x, sample.x0, sample.x0_prev = x, torch.zeros_like(x), torch.zeros_like(x)
+            sample.kept = kept
 
     @torch.inference_mode()
     def step(self, samples: list[Sample]) -> list[Sample]:
@@ -92,7 +90,7 @@ class ModelRunner:
         Nothing is changed if it raises: the same samples can be stepped again.
         """
         batch = Batch.of(samples)
-        recorded = self._recorded(batch)
+        recorded = self._recorded(samples, batch)
         graphed = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if is_recorded]
         others = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if not is_recorded]
         states, finite = self._step_eagerly(others, batch.of_those(~recorded)) if others else ([], [])
@@ -105,10 +103,12 @@ class ModelRunner:
             sample.step += 1
         return [sample for sample, ok in zip(others + graphed, finite, strict=True) if not ok]
 
-    def _recorded(self, batch: Batch) -> NDArray[np.bool_]:
-        """Whom graphs step [N]. A dynamic limit is its own request's affair: the others keep theirs."""
-        recorded = ~batch.dynamic
-        if self._graphs is None or not recorded.any() or not self._graphs.can_run(batch.of_those(recorded)):
+    def _recorded(self, samples: list[Sample], batch: Batch) -> NDArray[np.bool_]:
+        """Whom graphs step [N]. A dynamic limit or a mask is its own request's affair: the others keep theirs."""
+        if self._graphs is None:
+            return np.zeros(len(samples), bool)
+        recorded: NDArray[np.bool_] = ~batch.dynamic & np.array([sample.kept is None for sample in samples])
+        if not recorded.any() or not self._graphs.can_run(batch.of_those(recorded)):
             return np.zeros_like(recorded)
         return recorded
 
@@ -127,11 +127,13 @@ class ModelRunner:
         x = torch.stack([s.x for s in samples])  # type: ignore[misc]
         x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
         x0_prev2 = torch.stack([s.x0_prev for s in samples])  # type: ignore[misc]
-        x_next, x0 = self._update(batch, x, x0_prev, x0_prev2)
+        x_next, x0 = self._update(batch, x, x0_prev, x0_prev2, kept_parts(samples, x))
         finite: list[bool] = torch.isfinite(x_next).flatten(1).all(1).tolist()
         return list(zip(x_next.unbind(), x0.unbind(), strict=True)), finite
 
-    def _update(self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(
+        self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
         table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
         t = torch.from_numpy(batch.t.astype(np.float32)).to(self.device)
@@ -141,17 +143,19 @@ class ModelRunner:
         if len(noisy):
             z[torch.from_numpy(noisy).to(self.device)] = self._noise(batch.words[noisy])
         out = cfg_forward(self.forward, x, t, y, table[:, 0], self._null_class)
-        return apply_step(x, out, x0_prev, x0_prev2, table, z)
+        return apply_step(x, out, x0_prev, x0_prev2, table, z, True, kept)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
-        parts = []
-        for start in range(0, len(x), self.micro_batch_size):
-            rows = slice(start, start + self.micro_batch_size)
-            parts.append(self._padded(x[rows], t[rows], None if y is None else y[rows]))
-        return torch.cat(parts)
+        cuts = split_rows(len(x), self.sizes, self._workers.size)
+        classes = [None] * len(cuts) if y is None else y.split_with_sizes(cuts)
+        outs = self._workers.map(
+            self._padded, list(zip(x.split_with_sizes(cuts), t.split_with_sizes(cuts), classes, strict=True))
+        )
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _padded(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def _padded(self, rows: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+        x, t, y = rows
         n = len(x)
         padding = next(size for size in self.sizes if size >= n) - n
         if padding:
@@ -231,9 +235,25 @@ class ModelRunner:
             states = [s.x0 if view == "x0" else s.x for s in samples]  # type: ignore[misc]
         return to_uint8(torch.stack(states)).cpu().numpy()
 
+    def autotune(self) -> Generator[None, None, tuple[int, int]]:
+        """How many rows a step usually has, and how many at most. Yields after each call."""
+        kind, workers = self.device.type, self._workers.size
+        if self.runtime != "torch" or kind != "cpu":
+            return (yield from autotune_batch_size(self.warm_up, self.micro_batch_size, kind))
+        # The processor's time of one worker's call: what else the machine does has no part in it.
+        found = autotune_batch_size(self._call, self.micro_batch_size, kind, time.thread_time, fewest=1)
+        target, most = yield from found
+        return workers * target, 2 * workers * most  # a worker that is held up leaves its second call to the others
+
+    @torch.inference_mode()
+    def _call(self, rows: int) -> None:
+        x = torch.zeros(rows, *self.config.image_shape, device=self.device)
+        t = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._padded((x, t, None if self.config.num_classes is None else t))
+
     @torch.inference_mode()
     def warm_up(self, rows: int) -> None:
-        """Runs `rows` rows once, as the engine will, on `threads` threads from now on (0: as is)."""
+        """Runs `rows` rows once, as the engine will."""
         self._take_threads()
         if not self._sizes_found:
             for _ in self.find_invariant_sizes():
@@ -248,7 +268,8 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Gives back the weights and what the allocator kept for them. It cannot run any more."""
+        """Ends the workers, and gives back the weights and what the allocator kept for them. It cannot run any more."""
+        self._workers.close()
         self._graphs = None
         del self._network
         self.free_memory()
@@ -260,12 +281,18 @@ class ModelRunner:
         else:
             trim_malloc()
 
+    def stop_workers(self) -> None:
+        """No step will come. If one does, they start again."""
+        self._workers.close()
+
     def _take_threads(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)  # of the calling thread's team
+        """Of the calling thread's team: a call on a CPU has one, and its mates the others."""
+        torch.set_num_threads(self._threads if self.device.type == "cuda" else 1)
 
     def _noise(self, words: NDArray[np.int64]) -> Tensor:
-        return normals_of(torch.from_numpy(words).to(self.device), self.config.image_shape)
+        parts = torch.from_numpy(words).to(self.device).chunk(self._workers.size)
+        noise = self._workers.map(lambda part: normals_of(part, self.config.image_shape), parts)
+        return noise[0] if len(noise) == 1 else torch.cat(noise)
 
 
 def take_last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
