@@ -139,6 +139,7 @@ def test_a_checkpoint_without_classes_has_addresses(colour_checkpoint: Path) -> 
         assert client.get("/images/colour/random/1/0.png").status_code == 422
 
 
+@pytest.mark.slow
 def test_fitted_tables_have_addresses(tmp_path: Path) -> None:
     network = randomised(GREY, 0.3, 0)
     own = SamplingParams("fitted", 4, 0.0, 2.5, spacing="logsnr")
