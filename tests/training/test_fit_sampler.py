@@ -23,6 +23,7 @@ from model.sampling.step import sample
 from training import fit_sampler
 from training.fitting import fit as fitting
 from training.fitting.solver import LearnedSolver, Target, guided_rows
+from training.fitting.tables import chosen_default
 
 PREDICTIONS = ("eps", "v", "x0")
 FEW = ["--images", "16", "--held_out", "8", "--batch_size", "4", "--learning_rate", "0.005", "--precision", "fp32"]
@@ -123,6 +124,27 @@ def test_fitted_tables_are_nearer_to_the_teacher_and_the_default(
     assert more["fits"][0]["after"] == pytest.approx(report["fits"][0]["after"], rel=1e-3)
     assert fit_sampler.main([path, *FEW, *begun[:-1], "no/such"]) == 2
     assert "3-3.pt is not the state of a fit: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], SamplingParams("fitted", 6, 0.0, 2.0)),
+        (["--default", "4"], SamplingParams("ddim", 2, 0.5, 1.0)),  # no better than dpmpp_2m
+        (["--default", "0", "--set_spacing"], SamplingParams("ddim", 2, 0.5, 1.0, spacing="logsnr")),
+        (["--set_spacing"], SamplingParams("fitted", 6, 0.0, 2.0, spacing="logsnr")),
+    ],
+)
+def test_the_default_is_what_measures_better(
+    save_checkpoint: Callable[..., str], words: list[str], expected: SamplingParams
+) -> None:
+    results = [
+        {"steps": 4, "before": {"trailing": 0.2, "logsnr": 0.3}, "spacing": "trailing", "after": 0.2},
+        {"steps": 6, "before": {"trailing": 0.2, "logsnr": 0.1}, "spacing": "logsnr", "after": 0.09},
+    ]
+    args = fit_sampler.parse(["some", "--steps", "4,6", *words])
+    teacher = SamplingParams("dpmpp_2m", 20, guidance_scale=2.0)
+    assert chosen_default(checkpoint.load(save_checkpoint()), results, teacher, args) == expected
 
 
 @pytest.mark.slow

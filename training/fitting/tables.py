@@ -127,11 +127,19 @@ def maker(setup: Setup, solver: LearnedSolver) -> Callable[[Pairs], Tensor]:
 def chosen_default(
     source: Checkpoint, results: list[dict[str, Any]], teacher: SamplingParams, args: argparse.Namespace
 ) -> SamplingParams:
-    """The checkpoint's settings from now on: a table where it is better than dpmpp_2m at as many steps."""
+    """The checkpoint's settings from now on: a table where it is better than dpmpp_2m at as many steps.
+
+    With --set_spacing other samplers have the spacing that was best at the most steps.
+    """
+    own = source.config.sampling
+    if args.set_spacing:
+        own = replace(own, spacing=max(results, key=lambda result: result["steps"])["spacing"])
+    if args.default == 0:
+        return own
     wanted = args.default or max(args.steps)
     result = next(result for result in results if result["steps"] == wanted)
     if result["after"] >= min(result["before"].values()):
         say(f"{wanted} steps are no better than {SOLVER}'s: the checkpoint's default stays", end="\n")
-        return source.config.sampling
+        return own
     fitted_to = {name: getattr(teacher, name) for name in FITTED_TO}
-    return SamplingParams(FITTED, wanted, spacing=source.config.sampling.spacing, **fitted_to)
+    return SamplingParams(FITTED, wanted, spacing=own.spacing, **fitted_to)
