@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.distilled import Distilled
 from model.nn.config import UNetConfig
@@ -20,6 +21,7 @@ from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, SamplingParams, make_schedule
 from model.sampling.step import sample
+from tests.networks import randomised
 from training import fit_sampler
 from training.fitting import fit as fitting
 from training.fitting.solver import LearnedSolver, Target, guided_rows
@@ -240,3 +242,30 @@ def test_a_student_is_not_fitted(
     checkpoint.save(tmp_path / "student.safetensors", source.network.state_dict(), config)
     assert fit_sampler.main([str(tmp_path / "student.safetensors"), *FEW, "--steps", "3"]) == 2
     assert "student is distilled, and has its own few steps: fit its teacher" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["unlimited eps", "zero terminal SNR", "learned variance", "unconditional", "dynamic"])
+def test_every_kind_of_checkpoint_can_be_fitted(tiny_config: UNetConfig, tmp_path: Path, how: str) -> None:
+    diffusion, unet, limit = DiffusionConfig(schedule="cosine", prediction="v"), tiny_config, "clamp"
+    if how == "unlimited eps":
+        diffusion, limit = DiffusionConfig(schedule="cosine"), "none"
+    elif how == "zero terminal SNR":
+        diffusion = replace(diffusion, zero_terminal_snr=True)
+    elif how == "learned variance":
+        diffusion, unet = replace(diffusion, variance="learned_range"), replace(unet, learned_variance=True)
+    elif how == "unconditional":
+        unet = replace(unet, num_classes=None, null_class=False)
+    else:
+        limit = "dynamic"
+    names = ("a", "b", "c")[: unet.num_classes or 0]
+    config = CheckpointConfig(unet, diffusion, names, SamplingParams("dpmpp_2m", 12, limit=limit))
+    path = tmp_path / "some.safetensors"
+    checkpoint.save(path, randomised(unet, std=0.05).state_dict(), config)
+    report = fitted(str(path), "--steps", "3", "--iterations", "2", "--images", "4", "--held_out", "4")
+    assert np.isfinite(report["fits"][0]["after"])
+    found = checkpoint.load(path)
+    assert found.config.fitted[0].limit == limit
+    y = None if unet.num_classes is None else [0]
+    schedule = found.config.fitted[0].schedule()
+    assert torch.isfinite(sample(found.network, schedule, unet.image_shape, [1], [0], y, null_class=3)).all()
