@@ -198,6 +198,25 @@ def test_an_error_of_the_server_is_shown(page: Any, server: ServerProcess) -> No
     assert "422 invalid_request: steps" in page.inner_text("#alert")
 
 
+def test_a_part_is_drawn_over_and_repainted(page: Any, server: ServerProcess) -> None:
+    page.goto(server.url + "/#seed=3&steps=4&image=1")
+    finished(page)
+    page.click("#repaint summary")
+    mask = page.locator("#mask")
+    mask.scroll_into_view_if_needed()
+    box = mask.bounding_box()
+    x, y = box["x"] + box["width"] / 8, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y + box["height"] / 8, steps=3)
+    page.mouse.up()
+    page.click("#paint")
+    page.wait_for_selector("text=Repainted. Once more gives another one.")
+    before, after = pixels(page, "#xt"), pixels(page, "#repainted")
+    assert np.array_equal(after[:, 6:], before[:, 6:])
+    assert not np.array_equal(after[:, :3], before[:, :3])
+
+
 def test_it_is_used_by_keyboard_alone(page: Any, server: ServerProcess) -> None:
     page.goto(server.url)
     page.focus("#seed")
