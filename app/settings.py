@@ -36,8 +36,8 @@ class Settings(BaseSettings):
 
     checkpoint: str = Field(
         "mnist",
-        description="a bundled checkpoint's name, a .safetensors file, or the folder of a training run, each also as "
-        "NAME=PATH; several by commas, the first is the default",
+        description="a bundled checkpoint's name, a .safetensors file, the folder of a training run, or ORG/NAME (also "
+        "@REVISION) on the Hugging Face hub, each also as NAME=PATH; several by commas, the first is the default",
     )
     models_dir: str = Field(
         "",
