@@ -172,7 +172,7 @@ def serve(settings: Settings, make_runner: MakeRunner = ModelRunner) -> None:
     """
     logs.configure(settings.log_level, settings.log_format)
     if links := service_links():
-        log.warning("these variables are an orchestrator's service links, and ignored: %s", ", ".join(links))
+        log.warning("ignoring environment variables that are an orchestrator's service links: %s", ", ".join(links))
     operations, operations_sockets = None, []
     try:
         sockets = bind(settings.host, settings.port)
@@ -191,7 +191,7 @@ def serve(settings: Settings, make_runner: MakeRunner = ModelRunner) -> None:
     gc.freeze()  # what was imported stays: a full collection took 0.2 s to look through it, in which nobody is served
     keys: APIKeyStore = app.state.keys
     if keys.required:
-        log.info("keys are needed", extra={"keys": keys.names})
+        log.info("API keys are required", extra={"keys": keys.names})
     if operations_sockets:
         operations = uvicorn.Server(
             _config(create_operations_app(app.state.service), settings, settings.metrics_host, settings.metrics_port)

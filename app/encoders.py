@@ -58,3 +58,9 @@ def array(images: Image) -> bytes:
 
 def _pillow(image: Image) -> Pillow.Image:
     return Pillow.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def enlarged(image: Image, size: tuple[int, int]) -> Image:
+    """The image [H, W, C] in that width and height, by bicubic interpolation."""
+    large = np.asarray(_pillow(image).resize(size, Pillow.Resampling.BICUBIC))
+    return large[:, :, None] if large.ndim == 2 else large

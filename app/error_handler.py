@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from app.error_response import error_response
 from app.errors import (
     BadRequest,
     BodyTooLarge,
@@ -35,10 +36,9 @@ async def _answer(request: Request, exception: Exception) -> JSONResponse:
     error, extra = _service_error(request, exception)
     context = context_of(request.scope)
     context.outcome = error.code
-    extra |= error.headers()
     if type(error) is ServiceError:  # an unforeseen exception is answered outside of all middleware
         extra |= {"X-Request-Id": context.request_id, **request.app.state.headers}
-    return JSONResponse(error.body(), error.status, headers=extra)
+    return error_response(error, request.url.path, extra)
 
 
 def _service_error(request: Request, exception: Exception) -> tuple[ServiceError, dict[str, str]]:
@@ -59,7 +59,7 @@ def _service_error(request: Request, exception: Exception) -> tuple[ServiceError
 
 def _invalid(request: Request, exception: RequestValidationError) -> InvalidRequest:
     schema = request.app.openapi()
-    operation = schema["paths"][request.scope["route"].path][request.method.lower()]
+    operation = schema["paths"][request.scope["route"].path_format][request.method.lower()]
     return explain(exception.errors()[0], fields(schema, operation))
 
 
@@ -73,7 +73,7 @@ def _not_found(request: Request) -> NotFound:
 
 def _wrong_method(request: Request, headers: dict[str, str]) -> tuple[MethodNotAllowed, dict[str, str]]:
     """Starlette names the methods of one route, and a path may have several."""
-    path = getattr(request.scope.get("route"), "path", "")
+    path = getattr(request.scope.get("route"), "path_format", "")
     methods = {method.upper() for method in request.app.openapi()["paths"].get(path, {})}
     methods = methods or set(headers.get("Allow", "").split(", "))
     if "GET" in methods:

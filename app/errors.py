@@ -63,9 +63,13 @@ class HeadersTooLarge(ServiceError):
 
 
 class InvalidRequest(ServiceError):
-    """Something in the request is malformed or out of limits."""
+    """Something in the request is malformed or out of limits. `openai_code` is what OpenAI calls it."""
 
     status, code = 422, "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, openai_code: str = "invalid_value") -> None:
+        super().__init__(message, param=param)
+        self.openai_code = openai_code
 
 
 class InvalidClassLabel(ServiceError):
@@ -106,6 +110,12 @@ class BodyTooLarge(ServiceError):
     """The body is longer than any that is read."""
 
     status, code = 413, "body_too_large"
+
+
+class Gone(ServiceError):
+    """The checkpoint of this address is served no more."""
+
+    status, code = 410, "gone"
 
 
 class Overloaded(ServiceError):

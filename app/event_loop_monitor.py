@@ -14,6 +14,7 @@ WINDOW_S = 60.0
 class EventLoopMonitor:
     """Sleeps for a known time, again and again, and sees how much later it wakes: a request that comes at the same
     moment waits as long. The part of a lag before the next waking, TICK_S at most, is not seen.
+    A clock measures it because a loop that is busy sends no event.
     """
 
     def __init__(self, metrics: Metrics) -> None:

@@ -14,10 +14,11 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app.auth import APIKeyStore
+from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import tune_malloc
-from app.engine.runner import ModelRunner, default_micro_batch_size
+from app.engine.runner import ModelRunner
 from app.error_handler import handle_errors
 from app.event_loop_monitor import EventLoopMonitor
 from app.metrics import Metrics
@@ -32,12 +33,14 @@ from app.middleware import (
 )
 from app.model_registry import ModelRegistry
 from app.openapi import DescribedApp
-from app.routes import docs, generate, health, models, sequence, ui
+from app.routes import docs, generate, health, image, models, openai, sequence, ui
 from app.routes.state import AppState
 from app.settings import Settings
+from app.signing import image_access
 from app.tracing import Tracer, TracingMiddleware
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint
+from model.nn.config import UNetConfig
 
 VERSION = "0.1.0"
 WATCH_S = 0.25
@@ -55,19 +58,23 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     `make_runner` is for tests. Raises CheckpointError or ValueError where the settings cannot be served.
     """
     keys = APIKeyStore(settings)
+    access = image_access(settings, keys.required)
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
-    # OpenMP keeps a team of threads for every thread that used it, and two teams on the same cores hinder each other:
-    # the network's steps took 1.6 times as long. So this thread gets none, and the engine's gets all.
+    # OpenMP keeps a team of threads for every thread that used it, and all of them would want the same cores. So this
+    # thread gets none, as those that come, and the engine shares out its work itself: see `app.engine.workers`.
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     device = settings.torch_device()
     if device.type == "cpu":
         tune_malloc()
     runtime = "torch" if settings.runtime == "auto" else settings.runtime
-    precision = best_precision(device) if settings.precision == "auto" else settings.precision
 
     def make(checkpoint: Checkpoint) -> ModelInstance:
-        micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device)
+        precision: str = settings.precision
+        if precision == "auto":
+            unet = checkpoint.config.unet
+            precision = best_precision(device, unet.base_channels if isinstance(unet, UNetConfig) else unet.dim)
+        micro_batch_size = settings.micro_batch_size or default_micro_batch_size(checkpoint.network, device, runtime)
         runner = make_runner(checkpoint, device, micro_batch_size, threads, runtime, precision)
         return ModelInstance(checkpoint, runner, settings.max_batch_size)
 
@@ -81,7 +88,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        log_device(settings.device, device, runtime, precision)
+        log_device(settings.device, device, runtime, threads)
         engine.start()
         tasks = [
             asyncio.create_task(watch)
@@ -106,9 +113,9 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
         redoc_url=None,
         redirect_slashes=False,  # middleware.TrailingSlash
     )
-    app.state.service, app.state.keys = AppState(settings, served, engine, metrics), keys
+    app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    routers = [module.router for module in (generate, sequence, models, ui, docs)] + [health.health]
+    routers = [module.router for module in (generate, sequence, image, openai, models, ui, docs)] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
@@ -117,7 +124,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     app.add_middleware(HeadAsGetMiddleware)
     app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
     if keys.required:
-        app.add_middleware(AuthMiddleware, keys=keys)
+        app.add_middleware(AuthMiddleware, keys=keys, images=access)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -159,26 +166,27 @@ async def _tell_progress(models: ModelRegistry) -> None:
     """What happens between "running" and "ready", when it begins, now and then, and when it has ended."""
     started = time.monotonic()
     names = ", ".join(served.name for served in models)
-    log.info("warming up %s: tries batch sizes and measures them; until then requests are answered 503", names)
+    log.info("warming up %s: measuring batch sizes; requests get 503 until that ends", names)
     told = started
     while cold := next((served for served in models if not served.warm), None):
         await asyncio.sleep(WATCH_S)
         if time.monotonic() - told > PROGRESS_S:
             told = time.monotonic()
-            log.info("still warming up %s, for %.0f s now", cold.name, told - started)
-    log.info("takes requests, after %.1f s of warming up", time.monotonic() - started)
+            log.info("still warming up %s after %.0f s", cold.name, told - started)
+    log.info("ready for requests after %.1f s of warm-up", time.monotonic() - started)
 
 
-def log_device(asked: str, device: torch.device, runtime: str, precision: str) -> None:
+def log_device(asked: str, device: torch.device, runtime: str, threads: int) -> None:
     """Says what the networks run on. Warns where a torch that is built for GPUs finds none, unasked."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
     level = logging.WARNING if torch.version.cuda and not on_gpu and asked != "cpu" else logging.INFO
-    extra = {"device": str(device), "runtime": runtime, "precision": precision, "torch": torch.__version__}
+    extra = {"device": str(device), "runtime": runtime, "threads": threads, "torch": torch.__version__}
     log.log(level, "the network runs on %s", name, extra=extra)
 
 
 async def _watch(engine: Engine) -> None:
+    """By a clock: the engine's thread would have to tell the event loop of every step, and cannot while one hangs."""
     while engine.failure is None:
         engine.watch()
         await asyncio.sleep(WATCH_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -51,21 +52,21 @@ ENGINE_GAUGES = {  # field of EngineStatus → metric, help
     ),
     "oldest_queued_request_age": (
         "ddpm_oldest_queued_request_age_seconds",
-        "How long the oldest request without a step has waited; 0 where there is none.",
+        "How long the oldest queued request has waited for its first step; 0 if none waits.",
     ),
     "pending_nfe": (
         "ddpm_pending_nfe",
-        "Work admitted and not done, in network rows (NFE): images x steps, twice that with guidance.",
+        "Pending work in network rows (NFE): images x steps, twice that with guidance.",
     ),
     "estimated_nfe_per_second": (
         "ddpm_estimated_nfe_per_second",
-        "Network rows (NFE) a second, as admission expects of full batches.",
+        "Throughput of full batches that admission expects, in network rows (NFE) per second.",
     ),
 }
 MODEL_GAUGES = {  # field of ModelStatus → metric, help
     "num_samples_running": ("ddpm_num_samples_running", "Images in the batch of the current step."),
     "num_samples_waiting": ("ddpm_num_samples_waiting", "Admitted images outside the batch of the current step."),
-    "max_batch_size": ("ddpm_max_batch_size", "Most network rows in a step."),
+    "max_batch_size": ("ddpm_max_batch_size", "Maximum number of network rows per step."),
 }
 
 
@@ -104,32 +105,30 @@ class EngineMetrics:
         )
         self.batch_utilization = Histogram(
             "ddpm_batch_utilization",
-            "Network rows in a step's batch over those that it could have had.",
+            "Network rows in a step's batch, as a fraction of the maximum.",
             model,
             buckets=RATIO,
             registry=r,
         )
         self.queue_seconds = Histogram(
             "ddpm_request_queue_time_seconds",
-            "From admission to the first step of a request.",
+            "Time from the admission of a request to its first step.",
             model,
             buckets=SECONDS,
             registry=r,
         )
         self.cancellation_latency = Histogram(
             "ddpm_cancellation_latency_seconds",
-            "From a client's leaving to the end of its request.",
+            "Time from a client's disconnect to the end of its request.",
             model,
             buckets=STEP_SECONDS,
             registry=r,
         )
         self.image_steps = Counter("ddpm_image_steps_total", "Denoising steps, counted per image.", model, registry=r)
-        self.images = Counter(
-            "ddpm_images_total", "Images finished in requests that were answered with images.", model, registry=r
-        )
+        self.images = Counter("ddpm_images_total", "Images of requests that succeeded.", model, registry=r)
         self.wasted_steps = Counter(
             "ddpm_wasted_image_steps_total",
-            "Image-steps of requests that ended without images, by what ended them.",
+            "Image-steps of requests that did not succeed, by outcome.",
             ["model", "outcome"],
             registry=r,
         )
@@ -137,7 +136,7 @@ class EngineMetrics:
         self.restarts = Counter("ddpm_engine_restarts_total", "Times the engine failed outside a step.", registry=r)
         self.memory_bytes = Gauge(
             "ddpm_device_memory_bytes",
-            "Memory of the device, used and in all. On a CPU: of this process, and what it may have.",
+            "Device memory, used and total; on a CPU that of this process, and its limit.",
             ["device", "kind"],
             registry=r,
         )
@@ -167,64 +166,68 @@ class Metrics:
         self.engine = EngineMetrics(r)
         self.requests = Counter(
             "ddpm_requests_total",
-            "Requests by endpoint, model, and outcome: ok or an error's code.",
+            "Requests by endpoint, model and outcome (ok or an error code).",
             ["endpoint", "model", "outcome"],
             registry=r,
         )
         self.key_requests = Counter(
             "ddpm_key_requests_total",
-            "Requests by the name of their API key and by outcome; none where no keys are configured.",
+            "Requests by API key name and outcome; absent without API keys.",
             ["key", "outcome"],
             registry=r,
         )
         self.request_latency = Histogram(
             "ddpm_e2e_request_latency_seconds",
-            "From a request's arrival to its last byte.",
+            "Time from a request's arrival to its last byte.",
             ["endpoint", "model", "outcome"],
             buckets=SECONDS,
             registry=r,
         )
         self.time_to_first_frame = Histogram(
             "ddpm_time_to_first_frame_seconds",
-            "From admission to the first frame of a stream, ready to be sent.",
+            "Time from the admission of a stream to its first frame.",
             ["model"],
             buckets=SECONDS,
             registry=r,
         )
-        self.encode_seconds = Histogram("ddpm_encode_seconds", "Making a picture file.", buckets=SECONDS, registry=r)
+        self.encode_seconds = Histogram(
+            "ddpm_encode_seconds", "Time to encode a response.", buckets=SECONDS, registry=r
+        )
         self.frames_sent = Counter(
             "ddpm_frames_sent_total", "Frames of denoising sequences sent.", ["model"], registry=r
         )
         self.frames_dropped = Counter(
             "ddpm_frames_dropped_total",
-            "Frames dropped because a newer one came before the client took them.",
+            "Frames dropped because the client read too slowly.",
             ["model"],
             registry=r,
         )
         self.event_loop_lag = Histogram(
             "ddpm_event_loop_lag_seconds",
-            "How long the event loop was busy with something else, measured 40 times a second.",
+            "Lag of the event loop, measured 40 times a second.",
             buckets=LAG_SECONDS,
             registry=r,
         )
         self.event_loop_max_lag = Gauge(
-            "ddpm_event_loop_max_lag_seconds", "The longest lag of the event loop in the last minute.", registry=r
+            "ddpm_event_loop_max_lag_seconds", "Maximum lag of the event loop in the last minute.", registry=r
         )
-        self.pending_nfe_limit = Gauge("ddpm_pending_nfe_limit", "Most work admitted at once, in NFE.", registry=r)
+        self.pending_nfe_limit = Gauge(
+            "ddpm_pending_nfe_limit", "Maximum amount of pending work, in network rows (NFE).", registry=r
+        )
         self.model_loads = Counter(
             "ddpm_model_loads_total",
-            "Attempts to load a checkpoint anew while serving: loaded, unchanged, or an error's code.",
+            "Attempts to load a checkpoint while serving, by outcome: loaded, unchanged, or an error code.",
             ["model", "outcome"],
             registry=r,
         )
         self.model_info = Gauge(
             "ddpm_model_info",
-            "1 for a checkpoint that is served.",
+            "1 for each served checkpoint.",
             ["model", "sha256", "device", "runtime", "precision"],
             registry=r,
         )
         self.build_info = Gauge(
-            "ddpm_build_info", "1, with the versions that run.", ["version", "python", "torch"], registry=r
+            "ddpm_build_info", "1, with the running versions.", ["version", "python", "torch"], registry=r
         )
 
     def bind_engine(self, status: Callable[[], EngineStatus]) -> None:
@@ -238,6 +241,12 @@ class Metrics:
             self.model_loads.labels(model, outcome)
         for labelled in (self.frames_sent, self.frames_dropped, self.time_to_first_frame):
             labelled.labels(model)
+
+    def count_frame(self, model: str, arrival_time: float, first: bool) -> None:
+        """A frame that is ready to be sent, of a request that came at `arrival_time` (`time.monotonic`)."""
+        if first:
+            self.time_to_first_frame.labels(model).observe(time.monotonic() - arrival_time)
+        self.frames_sent.labels(model).inc()
 
     def remove_labels(self, model: str, sha256: str, device: str, runtime: str, precision: str) -> None:
         """It is not served any more."""

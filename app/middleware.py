@@ -10,13 +10,14 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.auth import APIKeyStore
+from app.error_response import error_response
 from app.errors import ServiceError
 from app.metrics import Metrics
 from app.request_context import context_of
+from app.signing import ImageAccess
 
 log = logging.getLogger("ddpm.request")
 
@@ -93,27 +94,31 @@ PUBLIC_PATHS = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz", "/
 
 
 class AuthMiddleware:
-    """Lets nobody without a key beyond PUBLIC_PATHS, and no key beyond its limits. No handler sees what it refuses."""
+    """Lets nobody without a key beyond PUBLIC_PATHS and `images`, and no key beyond its limits. No handler sees what
+    it refuses."""
 
-    def __init__(self, app: ASGIApp, keys: APIKeyStore) -> None:
-        self.app, self.keys = app, keys
+    def __init__(self, app: ASGIApp, keys: APIKeyStore, images: ImageAccess) -> None:
+        self.app, self.keys, self.images = app, keys, images
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] in PUBLIC_PATHS:
             await self.app(scope, receive, send)
             return
         context = context_of(scope)
+        usage = None
         try:
-            context.key = key = self.keys.authenticate(scope["headers"])
-            usage = self.keys.admit(key)
+            if not self.images.is_open(scope["path"], scope["query_string"]):
+                context.key = key = self.keys.authenticate(scope["headers"])
+                usage = self.keys.admit(key)
         except ServiceError as error:
             context.outcome = error.code
-            await JSONResponse(error.body(), error.status, headers=error.headers())(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         try:
             await self.app(scope, receive, send)
         finally:
-            usage.running -= 1
+            if usage:
+                usage.running -= 1
 
 
 SECURITY_HEADERS = {

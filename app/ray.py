@@ -59,18 +59,18 @@ class RaySettings(Settings):
     """Those of the server, which every replica gets, and these."""
 
     ray_address: str = Field(
-        "", description="a running Ray cluster; auto is this machine's. Unset is RAY_ADDRESS, or else a Ray of its own"
+        "", description="Ray cluster to use; auto is this machine's; unset means RAY_ADDRESS, or else starts Ray"
     )
-    replica_cpus: float = Field(1, ge=0, description="CPUs of each replica: on a CPU also the network's threads")
+    replica_cpus: float = Field(1, ge=0, description="CPUs per replica; without a GPU also the network's threads")
     replica_gpus: float | None = Field(
-        None, ge=0, description="GPUs of each replica; unset is 1 where Ray has one and the device is not cpu"
+        None, ge=0, description="GPUs per replica; unset means 1 if Ray has one and the device is not cpu"
     )
-    min_replicas: int = Field(1, ge=1, description="replicas that are always there")
-    max_replicas: int = Field(0, ge=0, description="replicas at most; 0 is as many as fit when it starts")
-    target_backlog_s: float = Field(10, gt=0, description="admitted work that a replica should have, in seconds")
-    upscale_delay_s: float = Field(10, ge=0, description="how long more replicas must be wanted until they come")
-    downscale_delay_s: float = Field(300, ge=0, description="how long fewer replicas must be wanted until they go")
-    discovery_port: int = Field(8001, ge=0, le=65535, description="where Prometheus learns the replicas' addresses")
+    min_replicas: int = Field(1, ge=1, description="minimum number of replicas")
+    max_replicas: int = Field(0, ge=0, description="maximum number of replicas; 0 means as many as fit at the start")
+    target_backlog_s: float = Field(10, gt=0, description="pending work per replica to aim for, in seconds")
+    upscale_delay_s: float = Field(10, ge=0, description="how long the load must be high before replicas are added")
+    downscale_delay_s: float = Field(300, ge=0, description="how long the load must be low before replicas are removed")
+    discovery_port: int = Field(8001, ge=0, le=65535, description="port on which Prometheus discovers the replicas")
 
 
 class BacklogAutoscalingPolicy:
@@ -216,7 +216,7 @@ def discovery(host: str, port: int, addresses: Callable[[], list[str]]) -> Threa
             try:
                 body = json.dumps([{"targets": addresses(), "labels": {}}]).encode()
             except Exception as error:  # Prometheus keeps the targets that it knows
-                log.warning("the replicas cannot be asked", exc_info=error)
+                log.warning("replicas do not answer", exc_info=error)
                 return self.send_error(503)
             self.send_response(200)
             self.send_header("Content-Type", "application/json")

@@ -24,6 +24,8 @@ class RequestContext:
     job: GenerationJob | None = None
     admitted: bool = False
     """The engine took the job."""
+    user: str = ""
+    """For whom the client asks, in its own words."""
 
     @property
     def model(self) -> str:
@@ -32,10 +34,11 @@ class RequestContext:
 
     def job_fields(self) -> dict[str, object]:
         """What log lines and spans say about the job."""
+        user: dict[str, object] = {"user": self.user} if self.user else {}
         if self.job is None:
-            return {}
+            return user
         request = self.job.request
-        return {"n": request.n, "steps": len(request.schedule), "sampler": request.schedule.sampler}
+        return {"n": request.n, "steps": len(request.schedule), "sampler": request.schedule.sampler, **user}
 
 
 def context_of(scope: Scope) -> RequestContext:

@@ -17,7 +17,7 @@ import numpy as np
 from app.engine.instance import ModelInstance
 from app.engine.request import OutputStream, Request, View
 from app.errors import InvalidClassLabel, InvalidRequest
-from app.schemas import Sampling, SequenceQuery
+from app.schemas import Sampling, SequenceQuery, StreamedSampling
 from app.settings import Settings
 from model.checkpoint import CheckpointConfig
 from model.sampling.noise import draw_class
@@ -58,6 +58,15 @@ class GenerationJob:
             **label,
             **each_class,
         }
+
+    @property
+    def nfe(self) -> int:
+        """Network rows that each image costs (number of function evaluations)."""
+        return int(self.request.schedule.nfe.sum())
+
+    def headers(self) -> dict[str, str]:
+        """X-DDPM-… headers: what to send again, and what an image cost."""
+        return {**headers(self.provenance()), "X-DDPM-NFE": str(self.nfe)}
 
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""
@@ -109,20 +118,14 @@ def build_request(
         else:
             classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
 
-    view: View = "xt"
-    steps_shown: frozenset[int] = frozenset()
-    keep = 1
-    if isinstance(asked, SequenceQuery):
-        view, steps_shown = asked.view, frame_steps(asked.frames, sampling.steps, asked.view)
-        size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
-        if size > settings.max_sequence_bytes:
-            raise InvalidRequest(
-                f"{len(steps_shown)} frames of {asked.n} images are {size} bytes of pixels; "
-                f"at most {settings.max_sequence_bytes} are served",
-                param="frames",
-            )
-        if asked.format in ("gif", "webp"):
-            keep = len(steps_shown)  # a file holds every frame, a stream the newest
+    view, steps_shown, keep = shown_frames(asked, sampling.steps)
+    size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
+    if size > settings.max_sequence_bytes:
+        raise InvalidRequest(
+            f"{len(steps_shown)} frames of {asked.n} images are {size} bytes of pixels; "
+            f"at most {settings.max_sequence_bytes} are served",
+            param="frames" if isinstance(asked, SequenceQuery) else "partial_images",
+        )
     request = Request(
         schedule=schedule,
         seed=seed,
@@ -167,14 +170,14 @@ def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
             return named[0]
         if not named and number < len(names):
             return number
-    for alike in (_composed, _folded):
+    for alike in (_composed, folded):
         same = [i for i, name in enumerate(names) if alike(name) == alike(text)]
         if len(same) == 1:
             return same[0]
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    folded = {_folded(name): name for name in names[:2000]}  # of more it would keep everybody waiting
-    near = difflib.get_close_matches(_folded(text[:80]), folded, n=1)
-    meant = f"; did you mean {folded[near[0]]!r:.80}?" if near else ";"
+    known = {folded(name): name for name in names[:2000]}  # of more it would keep everybody waiting
+    near = difflib.get_close_matches(folded(text[:80]), known, n=1)
+    meant = f"; did you mean {known[near[0]]!r:.80}?" if near else ";"
     raise InvalidClassLabel(
         f"no class {label!r:.80}{meant} there are {shown} (or their numbers, 0 to {len(names) - 1})",
         param="class_label",
@@ -185,11 +188,28 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # macOS's archives have names in the other form, which looks the same
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """A name without differences of case and Unicode form."""
     return _composed(_composed(name).casefold())
+
+
+def shown_frames(asked: Sampling, steps: int) -> tuple[View, frozenset[int], int]:
+    """What a client wants to see on the way: as x_t or x_0, after which steps, and how many frames may wait for it."""
+    if isinstance(asked, SequenceQuery):
+        shown = frame_steps(asked.frames, steps, asked.view)
+        return asked.view, shown, len(shown) if asked.format in ("gif", "webp") else 1  # a stream keeps the newest
+    partials = asked.partial_images if isinstance(asked, StreamedSampling) else 0
+    return "x0" if partials else "xt", partial_steps(partials, steps), max(1, partials)
 
 
 def frame_steps(frames: int, steps: int, view: View) -> frozenset[int]:
     """`frames` steps spread evenly from the noise (step 0; for x0 from step 1) to the last, which is always shown."""
     first = 1 if view == "x0" else 0
     return frozenset(np.linspace(steps, first, frames).round().astype(int).tolist())
+
+
+def partial_steps(partials: int, steps: int) -> frozenset[int]:
+    """`partials` steps spread evenly between the first and the last, or all of those where they are fewer."""
+    if partials >= steps:
+        return frozenset(range(1, steps))
+    return frozenset(round(i * steps / (partials + 1)) for i in range(1, partials + 1))

@@ -143,6 +143,36 @@ class SequenceQuery(Sampling):
             raise InvalidRequest(f"frames must not be more than {settings.max_frames}", param="frames")
 
 
+class _AddressOptions(BaseModel):
+    """What an image's address may say of its file."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    size: str | None = Field(None, description="larger than the image, of its shape, WIDTHxHEIGHT: enlarged")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="quality of .jpeg and .webp; left out, 100, which is lossless for .webp"
+    )
+    frames: Annotated[int, Field(ge=1), Whole] | None = Field(
+        None, description="pictures of an animation; left out, 20 for .gif, and .webp is a single image"
+    )
+    view: Literal["xt", "x0"] | None = Field(None, description="of an animation; left out, xt")
+    expires: str | None = Field(None, description="with a signature: when it ends, in seconds since 1970")
+    signature: str | None = Field(None, description="what `ddpm-serve sign` adds")
+
+
+_OptionsWithSettings: Any = create_model("_OptionsWithSettings", __base__=_AddressOptions, **OPTIONAL)
+
+
+class ImageQuery(_OptionsWithSettings):
+    """Query of GET /images/…."""
+
+
+class StreamedSampling(Sampling):
+    """What to sample, and how many pictures to send on the way, none of which is dropped."""
+
+    partial_images: int = 0
+
+
 class GeneratedImage(BaseModel):
     """One image of a JSON response; sending its seed, index and class again gives it again."""
 
@@ -169,6 +199,7 @@ _MadeWithSettings: Any = create_model("_MadeWithSettings", __base__=_Made, **REQ
 class GenerateResponse(_MadeWithSettings):
     """Response of POST /generate as application/json."""
 
+    nfe: int = Field(description="network rows that each image cost")
     images: list[GeneratedImage]
 
 
@@ -197,6 +228,10 @@ class ModelCard(BaseModel):
         "row a step: another guidance_scale is refused; null for others"
     )
     fitted_steps: list[int] = Field(description="numbers of steps that sampler fitted takes here; others are refused")
+    plans: dict[str, dict[str, str | int | float]] = Field(
+        description="fast, balanced and exact: sampler, steps, guidance_scale, and nfe, an image's network rows; "
+        "{} without fitted tables"
+    )
     guidance: bool = Field(description="whether guidance_scale can be other than 1")
     limits: dict[str, int | float]
     provenance: dict[str, Any]

@@ -36,115 +36,140 @@ class Settings(BaseSettings):
 
     checkpoint: str = Field(
         "mnist",
-        description="a bundled checkpoint's name, a .safetensors file, the folder of a training run, or ORG/NAME (also "
-        "@REVISION) on the Hugging Face hub, each also as NAME=PATH; several by commas, the first is the default",
+        description="name of a bundled checkpoint, a .safetensors file, a training run's folder, or ORG/NAME on the "
+        "Hugging Face hub (also ORG/NAME@REVISION), each also as NAME=PATH; separate several by commas, the first is "
+        "the default",
     )
     models_dir: str = Field(
         "",
-        description="folder whose NAME.safetensors, or training runs NAME, may be loaded by POST /models "
-        '{"name": NAME}; unset: none',
+        description="folder of further checkpoints (NAME.safetensors or training runs NAME) that "
+        'POST /models {"name": NAME} may load; unset: none',
     )
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 means every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 lets the system choose")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is the GPU where there is one")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the network; 0 is one per core")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the network runs; auto uses the GPU if there is one"
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="number of network calls at once on a CPU, each on one thread; 0: one per core"
+    )
     runtime: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="what runs the network; auto is torch, openvino needs the extra of that name and a CPU"
+        "auto",
+        description="library that runs the network; auto means torch; openvino needs a CPU and the extra openvino",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the network's products; auto is bf16 where the device has matrix units for it"
+        "auto", description="precision of the network; auto uses bf16 if the device is faster in it"
     )
 
-    max_n: int = Field(64, ge=1, le=4096, description="most images in a request")
-    max_steps: int = Field(1000, ge=1, le=100_000, description="most denoising steps in a request")
-    max_frames: int = Field(100, ge=1, le=1000, description="most frames in a denoising sequence")
+    max_n: int = Field(64, ge=1, le=4096, description="maximum number of images per request")
+    max_steps: int = Field(1000, ge=1, le=100_000, description="maximum number of denoising steps per request")
+    max_frames: int = Field(100, ge=1, le=1000, description="maximum number of frames per denoising sequence")
     max_sequence_bytes: int = Field(
         64 * 2**20,
         ge=1,
-        description="most bytes of pixels in a denoising sequence: frames x n x size of an image",
+        description="maximum size of a denoising sequence in bytes of pixels: frames x n x image size",
     )
-    max_timeout_s: float = Field(300, gt=0, le=86_400, description="longest time a request may take, and the default")
-    max_body_bytes: int = Field(65_536, ge=1, description="largest request body")
+    max_enlarged_bytes: int = Field(
+        32 * 2**20, ge=1, description="maximum size of a response of enlarged images in bytes of pixels: n x image size"
+    )
+    max_timeout_s: float = Field(300, gt=0, le=86_400, description="maximum timeout of a request, and its default")
+    max_body_bytes: int = Field(65_536, ge=1, description="maximum size of a request body")
     max_pending_nfe: int = Field(
         250_000,
         ge=1,
-        description="most work admitted at once, in U-Net rows: images x steps, twice that with guidance",
+        description="maximum amount of admitted work, in network rows (NFE): images x steps, twice that with guidance",
     )
     max_batch_size: int = Field(
         0,
         ge=0,
         le=65_536,
-        description="most U-Net rows in a step; 0 is as many as the warm-up finds to be worth it, and for a crowd as "
-        "many as gain anything",
+        description="maximum number of network rows per denoising step; 0 means that the start measures it",
     )
     micro_batch_size: int = Field(
         0,
         ge=0,
         le=65_536,
-        description="most U-Net rows in a network call (it decides an image's last bits); 0 is 32 on a "
-        "CPU, 8 there from 10 million parameters on, up to 256 on a GPU",
+        description="maximum number of network rows per network call; it affects the last bits of images. 0 means "
+        "8 on a CPU and up to 256 on a GPU",
     )
-    api_keys_file: str = Field("", description="file of API keys (see app/auth.py); with one, requests need a key")
+    api_keys_file: str = Field("", description="file of API keys; if it is set, requests need a key")
     api_keys: SecretStr = Field(
         SecretStr(""),
-        description="API keys as NAME:KEY, by commas; as a variable only, since `ps` shows everybody the flags",
+        description="API keys as NAME:KEY, separated by commas; a variable only, because `ps` shows flags",
     )
     key_requests_per_minute: int = Field(
-        0, ge=0, le=1_000_000, description="requests a minute of a key that the file gives no other limit; 0 for any"
+        0, ge=0, le=1_000_000, description="requests per minute of a key without a limit of its own; 0 means no limit"
     )
     key_concurrency: int = Field(
-        0, ge=0, le=1_000_000, description="requests under way of a key that the file gives no other limit; 0 for any"
+        0, ge=0, le=1_000_000, description="concurrent requests of a key without a limit of its own; 0 means no limit"
+    )
+    public_images: bool = Field(
+        False, description="GET /images needs no key, and shared caches may store its responses"
+    )
+    signing_key_file: str = Field(
+        "",
+        description="file with a secret of at least 32 characters; URLs signed by `ddpm-serve sign` need no key",
+    )
+    signing_key: SecretStr = Field(
+        SecretStr(""), description="the same secret; a variable only, because `ps` shows flags"
     )
     cors_origins: str = Field(
-        "", description="origins whose pages may use this server, by commas (https://a.example), or * for all"
+        "", description="origins whose pages may call this server, separated by commas (https://a.example); * means all"
     )
     trusted_proxies: str = Field(
-        "", description="addresses or networks, by commas, whose X-Forwarded-For and X-Forwarded-Proto are believed"
+        "",
+        description="addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto to trust, by commas",
     )
-    metrics_host: str = Field("127.0.0.1", description="address of --metrics-port")
+    metrics_host: str = Field("127.0.0.1", description="address to listen on for --metrics-port")
     metrics_port: int = Field(
         -1,
         ge=-1,
         le=65535,
-        description="port for /metrics and the health checks, without keys; -1: /metrics is on --port, 0: any free one",
+        description="port for /metrics and health checks without keys; -1 uses --port, 0 any free port",
     )
     max_connections: int = Field(
-        512, ge=1, le=1_000_000, description="most connections; beyond them the longest idle one makes room"
+        512,
+        ge=1,
+        le=1_000_000,
+        description="maximum number of connections; a new one beyond it closes the one that is idle longest",
     )
-    max_header_bytes: int = Field(16_384, ge=256, le=2**20, description="largest request line and headers")
+    max_header_bytes: int = Field(
+        16_384, ge=256, le=2**20, description="maximum size of the request line and headers together"
+    )
     read_timeout_s: float = Field(
-        10, gt=0, le=3600, description="time in which a request's headers must arrive, and again its body"
+        10, gt=0, le=3600, description="time limit for receiving a request's headers, and again for its body"
     )
     write_timeout_s: float = Field(
-        30, gt=0, le=3600, description="time after which a client that takes nothing of an answer is cut off"
+        30, gt=0, le=3600, description="time after which a client that reads nothing of its response is disconnected"
     )
     keep_alive_s: float = Field(
         75,
         gt=0,
         le=3600,
-        description="time for which a connection is kept for the next request; longer than a proxy in front keeps it, "
-        "or it sends a request into a closed one",
+        description="time for which an idle connection stays open; set it longer than a proxy in front does, which "
+        "otherwise sends requests into closed connections",
     )
     stream_heartbeat_s: float = Field(
         15,
         gt=0,
         le=3600,
-        description="time after which a stream without news sends a line that means nothing, so that no proxy cuts it",
+        description="time after which a stream without frames sends a heartbeat, so that no proxy closes it",
     )
     drain_s: float = Field(30, ge=0, le=3600, description="time to finish admitted work after SIGTERM")
     step_timeout_s: float = Field(
         60,
         gt=0,
         le=3600,
-        description="a denoising step that takes longer, and twice what makes the server not ready, ends the process",
+        description="maximum duration of a denoising step; the process exits if a step takes longer",
     )
     otlp_endpoint: str = Field(
-        "", description="OpenTelemetry collector for spans of requests, such as http://localhost:4318; empty: none"
+        "",
+        description="OpenTelemetry collector that gets spans of requests, such as http://localhost:4318; empty: none",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log lines")
 
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="of the log lines; auto is text at a terminal, else JSON"
+        "auto", description="format of log lines; auto means text on a terminal, else JSON"
     )
 
     @field_validator("cors_origins")

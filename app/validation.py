@@ -14,6 +14,7 @@ from app.wording import Schema, in_words
 # Names that other services have for a field of this one.
 SYNONYMS = {
     "class_label": ("label", "labels", "class", "classes", "class_id", "class_name", "category", "prompt", "y"),
+    "prompt": ("class_label", "label", "class", "class_name", "text", "caption", "positive_prompt"),
     "n": ("num_images", "num_samples", "num_outputs", "number", "count", "images", "samples", "batch_size", "batch"),
     "steps": ("num_steps", "num_inference_steps", "inference_steps", "sample_steps", "timesteps", "num_timesteps"),
     "guidance_scale": ("guidance", "cfg", "cfg_scale", "scale", "w"),
@@ -32,6 +33,8 @@ ELSEWHERE = {
     "the checkpoint decides on the size of its images": ("width", "height", "size", "image_size", "resolution"),
     "the Accept header chooses the format": ("format", "response_format", "output_format", "output"),
     "it is a field of GET /diffusion-sequence": ("frames", "view"),
+    "GET /diffusion-sequence?format=gif animates": ("frame_count", "frame_duration_ms"),
+    "the prompt is a class, and all else is in the checkpoint": ("style", "negative_prompt", "complexity", "svg"),
 }
 
 
@@ -41,18 +44,24 @@ def explain(problem: Mapping[str, Any], fields: Mapping[str, tuple[Schema, str]]
     if len(place) < 2:
         known = ", ".join(fields)
         if kind == "missing":
-            return InvalidRequest(f"the body is empty: send a JSON object with {known}")
+            return InvalidRequest(
+                f"the body is empty: send a JSON object with {known}", openai_code="missing_required_parameter"
+            )
         if kind == "string_unicode":
             return InvalidRequest(f"{shown(value)} in the body is not a valid text")
-        return InvalidRequest(f'the body must be a JSON object, such as {{"n": 4}}, not {shown(value)}')
+        sentence = f'the body must be a JSON object, such as {{"n": 4}}, not {shown(value)}'
+        return InvalidRequest(sentence, openai_code="invalid_type")
     name = str(place[1]).encode("utf-8", "replace").decode()
     if kind == "missing":
-        return InvalidRequest(f"{name} is missing: {fields[name][1]}", param=name)
+        sentence = f"{name} is missing: {fields[name][1]}"
+        return InvalidRequest(sentence, param=name, openai_code="missing_required_parameter")
     if name not in fields:
-        return InvalidRequest(f"there is no field {name!r:.80}{hint(name, fields)}", param=name)
+        sentence = f"there is no field {name!r:.80}{hint(name, fields)}"
+        return InvalidRequest(sentence, param=name, openai_code="unknown_parameter")
     takes = in_words(fields[name][0])
     more = "; send one request for each" if isinstance(value, list) and "numbers" not in takes else ""
-    return InvalidRequest(f"{name} must be {takes}, not {shown(value)}{more}", param=name)
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return InvalidRequest(f"{name} must be {takes}, not {shown(value)}{more}", param=name, openai_code=code)
 
 
 def refuse_repeated(names: Iterable[str]) -> None:

@@ -21,6 +21,8 @@ def in_words(field: Schema) -> str:
         return f"{field['minItems']} numbers" if field.get("minItems") == field.get("maxItems", 0) else "a list"
     if kind in ("integer", "number"):
         return _number(field, whole=kind == "integer")
+    if kind == "string" and "maxLength" in field:
+        return f"a text of at most {field['maxLength']} characters"
     return {"string": "a text", "boolean": "true or false", "object": "an object"}.get(str(kind), "any value")
 
 

@@ -140,6 +140,8 @@ class CheckpointConfig:
         data = {key: value for key, value in data.items() if value or key not in ("fitted", "distilled")}
         if not self.diffusion.trained_betas:  # so that releases before them read what has none
             del data["diffusion"]["trained_betas"]
+        if self.diffusion.sigmas is None:
+            del data["diffusion"]["sigmas"]
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod

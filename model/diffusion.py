@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.gaussians import discretised_log_likelihood, normal_kl
+from model.sigmas import Sigmas
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [N, C, H, W], t [N], y [N] or None) → prediction [N, C, H, W], or [N, 2C, H, W] with learned variance."""
@@ -65,25 +66,29 @@ class DiffusionConfig:
 
     `variance` is that of p(x_{t-1} | x_t): the posterior's (fixed_small), β_t (fixed_large), or between the two, as the
     network says (learned_range, Nichol & Dhariwal 2021, eq. 15). `weighting` is that of each timestep in the loss.
-    The schedule trained has its betas in `trained_betas`, as imported networks may; the others compute them.
+    The schedule trained has its betas in `trained_betas`, as imported networks may; the others compute them. The
+    schedule karras has levels of noise, `sigmas`, and networks of EDM; those are sampled, and not trained.
     """
 
     num_timesteps: int = 1000
-    schedule: str = "linear"  # linear, cosine, sigmoid, trained
+    schedule: str = "linear"  # linear, cosine, sigmoid, trained, karras
     schedule_low: float = 1e-4
     schedule_high: float = 0.02
-    prediction: str = "eps"  # eps, x0, v
+    prediction: str = "eps"  # eps, x0, v; of karras: edm, consistency
     loss_type: str = "l2"  # l1, l2, huber
     variance: str = "fixed_small"  # fixed_small, fixed_large, learned_range
     weighting: str = "none"  # none, min_snr, p2
     zero_terminal_snr: bool = False
     trained_betas: tuple[float, ...] = ()  # T of them where the schedule is trained, none where it is not
+    sigmas: Sigmas | None = None  # of karras
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained_betas", tuple(self.trained_betas))  # JSON has lists only
+        object.__setattr__(self, "sigmas", Sigmas.of(self.sigmas))
+        is_karras = self.sigmas is not None
         for name, value, valid in (
-            ("schedule", self.schedule, (*SCHEDULES, TRAINED)),
-            ("prediction", self.prediction, PREDICTIONS),
+            ("schedule", self.schedule, (KARRAS,) if is_karras else (*SCHEDULES, TRAINED)),
+            ("prediction", self.prediction, PRECONDITIONED if is_karras else PREDICTIONS),
             ("loss_type", self.loss_type, LOSSES),
             ("variance", self.variance, VARIANCES),
             ("weighting", self.weighting, WEIGHTINGS),
@@ -91,7 +96,7 @@ class DiffusionConfig:
             require_one_of(name, value, valid)
         if not isinstance(self.num_timesteps, int) or not 2 <= self.num_timesteps <= 100_000:
             raise ValueError(f"num_timesteps must be a whole number from 2 to 100000, not {self.num_timesteps}")
-        if self.zero_terminal_snr and self.prediction == "eps":
+        if self.zero_terminal_snr and self.prediction in ("eps", *PRECONDITIONED):
             raise ValueError(
                 "zero_terminal_snr needs prediction x0 or v: at pure noise eps says nothing about the image"
             )
@@ -115,6 +120,8 @@ class DiffusionConfig:
             raise ValueError(f"trained_betas leave {left:.3g} of the image's variance, under {MIN_ALPHA_BAR:g}")
 
     def _plain_betas(self) -> Table:
+        if self.sigmas is not None:
+            return self.sigmas.betas(self.num_timesteps)
         if self.schedule == TRAINED:
             return np.array(self.trained_betas, dtype=np.float64)
         return SCHEDULES[self.schedule](self)
@@ -125,13 +132,14 @@ class DiffusionConfig:
         return rescaled_to_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
 
 
-TRAINED = "trained"
+TRAINED, KARRAS = "trained", "karras"
 SCHEDULES: dict[str, Callable[[DiffusionConfig], Table]] = {  # that are computed
     "linear": lambda c: linear_betas(c.num_timesteps, c.schedule_low, c.schedule_high),
     "cosine": lambda c: cosine_betas(c.num_timesteps),
     "sigmoid": lambda c: sigmoid_betas(c.num_timesteps),
 }
 PREDICTIONS = ("eps", "x0", "v")
+PRECONDITIONED = ("edm", "consistency")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of each element
     "l1": partial(F.l1_loss, reduction="none"),
@@ -219,6 +227,7 @@ class GaussianDiffusion:
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should have said: ε, x_0, or v = √ᾱ·ε - √(1 - ᾱ)·x_0 (Salimans & Ho 2022)."""
+        self._check_timesteps()
         if self.config.prediction == "eps":
             return noise
         if self.config.prediction == "x0":
@@ -246,6 +255,7 @@ class GaussianDiffusion:
 
     def predicted_x0(self, out: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         """x_0 from the network's output [N, C, H, W], whatever it predicts."""
+        self._check_timesteps()
         alpha, sigma = self.alpha_sigma(t, xt)
         if self.config.prediction == "eps":
             return (xt - sigma * out) / alpha
@@ -269,6 +279,10 @@ class GaussianDiffusion:
         x0 = self.predicted_x0(out, xt, t)
         return self.q_mean(x0.clamp(-1, 1) if clip else x0, xt, t), log_variance
 
+    def _check_timesteps(self) -> None:
+        if self.config.sigmas is not None:
+            raise ValueError("a network of EDM's levels of noise is sampled here, not trained, and has no likelihood")
+
     def q_mean(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         """The mean of q(x_{t-1} | x_t, x_0) (Ho et al., eq. 7)."""
         return self._at("posterior_x0", t, xt) * x0 + self._at("posterior_xt", t, xt) * xt
@@ -286,6 +300,8 @@ class GaussianDiffusion:
 
     def x0_coefficients(self, t: NDArray[np.int64]) -> tuple[Table, Table]:
         """(p, q), float64 [len(t)] each: x_0 = p·x_t - q·out, whatever the network predicts."""
+        if (sigmas := self.config.sigmas) is not None:
+            return sigmas.x0_coefficients(sigmas.levels(self.num_timesteps)[t], self.config.prediction == "consistency")
         alpha, sigma = np.sqrt(self.alphas_cumprod[t]), np.sqrt(1 - self.alphas_cumprod[t])
         if self.config.prediction == "eps":
             return 1 / alpha, sigma / alpha

@@ -5,9 +5,23 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+
+def exit_code(command: str, run: Callable[[], object], interrupted: str = "interrupted") -> int:
+    """Runs it and returns 0; 2 where it raises an error that is the user's to mend, and 130 at Ctrl-C, each with a
+    sentence. `interrupted` says what becomes of the work."""
+    try:
+        run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: {interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from model import checkpoint
-from model.checkpoint import Checkpoint, CheckpointError
+from model.checkpoint import Checkpoint
 from model.nn.unet import UNet
 from model.sampling.schedule import SamplingParams
 from training.classifier.network import Classifier
 from training.cli.options import Parser, choice_option, expanded, format_value, integers
-from training.console import lasting_output
+from training.console import exit_code, lasting_output
 from training.distillation.config import FIXED, DistillConfig
 from training.distillation.trainer import DistillTrainer
 from training.evaluation import feature_extractor
@@ -37,6 +37,8 @@ def distill(config: DistillConfig, resume: bool = False) -> Path:
     """
     device = torch_device(config.device)
     teacher = checkpoint.load(config.teacher, device)
+    if teacher.config.diffusion.sigmas is not None:
+        raise ValueError(f"--teacher {config.teacher} has EDM's levels of noise, which no student can be taught here")
     params = teacher_params(config, teacher)
     student, judge = begin_with(config, teacher, params), load_judge(config, teacher, device)
     with RunDir(config, resume) as run:
@@ -166,16 +168,8 @@ def resumed(resume: str, given: dict[str, Any]) -> DistillConfig:
 
 def main(argv: list[str] | None = None) -> int:
     with lasting_output():
-        config, resume = parse(argv)
-        try:
-            distill(config, resume)
-        except (ValueError, OSError, FloatingPointError, CheckpointError) as error:
-            print(f"training.distill: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("training.distill: interrupted", file=sys.stderr)
-            return 130
-    return 0
+        arguments = parse(argv)
+        return exit_code("training.distill", lambda: distill(*arguments))
 
 
 if __name__ == "__main__":

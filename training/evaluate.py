@@ -33,6 +33,7 @@ from training import data
 from training.cli import command
 from training.cli.options import Parser, choice_option, expanded
 from training.cli.sampling_options import add_sampling_options, settings_of
+from training.console import exit_code
 from training.data import DataError, Images
 from training.evaluation import feature_extractor, memorization, metrics
 from training.evaluation.feature_extractor import FeatureExtractor
@@ -286,16 +287,12 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    try:
+
+    def evaluate() -> None:
         with memory_for("the evaluation", "give a smaller --batch_size"):
             print(table(run(args, argv)))
-    except (ValueError, OSError) as error:
-        print(f"training.evaluate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training.evaluate: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("training.evaluate", evaluate, "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

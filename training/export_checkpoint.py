@@ -13,6 +13,7 @@ from model import checkpoint
 from model.sampling.fitted import weights_digest
 from training.cli.options import Parser, expanded
 from training.cli.sampling_options import add_sampling_options, settings_of
+from training.console import exit_code
 from training.run import load_weights
 
 
@@ -55,14 +56,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def export() -> None:
         path = publish(args)
-    except (ValueError, OSError) as error:
-        print(f"training.export_checkpoint: {error}", file=sys.stderr)
-        return 2
-    kept = len(checkpoint.load(path).config.fitted)
-    print(f"{path}: {path.stat().st_size:,} bytes" + (f", {kept} fitted tables kept" if kept else ""))
-    return 0
+        kept = len(checkpoint.load(path).config.fitted)
+        print(f"{path}: {path.stat().st_size:,} bytes" + (f", {kept} fitted tables kept" if kept else ""))
+
+    return exit_code("training.export_checkpoint", export)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,9 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
         bytes=file.stat().st_size,
         sha256=loaded.sha256,
         sampling=", ".join(f"{key} {value}" for key, value in vars(config.sampling).items()),
-        diffusion=", ".join(f"{k} {v}" for k, v in vars(config.diffusion).items() if k != "trained_betas"),
+        diffusion=", ".join(
+            f"{k} {v}" for k, v in vars(config.diffusion).items() if k != "trained_betas" and v is not None
+        ),
         unet=", ".join(f"{key} {value}" for key, value in vars(config.unet).items()),
     )
 

@@ -25,6 +25,7 @@ from model.sampling.step import sample
 from training.cli.command import add_known_options, check_choices
 from training.cli.options import Parser, expanded
 from training.cli.sampling_options import add_sampling_options, settings_of
+from training.console import exit_code
 from training.memory import memory_for
 from training.run import load_weights
 from training.run.config import torch_device
@@ -206,16 +207,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def sample() -> None:
         with memory_for("these images", "give a smaller --batch_size"):
             run(args)
-    except (ValueError, OSError) as error:
-        print(f"training.sample: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training.sample: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("training.sample", sample, "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

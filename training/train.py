@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from contextlib import nullcontext
@@ -10,36 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import CheckpointConfig
-from model.diffusion import GaussianDiffusion, Network
-from model.nn.config import UNetConfig
+from model.diffusion import GaussianDiffusion
 from model.nn.unet import UNet
 from model.sampling.schedule import SamplingParams, make_schedule
 from training.cli import command
 from training.cli.options import printable
-from training.console import lasting_output
-from training.data.batches import Batch, Batches
+from training.console import exit_code, lasting_output
+from training.data.batches import Batches
 from training.data_record import NOTHING, DataChanges
 from training.loop import gpu
+from training.loop.backward import backward
 from training.loop.compiler import compiled
-from training.loop.distributed import DistributedContext, init_distributed, no_sync
-from training.loop.optimizer import rollback, step
+from training.loop.distributed import DistributedContext, init_distributed
+from training.loop.optimizer import learning_rate, rollback, step
 from training.loop.state import TrainState
 from training.loop.validation import chosen, finite, validation_loss
 from training.memory import is_out_of_memory, memory_for
 from training.run.config import TrainConfig
 from training.run.git import git_revision, machine
-from training.run.image_io import sample_grid, sequence
+from training.run.image_io import NUM_PREVIEW, sample_grid, sequence
+from training.run.norm_groups import single_channel_groups
 from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
 from training.run.trackers import Trackers
 from training.run.warm_start import warm_start
 from training.run_images import RunImages
-
-NUM_PREVIEW = 4  # images whose making is shown as a strip and a GIF
 
 
 def train(config: TrainConfig, resume: bool = False, changes: DataChanges = NOTHING) -> Path:
@@ -281,61 +278,10 @@ class Trainer:
         return f"{advice}, and a smaller --batch_size needs less, too{again}"
 
 
-def backward(
-    network: Network, diffusion: GaussianDiffusion, batch: Batch, t: Tensor, weights: Tensor, config: TrainConfig
-) -> Tensor:
-    """Adds the gradient of the mean of the weighted losses, one part of the batch [b, …] after the other.
-
-    Returns the losses [b], not weighted.
-    """
-    size, losses = len(t) // config.accumulate, []
-    for start in range(0, len(t), size):
-        part = slice(start, start + size)
-        y = None if batch.y is None else batch.y[part]
-        with no_sync(network, start + size < len(t)):
-            with torch.autocast(t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = diffusion.loss(network, batch.x0[part], y, t[part], batch.noise[part])
-            ((loss * weights[part]).sum() / len(t)).backward()
-        losses.append(loss.detach())
-    return torch.cat(losses)
-
-
-def single_channel_groups(config: UNetConfig) -> str | None:
-    """A warning, where groups of one channel take the mean away that time and class have just added."""
-    widths = [config.base_channels * mult for mult in config.channel_mults]
-    alone = [width for width in widths if math.gcd(config.norm_groups, width) == width]
-    if config.norm != "gn" or config.scale_shift_norm or not alone:
-        return None
-    groups = next((n for n in (8, 4, 2) if all(math.gcd(n, width) < width for width in widths)), 1)
-    return (
-        f"at {min(alone)} channels each group of the norm is a single channel, where the biases of time and class "
-        f"cancel: --norm_groups {groups} lets the network see them"
-    )
-
-
-def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """Linear warm-up; then constant, half a cosine down to 0, or constant and a line down to 0 at the end (wsd)."""
-    warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
-    decay = 1.0
-    if config.lr_schedule == "cosine":
-        decay = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
-    elif config.lr_schedule == "wsd":
-        decay = min(1.0, (config.iterations - iteration) / (config.decay_share * config.iterations))
-    return config.learning_rate * warm * decay
-
-
 def main(argv: list[str] | None = None) -> int:
     with lasting_output():
-        config, resume, changes = command.parse(argv)
-        try:
-            train(config, resume, changes)
-        except (ValueError, OSError, FloatingPointError) as error:
-            print(f"training.train: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("training.train: interrupted", file=sys.stderr)
-            return 130
-    return 0
+        arguments = command.parse(argv)
+        return exit_code("training.train", lambda: train(*arguments))
 
 
 if __name__ == "__main__":

@@ -18,18 +18,23 @@ from app.engine.memory import is_out_of_memory
 log = logging.getLogger("ddpm.engine")
 
 BY_DEVICE = {"cpu": (8, 0), "cuda": (256, 1024)}  # target if nothing can be measured; the most tried, or a micro-batch
-ROUNDS = 5  # of all sizes in turn, so that a disturbance meets them alike; medians
+ROUNDS = 3  # of all sizes in turn, so that a disturbance meets them alike; medians
 STEP_OVERHEAD_S = 1e-3  # of a step: what the engine does
 LATENCY_SLACK, THROUGHPUT_SLACK = 1.2, 1.02  # times the least per row; the times are uncertain by some percent
-TIME_BUDGET_S = 4.0  # that it may take; larger batches are not tried where they would take longer
+TIME_BUDGET_S = 2.5  # that it may take; larger batches are not tried where they would take longer
 MIN_TIMEABLE_S = 2e-4  # such a call tells of the clock, not of the network
 
 
 def autotune_batch_size(
-    run: Callable[[int], None], micro_batch_size: int, device: str, clock: Callable[[], float] = time.monotonic
+    run: Callable[[int], None],
+    micro_batch_size: int,
+    device: str,
+    clock: Callable[[], float] = time.monotonic,
+    fewest: int = 0,
 ) -> Generator[None, None, tuple[int, int]]:
     """Returns the target rows and the most. `run` is one call with so many; it yields after each.
 
+    `fewest` rows are tried first (0: a quarter of a micro-batch), and are the target of a network too slow to be timed.
     Raises what a micro-batch raises.
     """
     target, limit = BY_DEVICE[device]
@@ -47,7 +52,7 @@ def autotune_batch_size(
     if first < MIN_TIMEABLE_S:
         return otherwise
     tried: list[int] = []
-    rows = max(1, micro_batch_size // 4)
+    rows = fewest or max(1, micro_batch_size // 4)
     while rows <= limit and (ROUNDS + 1) * (sum(tried) + rows) / micro_batch_size * first < TIME_BUDGET_S:
         try:
             timed(rows)
@@ -60,7 +65,7 @@ def autotune_batch_size(
         rows *= 2
         yield
     if len(tried) < 2:
-        return otherwise
+        return (fewest, micro_batch_size) if fewest else otherwise
     times: dict[int, list[float]] = {rows: [] for rows in tried}
     for _ in range(ROUNDS):
         for rows in tried:

@@ -1,7 +1,8 @@
 """Numbers of rows that a network may run with: those at which a row comes out the same, to the last bit.
 
 Kernels choose their order of summation by the number of rows, so an image could otherwise depend on who shares its
-batch. Times play no part in the choice, or a restart could make another, and other images.
+batch. Times play no part in the choice, or a restart could make another, and other images. On a CPU a call has one
+thread, so the choice does not depend on how many threads there are, and no image does.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ import math
 import torch
 from torch import Tensor
 
+from model.nn.networks import AnyUNet
+
 GPU_MICRO_BATCH_SIZE = 256
 GPU_POSITIONS = GPU_MICRO_BATCH_SIZE * 32 * 32  # of larger images fewer fill a GPU, and its memory
+CPU_MICRO_BATCH_SIZE = 8  # twice as many would be 5 % faster a row; fewer and more calls share a busy machine better
+OPENVINO_MICRO_BATCH_SIZES = (32, 8)  # of networks of less than SMALL_NETWORK parameters, and of others
+SMALL_NETWORK = 10_000_000
 DENSE_UP_TO = 16  # rows up to which a CPU tries all numbers: of more, few are filled up, and each try takes longer
 MAX_PADDED_SINGLE = 32  # rows, at most, that a single image is filled up to where others agree on larger numbers only
 
@@ -21,6 +27,32 @@ def gpu_micro_batch_size(image_size: tuple[int, int]) -> int:
     """The most rows of a call where nobody says how many, a power of two; image_size is (height, width)."""
     fit = GPU_POSITIONS // math.prod(image_size)
     return min(GPU_MICRO_BATCH_SIZE, 1 << max(fit.bit_length() - 1, 0))
+
+
+def default_micro_batch_size(network: AnyUNet, device: torch.device, runtime: str = "torch") -> int:
+    """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
+    if device.type == "cuda":
+        return gpu_micro_batch_size(network.config.image_size)
+    if runtime == "torch":
+        return CPU_MICRO_BATCH_SIZE
+    is_small = sum(weights.numel() for weights in network.parameters()) < SMALL_NETWORK
+    return OPENVINO_MICRO_BATCH_SIZES[0 if is_small else 1]
+
+
+def split_rows(rows: int, sizes: list[int], workers: int) -> list[int]:
+    """How many rows each call of a batch has, before it is filled up to one of `sizes` (ascending).
+
+    As few calls as hold them, and as many for one worker as for another. The sizes give the same bits, so an image does
+    not depend on how many workers there are.
+    """
+    calls = math.ceil(rows / sizes[-1])
+    calls = min(rows, math.ceil(calls / workers) * workers)
+    share, more = divmod(rows, calls)
+    even = [share + 1] * more + [share] * (calls - more)
+    if set(even).issubset(sizes):
+        return even
+    size = next(size for size in sizes if size >= even[0])
+    return [size] * (rows // size) + [rows % size] * (rows % size > 0)
 
 
 def candidate_batch_sizes(micro_batch_size: int, device: str) -> list[int]:

@@ -197,6 +197,8 @@ class Engine:
             self._unload_retired()
             self._measure_memory()
         self._running.clear()
+        for model in self._models.models:
+            model.runner.stop_workers()
         self._dispatcher.publish()
 
     def _step(self) -> None:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
-from app.engine.autotune import autotune_batch_size
 from app.engine.request import Request
 from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
@@ -35,6 +34,7 @@ class ModelInstance:
     def __init__(self, checkpoint: Checkpoint, runner: ModelRunner, max_batch_size: int) -> None:
         self.name, self.sha256, self.config = checkpoint.name, checkpoint.sha256, checkpoint.config
         self.diffusion = checkpoint.diffusion
+        self.loaded_at = int(time.time())  # in seconds since 1970
         self.runs_on = {"device": runner.device.type, "runtime": runner.runtime, "precision": runner.precision}
         self.runner = runner
         self.batch_limits, self.throughput = BatchLimits(max_batch_size), ThroughputEstimator()
@@ -50,7 +50,7 @@ class ModelInstance:
         runner, limits = self.runner, self.batch_limits
         yield from runner.find_invariant_sizes()
         if not limits.max:
-            limits.set(*(yield from autotune_batch_size(runner.warm_up, runner.micro_batch_size, runner.device.type)))
+            limits.set(*(yield from runner.autotune()))
         seconds = []
         for _ in range(WARMUP_STEPS):
             started = time.monotonic()

@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from app.engine.autotune import autotune_batch_size
 from app.engine.batch import Batch, rng_counters
-from app.engine.batch_invariance import candidate_batch_sizes, gpu_micro_batch_size, largest_invariant_set
+from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant_set, split_rows
 from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
 from app.engine.latent_pool import LatentPool, pool_size
 from app.engine.memory import is_out_of_memory, trim_malloc
 from app.engine.request import Sample, View
+from app.engine.workers import WorkerPool
 from model.backends.compile import compile_for_inference
 from model.backends.cuda import CudaRecorder, Record
 from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
-from model.nn.networks import AnyUNet
 from model.sampling.noise import normals, normals_of
 from model.sampling.step import apply_step, cfg_forward
 
 log = logging.getLogger("ddpm.engine")
-
-SMALL_NETWORK = 10_000_000  # parameters; on a CPU a call of a smaller network costs much besides its rows
-
-
-def default_micro_batch_size(network: AnyUNet, device: torch.device) -> int:
-    """Most rows of a call, by what is known before anything is measured: images must not depend on a clock."""
-    if device.type == "cuda":
-        return gpu_micro_batch_size(network.config.image_size)
-    return 32 if sum(weights.numel() for weights in network.parameters()) < SMALL_NETWORK else 8
 
 
 class ModelRunner:
     """Steps samples of one checkpoint on one device.
 
     The U-Net runs on `micro_batch_size` rows, or on fewer where that gives the same bits. The first warm-up finds out
-    which numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a GPU each
-    number that agrees gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots;
-    steps that are not among those run without, to the same bits. Runtime and precision are those of all batches.
+    which numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a CPU the
+    calls of a step run side by side, on one thread each (see `app.engine.workers`). On a GPU each number that agrees
+    gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps that are not
+    among those run without, to the same bits. Runtime and precision are those of all batches.
     """
 
     def __init__(
@@ -57,12 +51,13 @@ class ModelRunner:
     ) -> None:
         """Raises ValueError for a runtime or precision that is not there; `threads` 0 is as many as torch has now."""
         self.config = checkpoint.config.unet
-        self._threads = threads
+        self._threads = threads or torch.get_num_threads()
+        self._workers = WorkerPool(self._threads if device.type == "cpu" and runtime == "torch" else 1)
         self.device, self.micro_batch_size, self.runtime, self.precision = device, micro_batch_size, runtime, precision
         if runtime == "openvino":
             if device.type != "cpu":
                 raise ValueError(f"runtime openvino runs on the CPU, not on {device.type}")
-            self._network = compile_openvino(checkpoint.network, precision, threads or torch.get_num_threads())
+            self._network = compile_openvino(checkpoint.network, precision, self._threads)
         else:
             self._network = compile_for_inference(checkpoint.network, device, precision)
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
@@ -145,13 +140,15 @@ class ModelRunner:
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
-        parts = []
-        for start in range(0, len(x), self.micro_batch_size):
-            rows = slice(start, start + self.micro_batch_size)
-            parts.append(self._padded(x[rows], t[rows], None if y is None else y[rows]))
-        return torch.cat(parts)
+        cuts = split_rows(len(x), self.sizes, self._workers.size)
+        classes = [None] * len(cuts) if y is None else y.split_with_sizes(cuts)
+        outs = self._workers.map(
+            self._padded, list(zip(x.split_with_sizes(cuts), t.split_with_sizes(cuts), classes, strict=True))
+        )
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _padded(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def _padded(self, rows: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+        x, t, y = rows
         n = len(x)
         padding = next(size for size in self.sizes if size >= n) - n
         if padding:
@@ -231,9 +228,25 @@ class ModelRunner:
             states = [s.x0 if view == "x0" else s.x for s in samples]  # type: ignore[misc]
         return to_uint8(torch.stack(states)).cpu().numpy()
 
+    def autotune(self) -> Generator[None, None, tuple[int, int]]:
+        """How many rows a step usually has, and how many at most. Yields after each call."""
+        kind, workers = self.device.type, self._workers.size
+        if self.runtime != "torch" or kind != "cpu":
+            return (yield from autotune_batch_size(self.warm_up, self.micro_batch_size, kind))
+        # The processor's time of one worker's call: what else the machine does has no part in it.
+        found = autotune_batch_size(self._call, self.micro_batch_size, kind, time.thread_time, fewest=1)
+        target, most = yield from found
+        return workers * target, 2 * workers * most  # a worker that is held up leaves its second call to the others
+
+    @torch.inference_mode()
+    def _call(self, rows: int) -> None:
+        x = torch.zeros(rows, *self.config.image_shape, device=self.device)
+        t = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._padded((x, t, None if self.config.num_classes is None else t))
+
     @torch.inference_mode()
     def warm_up(self, rows: int) -> None:
-        """Runs `rows` rows once, as the engine will, on `threads` threads from now on (0: as is)."""
+        """Runs `rows` rows once, as the engine will."""
         self._take_threads()
         if not self._sizes_found:
             for _ in self.find_invariant_sizes():
@@ -248,7 +261,8 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Gives back the weights and what the allocator kept for them. It cannot run any more."""
+        """Ends the workers, and gives back the weights and what the allocator kept for them. It cannot run any more."""
+        self._workers.close()
         self._graphs = None
         del self._network
         self.free_memory()
@@ -260,12 +274,18 @@ class ModelRunner:
         else:
             trim_malloc()
 
+    def stop_workers(self) -> None:
+        """No step will come. If one does, they start again."""
+        self._workers.close()
+
     def _take_threads(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)  # of the calling thread's team
+        """Of the calling thread's team: a call on a CPU has one, and its mates the others."""
+        torch.set_num_threads(self._threads if self.device.type == "cuda" else 1)
 
     def _noise(self, words: NDArray[np.int64]) -> Tensor:
-        return normals_of(torch.from_numpy(words).to(self.device), self.config.image_shape)
+        parts = torch.from_numpy(words).to(self.device).chunk(self._workers.size)
+        noise = self._workers.map(lambda part: normals_of(part, self.config.image_shape), parts)
+        return noise[0] if len(noise) == 1 else torch.cat(noise)
 
 
 def take_last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -44,7 +44,8 @@ class WarmupQueue:
             return None
         except StopIteration:
             rate = round(model.throughput.nfe_per_second, 1)
-            log.info("model ready", extra={"model": model.name, "sha256": model.sha256, "nfe_per_second": rate})
+            extra = {"model": model.name, "sha256": model.sha256, "precision": model.runner.precision}
+            log.info("model ready", extra=extra | {"nfe_per_second": rate})
             return model
         except Exception as error:
             extra = {"model": model.name, "sha256": model.sha256}

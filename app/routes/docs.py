@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from html import escape
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
+from app.addresses import CLASSLESS, RANDOM
 from app.middleware import PUBLIC_PATHS
 from app.openapi import fields, resolved
 from app.routes.ui import hash_of
@@ -27,6 +29,7 @@ td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid 
 pre { padding: .5rem .75rem; border: 1px solid #8886; white-space: pre-wrap; overflow-wrap: anywhere; }
 td:first-child { width: 12rem; font-family: ui-monospace, monospace; }
 """
+EXAMPLES = {"seed": "1", "index": "0", "extension": "png"}
 HEAD = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ddpm-serve: API</title>'
     f"<style>{STYLE}</style></head>"
@@ -38,14 +41,18 @@ POLICY = f"default-src 'none'; style-src {hash_of(STYLE)}; base-uri 'none'; form
 async def docs(http: Request) -> HTMLResponse:
     """Every endpoint with its parameters and answers, as the schema of this server has them."""
     up = "../" if http.scope.get("raw_path", b"").endswith(b"/") else ""  # see middleware.TrailingSlash
-    page = render(http.app.openapi(), str(http.base_url), http.app.state.keys.required, up)
+    default = http.app.state.service.models.default
+    label = RANDOM if default.config.class_names else CLASSLESS
+    names = {"model": default.name, "name": default.name, "class_label": label}
+    page = render(http.app.openapi(), str(http.base_url), http.app.state.keys.required, names | EXAMPLES, up)
     return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
 
-def render(schema: Schema, server: str, keys: bool, up: str = "") -> str:
+def render(schema: Schema, server: str, keys: bool, values: Mapping[str, str], up: str = "") -> str:
     """An OpenAPI 3 description as HTML, with a command for each endpoint. All of its text is escaped.
 
-    `server` is its address; `keys` says whether it needs one. `up` leads to the folder of the page.
+    `server` is its address; `keys` says whether it needs one. `values` are what the paths of its GET commands have in
+    the place of parameters. `up` leads to the folder of the page.
     """
     parts = [
         f"{HEAD}<body><h1>{escape(schema['info']['title'])}</h1>",
@@ -55,7 +62,8 @@ def render(schema: Schema, server: str, keys: bool, up: str = "") -> str:
         for method, operation in operations.items():
             parts.append(f"<h2>{escape(method.upper())} {escape(path)}</h2><p>{_text(operation['summary'])}</p>")
             parts.append(f"<p>{_text(operation.get('description', ''))}</p>")
-            parts.append(f"<pre>{escape(_curl(schema, method, path, operation, server, keys))}</pre>")
+            place = path.format_map(values) if method == "get" else path
+            parts.append(f"<pre>{escape(_curl(schema, method, place, operation, server, keys))}</pre>")
             if found := fields(schema, operation):
                 rows = [(name, _takes(field), description) for name, (field, description) in found.items()]
                 parts.append("<h3>Parameters</h3>" + _table(rows))

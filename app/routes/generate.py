@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from app import encoders
 from app.body import JSONRoute
 from app.negotiation import negotiate
-from app.request_params import GenerationJob, build_request, headers
+from app.request_params import GenerationJob, build_request
 from app.routes.state import ERRORS, StateDep, in_flight
 from app.schemas import GenerateBody, GeneratedImage, GenerateResponse
 from model.images import Image, grid
@@ -43,7 +43,7 @@ async def generate(http: Request, service: StateDep, body: GenerateBody = EMPTY)
     async with in_flight(service, http, job):
         pictures = await job.request.output.images()
     content = await service.encode(job, _encode, media_type, job, pictures, body.columns)
-    return Response(content, media_type=media_type, headers={**headers(job.provenance()), "Vary": "Accept"})
+    return Response(content, media_type=media_type, headers={**job.headers(), "Vary": "Accept"})
 
 
 def _encode(media_type: str, job: GenerationJob, pictures: Image, columns: int | None) -> bytes:
@@ -69,6 +69,7 @@ def _encode(media_type: str, job: GenerationJob, pictures: Image, columns: int |
         model=job.checkpoint.name,
         checkpoint=job.checkpoint.sha256,
         **vars(job.sampling),
+        nfe=job.nfe,
         images=listed,
     )
     return response.model_dump_json().encode()

@@ -13,6 +13,7 @@ from app.errors import Forbidden
 from app.request_context import context_of
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
+from model.checkpoint import SOLVER, CheckpointConfig
 from model.sampling.schedule import FITTED
 from model.sampling.solvers import SAMPLERS
 
@@ -28,12 +29,12 @@ def administrator(http: Request) -> None:
 
 Administrator = Depends(administrator)
 STATUSES = {
-    403: "the key has no right to it",
+    403: "the key is not an admin key",
     404: "no such model",
-    409: "another one is being loaded, or it is the default",
-    422: "malformed, or the file is not a checkpoint that can be served",
-    500: "the device does not run it",
-    507: "the device has not enough memory for it beside what is there",
+    409: "another checkpoint is loading, or this is the default",
+    422: "malformed, or the file is not a usable checkpoint",
+    500: "the device cannot run it",
+    507: "not enough device memory beside the served checkpoints",
 }
 CHANGES: dict[int | str, dict[str, object]] = {
     **{status: ERRORS[status] for status in (401, 408, 413, 415, 503)},
@@ -69,10 +70,33 @@ async def remove(name: str, service: StateDep) -> ModelList:
     return await models(service)
 
 
+def plans(config: CheckpointConfig, max_steps: int) -> dict[str, dict[str, Any]]:
+    """What to ask for, by name: the fewest and the most fitted steps, and what they were fitted to come near to.
+
+    Empty where there are no fitted tables, or of a student. `nfe` is the network rows of an image.
+    """
+    if config.distilled or not any(table.steps <= max_steps for table in config.fitted):
+        return {}
+    guidance = config.sampling_params(max_steps, sampler=FITTED).guidance_scale
+    tables = [table for table in config.fitted if table.guidance_scale == guidance and table.steps <= max_steps]
+    tables.sort(key=lambda table: table.nfe)
+    found = [config.sampling_params(sampler=FITTED, steps=table.steps) for table in tables[:1] + tables[1:][-1:]]
+    names = ("fast", "balanced")[: len(found)]
+    chosen = dict(zip(names, found, strict=True)) | {"exact": config.sampling_params(max_steps, sampler=SOLVER)}
+    return {
+        name: {
+            **{setting: getattr(params, setting) for setting in ("sampler", "steps", "guidance_scale")},
+            "nfe": int(config.schedule(params).nfe.sum()),
+        }
+        for name, params in chosen.items()
+    }
+
+
 def model_card(service: AppState, served: ModelInstance) -> dict[str, Any]:
     """The fields of a ModelCard."""
     settings, config = service.settings, served.config
-    samplers = [*SAMPLERS, *([FITTED] if config.fitted else [])]
+    fitted_steps = sorted({table.steps for table in config.fitted if table.steps <= settings.max_steps})
+    samplers = [*SAMPLERS, *([FITTED] if fitted_steps else [])]
     default_steps = {config.sampling.sampler: config.sampling.steps}  # all that a distilled checkpoint may know
     if config.distilled and config.distilled.has_fixed_steps:
         samplers = list(default_steps)
@@ -93,10 +117,11 @@ def model_card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "class_names": list(config.class_names),
         "num_timesteps": timesteps,
         "samplers": samplers,
-        "defaults": vars(config.sampling),
+        "defaults": vars(config.sampling if config.distilled else config.sampling_params(settings.max_steps)),
         "default_steps": default_steps,
         "distilled": asdict(config.distilled) if config.distilled else None,
-        "fitted_steps": sorted({table.steps for table in config.fitted}),
+        "fitted_steps": fitted_steps,
+        "plans": plans(config, settings.max_steps),
         "guidance": config.unet.null_class,
         "limits": {
             "n": settings.max_n,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
@@ -16,10 +15,10 @@ from app import encoders
 from app.errors import NotReady, ServiceError
 from app.negotiation import negotiate
 from app.request_context import context_of
-from app.request_params import GenerationJob, build_request, headers
+from app.request_params import GenerationJob, build_request
 from app.routes.state import ERRORS, AppState, StateDep, in_flight
 from app.schemas import Format, SequenceQuery
-from app.streaming import with_heartbeats
+from app.streaming import JobStream, nothing, sse_event, with_heartbeats
 from app.validation import refuse_repeated
 from model.images import Image, grid
 
@@ -61,11 +60,11 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     query.format = format
     served = service.models.find(query.model)
     job = build_request(query, served, service.settings, service.metrics.frames_dropped.labels(served.name).inc)
-    extra = {**headers(job.provenance()), "Cache-Control": "no-store", "Vary": "Accept"}
+    extra = {**job.headers(), "Cache-Control": "no-store", "Vary": "Accept"}
     if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)
-        return StreamingResponse(_nothing(), media_type=_media_type(format), headers=extra)
+        return StreamingResponse(nothing(), media_type=_media_type(format), headers=extra)
     if format in ("gif", "webp"):
         async with in_flight(service, http, job):
             frames = [frame async for frame in job.request.output.frames()]
@@ -84,7 +83,7 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     content = with_heartbeats(
         events(service, http, job, query.columns), service.settings.stream_heartbeat_s, HEARTBEATS[format]
     )
-    return Stream(stack, content, media_type=_media_type(format), headers=extra)
+    return JobStream(stack, content, media_type=_media_type(format), headers=extra)
 
 
 def _accepted(http: Request) -> Format:
@@ -96,23 +95,6 @@ def _media_type(format: Format) -> str:
     return MEDIA_TYPES[format] + (f"; boundary={BOUNDARY}" if format == "multipart" else "")
 
 
-async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield
-
-
-class Stream(StreamingResponse):
-    """A streaming response that gives up its place in the engine however it ends."""
-
-    def __init__(self, place: AsyncExitStack, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._place = place
-
-    async def __call__(self, *args: Any) -> None:
-        async with self._place:
-            await super().__call__(*args)
-
-
 async def _sse(service: AppState, http: Request, job: GenerationJob, columns: int | None) -> AsyncIterator[bytes]:
     start = {
         "class_label": None,  # a mix, unless there is one
@@ -121,19 +103,20 @@ async def _sse(service: AppState, http: Request, job: GenerationJob, columns: in
         "index": job.request.index,
         "n": job.request.n,
         **vars(job.sampling),
+        "nfe": job.nfe,
         "frames": len(job.request.frame_steps),
         "view": job.request.view,
     }
-    yield _event("start", start, id=0)  # an EventSource that is cut before the first frame says so, too
+    yield sse_event("start", start, id=0)  # an EventSource that is cut before the first frame says so, too
     try:
         async for step, png in _frames(service, job, columns):
             picture = base64.b64encode(png).decode()
-            yield _event("frame", {"step": step, "steps": len(job.request.schedule), "png": picture}, id=step)
+            yield sse_event("frame", {"step": step, "steps": len(job.request.schedule), "png": picture}, id=step)
         final = await _png(service, job, await job.request.output.images(), columns)
-        yield _event("completed", {**start, "png": base64.b64encode(final).decode()}, id=len(job.request.schedule))
+        yield sse_event("completed", {**start, "png": base64.b64encode(final).decode()}, id=len(job.request.schedule))
     except ServiceError as error:
         context_of(http.scope).outcome = error.code
-        yield _event("error", error.body())
+        yield sse_event("error", error.body())
 
 
 async def _multipart(service: AppState, http: Request, job: GenerationJob, columns: int | None) -> AsyncIterator[bytes]:
@@ -155,20 +138,13 @@ async def _multipart(service: AppState, http: Request, job: GenerationJob, colum
 
 async def _frames(service: AppState, job: GenerationJob, columns: int | None) -> AsyncIterator[tuple[int, bytes]]:
     """Step and PNG of each frame that the client is in time for. The first is counted by how long it took, too."""
-    model, first = job.request.model, True
+    first = True
     async for frame in job.request.output.frames():
         png = await _png(service, job, frame.images, columns)
-        if first:
-            service.metrics.time_to_first_frame.labels(model).observe(time.monotonic() - job.request.arrival_time)
-            first = False
-        service.metrics.frames_sent.labels(model).inc()
+        service.metrics.count_frame(job.request.model, job.request.arrival_time, first)
+        first = False
         yield frame.step, png
 
 
 async def _png(service: AppState, job: GenerationJob, pictures: Image, columns: int | None) -> bytes:
     return await service.encode(job, encoders.png, grid(pictures, columns), job.provenance())
-
-
-def _event(name: str, data: object, id: int | None = None) -> bytes:
-    line = "" if id is None else f"id: {id}\n"
-    return f"event: {name}\n{line}data: {json.dumps(data)}\n\n".encode()

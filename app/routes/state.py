@@ -19,23 +19,24 @@ from app.request_context import context_of
 from app.request_params import GenerationJob
 from app.schemas import ErrorResponse
 from app.settings import Settings
+from app.signing import ImageAccess
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 STATUSES = {
-    401: "no key, or not a good one, where keys are configured",
+    401: "API keys are configured, and the request has no valid one",
     404: "unknown path or model",
     406: "no acceptable format",
     408: "the body took too long",
     413: "body too large",
     415: "the body is not declared as JSON, or it is compressed",
-    422: "malformed, out of limits, or an unknown class",
-    429: "queue full, or a limit of the key; Retry-After says when to come back",
+    422: "malformed, beyond a limit, or an unknown class",
+    429: "the queue is full, or the key is over its limit; see Retry-After",
     500: "a step failed",
     503: "loading or draining",
-    504: "the time-out passed, or cannot be kept",
-    507: "the device has not enough memory for a single image",
+    504: "the timeout passed, or cannot be met",
+    507: "not enough device memory for a single image",
 }
 ERRORS: dict[int | str, dict[str, object]] = {
     status: {"model": ErrorResponse, "description": text} for status, text in STATUSES.items()
@@ -50,6 +51,7 @@ class AppState:
     models: ModelRegistry
     engine: Engine
     metrics: Metrics
+    images: ImageAccess
 
     async def encode(self, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""

@@ -18,7 +18,9 @@ el.dice.addEventListener("click", () => { if (!running) { el.seed.value = ""; fi
 el.stop.addEventListener("click", () => running?.abort());
 el.seed.addEventListener("input", () => el.seed.setCustomValidity(""));
 el.model.addEventListener("change", () => choose());
-el.sampler.addEventListener("change", followSampler);
+el.sampler.addEventListener("change", () => { followSampler(); namePlan(); });
+el.plan.addEventListener("change", followPlan);
+for (const input of [el.steps, el.guidance]) input.addEventListener("change", namePlan);
 el.previous.addEventListener("click", () => { lay(Math.max(0, offset - model.limits.n)); fill(); });
 el.next.addEventListener("click", () => { lay(offset + model.limits.n); fill(); });
 el.close.addEventListener("click", () => el.detail.close());

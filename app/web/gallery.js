@@ -27,6 +27,10 @@ function choose(asked = new URLSearchParams()) {
   el.steps.value = asked.get("steps") ?? el.steps.value;
   el.guidance.value = asked.get("guidance_scale") ?? model.defaults.guidance_scale;
   el.guidance.disabled = model.guidance === false;
+  const plans = Object.entries(model.plans ?? {}).map(([name, {steps, nfe}]) => node("option", `${name}: ${steps} steps, ${nfe} network rows an image`, {value: name}));
+  el.plan.replaceChildren(...plans, node("option", "as set below", {value: ""}));
+  el.plans.hidden = !plans.length;
+  namePlan();
   el.seed.value = asked.get("seed") ?? el.seed.value;
   el.paint_class.replaceChildren(...model.class_names.map((name, i) => node("option", name, {value: i})));
   el.go.textContent = model.class_names.length ? "Denoise all classes" : "Denoise";
@@ -37,7 +41,22 @@ function choose(asked = new URLSearchParams()) {
 function followSampler() {  // its steps, and its counts where it takes no others
   const sampler = el.sampler.value;
   el.steps.value = sampler === model.defaults.sampler ? Math.min(model.defaults.steps, model.limits.steps) : model.default_steps[sampler];
+  if (sampler === "fitted") el.guidance.value = model.plans.fast.guidance_scale;  // it has no other
   el.step_counts.replaceChildren(...(sampler === "fitted" ? model.fitted_steps ?? [] : []).map(count => node("option", "", {value: count})));
+}
+
+function followPlan() {  // its sampler, steps and guidance
+  const plan = model.plans[el.plan.value];
+  if (!plan) return;
+  el.sampler.value = plan.sampler;
+  followSampler();
+  [el.steps.value, el.guidance.value] = [plan.steps, plan.guidance_scale];
+}
+
+function namePlan() {  // by sampler, steps and guidance
+  const found = Object.entries(model.plans ?? {}).find(([, plan]) =>
+    plan.sampler === el.sampler.value && plan.steps === Number(el.steps.value) && plan.guidance_scale === Number(el.guidance.value));
+  el.plan.value = found ? found[0] : "";
 }
 
 async function begin() {

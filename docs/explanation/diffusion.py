@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.checkpoint import SOLVER, Checkpoint
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import to_uint8
 from model.nn.unet import UNetConfig
@@ -187,8 +187,7 @@ def denoising(source: Checkpoint, classes: Sequence[int], g: float) -> None:
 
 
 def guidance(source: Checkpoint, classes: Sequence[int]) -> None:
-    sampling = source.config.sampling
-    row = [mosaic(pixels(make(source, sampling.sampler, 20, classes, g)), 5) for g in GUIDANCE]
+    row = [mosaic(pixels(make(source, SOLVER, 20, classes, g)), 5) for g in GUIDANCE]
     save("guidance", panels([row], [], [f"g = {g:g}" for g in GUIDANCE], 9), colours=16)
 
 

@@ -15,6 +15,7 @@ What a GPU runs is in `model.backends.cuda`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from model.nn.layers import Attention, ResBlock, Upsample, patchify, unpatchify
 from model.nn.unet import UNet, padded, unpadded
 
+PACKING = threading.Lock()  # calls may run on several threads
 CACHE_BYTES = 64 * 2**20  # of embedded timesteps
 SMALL_MAP = 1024  # pixels; on larger maps PyTorch's group norm splits its sums by the number of rows
 
@@ -48,10 +50,12 @@ class PackedConv:
         self.packed = False
 
     def _pack(self, size: torch.Size) -> None:
-        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
-            self.weight.to_mkldnn(), self.padding, self.stride, [1, 1], 1, [1, *size]
-        )
-        self.packed = True
+        with PACKING:
+            if not self.packed:
+                self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
+                    self.weight.to_mkldnn(), self.padding, self.stride, [1, 1], 1, [1, *size]
+                )
+                self.packed = True
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.packed:

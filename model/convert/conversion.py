@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def config_of(imported: Imported, flags: Flags, source: str, **provenance: Any) 
         imported.unet,
         imported.diffusion,
         names,
-        SamplingParams(steps=steps, limit=imported.limit),
+        replace(SamplingParams(steps=steps, limit=imported.limit), **imported.sampling),
         {"imported_from": source, **told, "flags": noted, **provenance},
     )
 
@@ -62,6 +63,8 @@ def told(config: CheckpointConfig) -> str:
 
 
 def _words(diffusion: DiffusionConfig) -> str:
+    if (sigmas := diffusion.sigmas) is not None:
+        return f"levels of noise from {sigmas.sigma_min:g} to {sigmas.sigma_max:g}, prediction {diffusion.prediction}"
     schedule = diffusion.schedule
     if schedule == "linear":
         schedule += f" {diffusion.schedule_low:.4g} to {diffusion.schedule_high:.4g}"

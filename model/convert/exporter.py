@@ -44,6 +44,8 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         raise UnsupportedExportError(
             f"diffusers' UNet2DModel cannot express this network: it is {config.network}', with linear attention"
         )
+    if source.config.diffusion.sigmas is not None:
+        raise UnsupportedExportError("a DDPMPipeline cannot express its diffusion: it has EDM's levels of noise")
     if config.num_classes is not None and config.class_conditioning != "embedding":
         if class_label is None:
             raise UnsupportedExportError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class Imported:
     """A network under our names. `origin` says where its diffusion is from; `assumed` what nothing told.
 
     `limit` is that of x0 while sampling, as the source has it. `used` has flags that leave no trace in the
-    configurations.
+    configurations, `sampling` the settings that a request has by default, where they are not the usual ones.
     """
 
     weights: Weights
@@ -125,6 +125,7 @@ class Imported:
     assumed: tuple[str, ...] = ()
     limit: str = "clamp"
     used: frozenset[str] = frozenset()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, flags: Flags) -> None:
         """Raises UnsupportedCheckpointError for a flag that contradicts what was imported, or means nothing for it."""

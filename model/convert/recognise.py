@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from model.convert.abarankab import import_abarankab, import_w86763777
+from model.convert.edm import import_edm
 from model.convert.ermongroup import import_ermongroup
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.convert.lucidrains import SIGN as LUCIDRAINS
@@ -37,7 +38,7 @@ NAMED: tuple[tuple[str, str], ...] = (  # a tensor's name → what has it
     (r"^x_embedder\.", "a diffusion transformer (DiT), another architecture"),
     (r"^model\.diffusion_model\.|^first_stage_model\.", "a latent diffusion model: its network works on latents"),
     (r"^time_mlp\.0\.weight$", "a network of this project already: it is in a checkpoint that needs no import"),
-    (r"^(model\.)?map_noise\.|(^|\.)map_layer0\.", "a network of NVlabs/edm, another architecture"),
+    (r"^(model\.)?map_noise\.|(^|\.)map_layer0\.", "a network of NVlabs/edm, but without all of its U-Net"),
 )
 
 
@@ -109,6 +110,8 @@ def _importer(state: dict[str, Any], keys: set[str]) -> Importer | None:
         return import_abarankab
     if keys >= ABARANKAB:
         return import_abarankab
+    if any(key.removeprefix("model.") == "map_layer0.weight" for key in keys):
+        return import_edm
     if keys >= OPENAI:
         if not any(key.startswith("output_blocks.") for key in keys):
             raise UnsupportedCheckpointError(

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.diffusion import VARIANCES, GaussianDiffusion, Table, require_one_of
+from model.diffusion import VARIANCES, DiffusionConfig, GaussianDiffusion, Table, require_one_of
 from model.sampling.solvers import SAMPLERS
 from model.sampling.timestep_spacing import LAMBDA_MIN_CLIPPED, SPACINGS, Timesteps, make_timesteps
+from model.sigmas import Sigmas, timesteps_of
 
 COEFFICIENTS = ("g", "p", "q", "limit", "a", "b", "c", "d", "k", "s")
 THRESHOLDING = ("none", "clamp", "dynamic")  # of x0; the column holds the place in this list
@@ -196,7 +197,11 @@ def make_schedule(
         if why and sampler == "ddpm":
             why = f" or {diffusion.num_timesteps}, all of them,{why}"
         raise InvalidSamplingParams("steps", f"must be between 1 and {num_timesteps}{why}, not {steps}")
-    timesteps = make_timesteps(num_timesteps, steps, params.spacing, log_snr)
+    told: Table | None = None
+    if diffusion.config.sigmas is None:
+        timesteps = make_timesteps(num_timesteps, steps, params.spacing, log_snr)
+    else:
+        diffusion, timesteps, told = _of_levels(diffusion.config, diffusion.config.sigmas, params)
     if diffusion.config.zero_terminal_snr and timesteps[0] < num_timesteps - 1:
         raise InvalidSamplingParams(
             "spacing",
@@ -218,8 +223,34 @@ def make_schedule(
     columns |= SAMPLERS[sampler](
         diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance)
     )
+    if diffusion.config.sigmas is not None:
+        _in_image_units(columns, diffusion.config.sigmas.sigma_data, steps)
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
-    return SamplingSchedule(sampler, timesteps, table.astype(np.float64))
+    return SamplingSchedule(sampler, timesteps if told is None else told, table.astype(np.float64))
+
+
+def _of_levels(
+    config: DiffusionConfig, sigmas: Sigmas, params: SamplingParams
+) -> tuple[GaussianDiffusion, Timesteps, Table]:
+    """The diffusion whose timesteps are the levels of noise that are visited, those, and what the network is told.
+
+    They are those of Karras et al. 2022, eq. 5: the last is sigma_min.
+    """
+    if params.spacing != SamplingParams.spacing:
+        raise InvalidSamplingParams(
+            "spacing", f"means nothing here: levels of noise have their own, not {params.spacing}"
+        )
+    count, first = max(params.steps, 2), max(params.steps - 1, 1)
+    timesteps = np.arange(first, first - params.steps, -1)
+    told = timesteps_of(sigmas.levels(count)[timesteps], config.prediction == "consistency")
+    return GaussianDiffusion(replace(config, num_timesteps=count)), timesteps, told
+
+
+def _in_image_units(columns: dict[str, Any], sigma_data: float, steps: int) -> None:
+    """States are those of images over sigma_data; x_0, and what the last step leaves, are images."""
+    for name in ("a", "b", "c", "d", "s"):
+        column = np.broadcast_to(columns[name], steps) / (1 if name in "as" else sigma_data)
+        columns[name] = np.append(column[:-1], column[-1] * sigma_data)
 
 
 def usable_variance(diffusion: GaussianDiffusion, steps: int) -> str:

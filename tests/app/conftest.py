@@ -20,7 +20,8 @@ from model import checkpoint
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from model.nn.config import UNetConfig
-from model.sampling.schedule import SamplingParams
+from model.sampling.fitted import FittedTable, weights_digest
+from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from tests.app.processes import ServerProcess, wait_for
 from tests.networks import randomised
 
@@ -60,6 +61,26 @@ def grey_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def colour_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Colour images of 8 × 8, unconditional."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "colour.safetensors", COLOUR, ())
+
+
+@pytest.fixture(scope="session")
+def fitted_checkpoint(grey_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The grey one with two tables, and the first of them by default: 3 steps, 5 network rows an image."""
+    source = checkpoint.load(grey_checkpoint)
+    weights = source.network.state_dict()
+    tables = []
+    for steps, guided in {3: (0, 1), 5: ()}.items():
+        schedule = make_schedule(source.diffusion, "dpmpp_2m", steps)
+        rows = schedule.table + 0.0
+        rows[list(guided), 0] = 1.5
+        rows[1:, -1] = 0.2
+        times = tuple((schedule.timesteps - 0.4).tolist())
+        settings = (steps, 1.5, (0.0, 1.0), "clamp", times, rows.tolist(), [0] * steps)
+        tables.append(FittedTable(*settings, weights_digest(weights)))
+    config = replace(source.config, fitted=tuple(tables), sampling=SamplingParams(FITTED, 3, 0.0, 1.5))
+    path = tmp_path_factory.mktemp("fitted") / "grey.safetensors"
+    checkpoint.save(path, weights, config)
+    return path
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def test_a_key_has_only_so_many_requests_under_way(held: HeldRunner, grey_checkp
         assert client.post("/generate", json={"steps": 1}, headers=bearer(ALICE)).status_code == 200
 
 
-def test_a_file_is_read_again_when_it_changes_and_a_wrong_one_is_not(tmp_path: Path) -> None:
+def test_a_changed_key_file_is_reloaded_unless_it_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(table("alice", ALICE, requests_per_minute=1))
     keys = APIKeyStore(Settings(api_keys_file=str(path)), clock=lambda: 0.0)

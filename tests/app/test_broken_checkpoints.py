@@ -74,7 +74,7 @@ def test_a_pickle_is_not_run_by_a_server(server: KeyedServer, shop: Shop, pictur
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
-def test_what_is_no_file_does_not_take_the_place_of_what_is_served(
+def test_a_path_that_is_no_file_does_not_replace_the_model(
     server: KeyedServer, shop: Shop, picture: bytes, kind: str
 ) -> None:
     shop.one.unlink(missing_ok=True)

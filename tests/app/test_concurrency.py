@@ -63,7 +63,7 @@ class InstantRunner(HeldRunner):
 
 
 @pytest.mark.slow
-def test_a_burst_of_forty_requests_of_fifty_images_is_admitted_by_default(grey_checkpoint: Path) -> None:
+def test_forty_requests_of_fifty_images_are_admitted_by_default(grey_checkpoint: Path) -> None:
     runner = InstantRunner(grey_checkpoint)
     # As the bundled checkpoint is sampled.
     body = {"n": 50, "sampler": "dpmpp_2m", "steps": 15, "guidance_scale": 1.5, "class_label": 1}

@@ -74,6 +74,7 @@ def test_another_guidance_is_refused_by_name(both: TestClient, asked: dict[str, 
 def test_its_own_guidance_may_be_sent_back(both: TestClient) -> None:
     first = both.post("/generate", json={"model": "student", "seed": 3})
     assert first.headers["X-DDPM-Guidance-Scale"] == "2.5"
+    assert first.headers["X-DDPM-NFE"] == "2"
     settings = {"guidance_scale": G, "steps": 2, "sampler": FITTED}
     assert both.post("/generate", json={"model": "student", "seed": 3} | settings).content == first.content
 
@@ -91,3 +92,13 @@ def test_student_and_teacher_at_once_equal_the_naive_loop(both: TestClient, stud
         found = np.array(Pillow.open(io.BytesIO(answer.content)))
         assert np.abs(found.astype(int) - expected).max() <= 1
     assert answers[2].content != answers[0].content
+
+
+def test_an_answer_says_what_an_image_cost(both: TestClient) -> None:
+    body = {"model": "grey", "steps": 4, "sampler": "dpmpp_2m", "guidance_scale": 2, "guidance_interval": [0.0, 0.5]}
+    answer = both.post("/generate", json=body, headers={"Accept": "application/json"})
+    assert answer.json()["nfe"] == 6  # two rows in the two steps of the interval
+    assert answer.headers["X-DDPM-NFE"] == "6"
+    frames = both.get("/diffusion-sequence", params={"model": "student"}, headers={"Accept": "text/event-stream"})
+    assert frames.headers["X-DDPM-NFE"] == "2"
+    assert '"nfe":2' in frames.text.replace(" ", "")

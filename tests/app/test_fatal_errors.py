@@ -35,7 +35,7 @@ def stream(server: ServerProcess, query: dict[str, Any]) -> str:
     return httpx.get(server.url + "/diffusion-sequence", params=query, timeout=PATIENCE).text
 
 
-def test_a_checkpoint_that_does_not_run_on_the_device_ends_the_start(grey_checkpoint: Path) -> None:
+def test_a_checkpoint_that_does_not_run_ends_the_start(grey_checkpoint: Path) -> None:
     argv = ["--checkpoint", str(grey_checkpoint), "--port", "0"]
     ended = run_to_its_end(*argv, module=FAULTY, FAULT=WARM_UP)
     assert ended.returncode == 1
@@ -46,7 +46,7 @@ def test_a_checkpoint_that_does_not_run_on_the_device_ends_the_start(grey_checkp
     assert last["message"] == "fatal error, exiting for restart: the warm-up failed"
 
 
-def test_a_step_that_never_returns_answers_everyone_and_ends_the_process(grey_checkpoint: Path) -> None:
+def test_a_hanging_step_answers_everyone_and_ends_the_process(grey_checkpoint: Path) -> None:
     argv = ["--checkpoint", str(grey_checkpoint), "--step-timeout-s", "2"]
     with ServerProcess(FAULTY, *argv) as server, ThreadPoolExecutor(4) as pool:
         alone = [generate(server, body).content for body in NEIGHBOURS]
@@ -105,9 +105,7 @@ def test_a_step_that_never_returns_does_not_outlast_the_drain(grey_checkpoint: P
         (CANNOT_START, "it failed 3 times without finishing an image"),
     ],
 )
-def test_what_fails_again_and_again_answers_everyone_and_ends_the_process(
-    grey_checkpoint: Path, seed: int, why: str
-) -> None:
+def test_repeated_failures_answer_everyone_and_end_the_process(grey_checkpoint: Path, seed: int, why: str) -> None:
     with ServerProcess(FAULTY, "--checkpoint", str(grey_checkpoint)) as server, ThreadPoolExecutor(3) as pool:
         others = [pool.submit(generate, server, {"n": 2, "steps": 1000, "seed": SLOW}) for _ in range(2)]
         wait_for(lambda: server.rows() == 4, "work")
@@ -149,7 +147,7 @@ def test_after_a_kill_it_starts_again_at_once_on_the_same_port(grey_checkpoint: 
     connection.close()
 
 
-def test_a_checkpoint_that_is_overwritten_and_deleted_is_served_on(grey_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_overwritten_and_deleted_checkpoint_is_served_on(grey_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "grey.safetensors"
     path.write_bytes(grey_checkpoint.read_bytes())
     with ServerProcess("app", "--checkpoint", str(path)) as server:

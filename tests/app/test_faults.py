@@ -103,7 +103,7 @@ def test_a_client_that_leaves_frees_its_places_at_the_next_step(
     assert grown("ddpm_requests_total", endpoint=endpoint) == 1
 
 
-def test_a_client_that_leaves_with_requests_behind_the_first_frees_its_place(faulty: ServerProcess) -> None:
+def test_a_client_that_leaves_a_pipeline_frees_its_place(faulty: ServerProcess) -> None:
     body = json.dumps({"n": 20, "steps": 1000, "seed": SLOW})
     head = "POST /generate HTTP/1.1\r\nHost: here\r\nContent-Type: application/json"
     message = f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
@@ -159,7 +159,7 @@ def test_a_step_that_raises_once_is_replayed_and_nobody_notices(faulty: ServerPr
 
 
 @pytest.mark.parametrize("seed", [RAISES, NOT_FINITE])
-def test_a_sample_that_fails_fails_its_own_request_and_nothing_else(faulty: ServerProcess, seed: int) -> None:
+def test_a_failing_sample_fails_only_its_own_request(faulty: ServerProcess, seed: int) -> None:
     alone = [generate(faulty, **body).content for body in STRANGERS]
     with slow_company(faulty):
         *answers, failed = together(faulty, *STRANGERS, {"n": 3, "steps": 8, "seed": seed})
@@ -200,9 +200,7 @@ def test_a_failure_outside_a_step_is_a_delay_and_nothing_else(faulty: ServerProc
         pytest.param(TOO_LARGE, 507, "out_of_memory", id="does not fit alone"),
     ],
 )
-def test_an_image_at_fault_fails_its_own_request_and_nothing_else(
-    faulty: ServerProcess, seed: int, status: int, code: str
-) -> None:
+def test_a_failing_image_fails_only_its_own_request(faulty: ServerProcess, seed: int, status: int, code: str) -> None:
     alone = [generate(faulty, **body).content for body in STRANGERS]
     with slow_company(faulty):
         *answers, failed = together(faulty, *STRANGERS, {"n": 3, "steps": 8, "seed": seed})
@@ -211,7 +209,7 @@ def test_an_image_at_fault_fails_its_own_request_and_nothing_else(
 
 
 @pytest.mark.slow
-def test_a_batch_without_memory_becomes_smaller_for_a_while_and_nobody_notices(faulty: ServerProcess) -> None:
+def test_out_of_memory_shrinks_the_batch_for_a_while(faulty: ServerProcess) -> None:
     body = {"n": 8, "steps": 8, "seed": TOO_MANY}
     alone = [generate(faulty, **stranger).content for stranger in STRANGERS]
     with slow_company(faulty):

@@ -80,7 +80,7 @@ def test_a_drawn_seed_sent_back_gives_the_same_bytes(client: TestClient, accept:
 
 
 @pytest.mark.parametrize("accept", [PNG, ZIP])
-def test_equal_requests_give_equal_bytes_whatever_their_request_id(client: TestClient, accept: str) -> None:
+def test_equal_requests_give_equal_bytes_with_other_request_ids(client: TestClient, accept: str) -> None:
     body = {"n": 3, "seed": 4}
     answers = [
         client.post("/generate", json=body, headers={"Accept": accept, "X-Request-Id": name}) for name in ("a", "b")
@@ -146,6 +146,7 @@ def test_a_class_can_be_named_or_numbered(client: TestClient, one: int | str, sa
 def test_headers_and_text_say_what_to_send_again(client: TestClient) -> None:
     first = generate(client, n=2, seed=5, index=3, class_label=BEETLE, sampler="ddim", steps=4, eta=0.123456789)
     told = {name.removeprefix("x-ddpm-"): unquote(v) for name, v in first.headers.items() if name.startswith("x-ddpm")}
+    assert told.pop("nfe") == "4"
     assert {name.replace("-", "_"): value for name, value in told.items()} == text_of(first.content)
     card = client.get("/models").json()["models"][0]
     assert (told["model"], told["checkpoint"]) == (card["name"], card["checkpoint"])
@@ -175,7 +176,7 @@ def test_a_mix_names_no_class_and_comes_again_without_one(client: TestClient, co
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_how_guidance_and_timesteps_were_chosen_is_told_and_can_be_sent_again(client: TestClient, sampler: str) -> None:
+def test_guidance_and_spacing_are_reported_and_can_be_sent_again(client: TestClient, sampler: str) -> None:
     how = {"guidance_scale": 3, "guidance_interval": [0.2, 0.8], "spacing": "logsnr", "limit": "dynamic"}
     first = generate(client, seed=5, sampler=sampler, steps=5, **how)
     assert first.content != generate(client, seed=5, sampler=sampler, steps=5, guidance_scale=3).content
@@ -203,7 +204,7 @@ def test_an_interval_that_is_none_is_refused(client: TestClient, interval: Any) 
         assert answer.status_code == 422
 
 
-def test_header_values_are_ascii_and_the_png_has_the_name_as_it_is(client: TestClient) -> None:
+def test_headers_are_ascii_and_the_png_has_the_plain_name(client: TestClient) -> None:
     answer = generate(client, class_label=1)
     assert answer.headers["x-ddpm-class-label"] == "K%C3%A4fer %E2%86%92 %E8%99%AB"
     assert text_of(answer.content)["class_label"] == BEETLE
@@ -227,7 +228,7 @@ def test_json_tells_the_schedule_and_the_checkpoint(client: TestClient) -> None:
     assert answer["images"][0]["class_name"] == BEETLE
 
 
-def test_an_unconditional_checkpoint_takes_null_and_tells_no_class(colour_client: TestClient) -> None:
+def test_an_unconditional_checkpoint_takes_only_a_null_class(colour_client: TestClient) -> None:
     (image,) = generate(colour_client, JSON, class_label=None, seed=1).json()["images"]
     assert (image["class_label"], image["class_name"]) == (None, None)
     assert list(unzipped(generate(colour_client, ZIP, n=2, seed=1).content)) == ["0.png", "1.png"]

@@ -70,7 +70,7 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
         assert client.get("/models").json()["models"][0]["batch_rows"] == limit > 0
 
 
-def test_a_draining_server_takes_no_work_and_finishes_what_it_has(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_draining_server_refuses_new_work_and_finishes_old(held: HeldRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
         answers: list[Any] = []
         worker = threading.Thread(target=lambda: answers.append(client.post("/generate", json={"n": 2, "steps": 40})))
@@ -219,6 +219,8 @@ def test_the_commands_on_the_page_of_the_api_work(client: TestClient) -> None:
         if "-d" in words and path == "/generate":
             body = json.loads(words[words.index("-d") + 1])
             answer = client.post(path, json=body | {"class_label": None})  # its classes are the bundled checkpoint's
+        elif "-d" in words and path == "/v1/images/generations":
+            answer = client.post(path, json=json.loads(words[words.index("-d") + 1]) | {"prompt": "plain"})
         elif "-X" not in words and "-d" not in words:
             answer = client.get(path)
         else:

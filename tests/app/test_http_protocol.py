@@ -169,7 +169,7 @@ def test_headers_beyond_the_limit_are_431(guarded: ServerProcess, lines: list[st
         assert b'"headers_too_large"' in answer
 
 
-def test_no_answer_tells_the_server_or_lacks_the_security_headers(guarded: ServerProcess) -> None:
+def test_every_answer_has_security_headers_and_no_server_name(guarded: ServerProcess) -> None:
     for path in ("/", "/docs", "/livez", "/models", "/nothing"):
         headers = httpx.get(guarded.url + path).headers
         assert "server" not in headers
@@ -224,7 +224,7 @@ def test_a_key_added_to_the_file_opens_after_a_while(guarded: ServerProcess, key
     assert not [line for line in guarded.lines if dave in line or ALICE in line or CAROL in line]
 
 
-def test_those_who_dawdle_do_not_keep_others_waiting_and_are_cut_off(guarded: ServerProcess) -> None:
+def test_slow_senders_are_cut_off_and_delay_nobody(guarded: ServerProcess) -> None:
     slow = [connect(guarded) for _ in range(60)]  # more than there are connections
     for number, connection in enumerate(slow):
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n" if number % 2 else b"\r\n")

@@ -46,6 +46,7 @@ FILES = {
     "ho": ["pytorch_diffusion/model-790000.ckpt", *HO],
     "lucid": ["lucidrains/small.pt", "--image_size", "8,12"],
     "classes": ["lucidrains/classes.pt", "--image_size", "8,8", "--num_heads", "2"],
+    "edm": ["edm/adm.pt"],
 }
 NAMES = [*FILES, "folder"]  # the last is diffusers'
 ASKED: dict[str, dict[str, Any]] = {
@@ -60,6 +61,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "folder": {"steps": 3, "sampler": "ddim", "eta": 0.5},
     "lucid": {"steps": 5, "sampler": "dpmpp_2m"},
     "classes": {"steps": 3, "class_label": "4", "guidance_scale": 3, "sampler": "ddpm"},
+    "edm": {"steps": 4, "class_label": "3"},
 }
 
 

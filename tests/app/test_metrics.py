@@ -89,7 +89,7 @@ def test_guidance_counts_two_rows_for_one_image(fresh: ServerProcess) -> None:
         assert metric(after, name) - metric(before, name) == more
 
 
-def test_a_client_that_leaves_is_a_cancel_and_its_steps_are_waste(fresh: ServerProcess) -> None:
+def test_a_leaving_client_counts_as_a_cancel_and_wasted_steps(fresh: ServerProcess) -> None:
     before = fresh.client.get("/metrics").text
     params = {"n": 8, "steps": 1000, "frames": 100, "format": "sse"}
     with fresh.client.stream("GET", SEQUENCE, params=params) as stream:
@@ -144,14 +144,14 @@ def test_gauges_show_the_work_while_it_is_there(held: HeldRunner, grey_checkpoin
 
 def test_the_oldest_wait_grows_until_the_first_step(held: HeldRunner, grey_checkpoint: Path) -> None:
     entered, leave = threading.Event(), threading.Event()
-    start = held.start
+    start = held.init_latents
 
     def slow_start(samples: list[object]) -> None:
         entered.set()
         assert leave.wait(30)
         start(samples)
 
-    held.start = slow_start
+    held.init_latents = slow_start
     with serving(grey_checkpoint, held) as client:
         worker = threading.Thread(target=client.post, args=("/generate",), kwargs={"json": {}})
         worker.start()
@@ -206,7 +206,7 @@ def test_a_container_has_the_memory_of_its_limit(monkeypatch: pytest.MonkeyPatch
         assert memory.available_bytes() == expected
 
 
-def test_a_request_is_counted_under_few_labels_whatever_clients_say(fresh: ServerProcess) -> None:
+def test_clients_cannot_make_new_label_values(fresh: ServerProcess) -> None:
     for path in ("/a", "/b", "/c?model=x"):
         assert httpx.get(fresh.url + path).status_code == 404
     fresh.client.post("/generate", content=json.dumps({"model": "zzz"}), headers={"content-type": "application/json"})

@@ -81,7 +81,7 @@ def test_unknown_paths_share_one_label(client: TestClient) -> None:
     assert "/.env" not in client.get("/metrics").text
 
 
-def test_an_unforeseen_exception_is_an_ordinary_error_with_its_id(
+def test_an_unforeseen_exception_is_an_error_with_its_id(
     grey_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def boom() -> None:
@@ -167,7 +167,7 @@ def test_a_long_warm_up_is_told_again_and_again(
     monkeypatch.setattr(main, "PROGRESS_S", 0.0)
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True):
-        wait_for(lambda: sum("still warming up grey, for " in message for message in caplog.messages) >= 2)
+        wait_for(lambda: sum("still warming up grey after " in message for message in caplog.messages) >= 2)
         assert any(message.startswith("warming up grey: ") for message in caplog.messages)
         held.warm.set()
-        wait_for(lambda: caplog.messages[-1].startswith("takes requests, after "))
+        wait_for(lambda: caplog.messages[-1].startswith("ready for requests after "))

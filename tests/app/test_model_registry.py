@@ -268,7 +268,7 @@ def test_sighup_swaps_what_has_changed_and_keeps_what_is_broken(server: KeyedSer
     assert generate(server, seed=1).content != image
 
 
-def test_a_checkpoint_that_does_not_run_leaves_the_old_one_serving(server: KeyedServer, shop: Shop) -> None:
+def test_a_checkpoint_that_does_not_run_keeps_the_old_one(server: KeyedServer, shop: Shop) -> None:
     image = generate(server, seed=1).content
     shop.put(write_checkpoint(shop.folder / "refused.safetensors", GREY, (*CLASSES[:2], REFUSED), 5), shop.one)
     with work_under_way(server) as running:
@@ -300,7 +300,7 @@ def test_a_model_comes_from_the_folder_and_goes_again(server: KeyedServer, shop:
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_only_an_administrator_changes_models_and_only_by_names_in_the_folder(server: KeyedServer, shop: Shop) -> None:
+def test_only_admins_change_models_by_names_in_the_folder(server: KeyedServer, shop: Shop) -> None:
     outside = shop.folder / "outside.safetensors"
     shop.put(shop.versions[1], outside)
     os.symlink(outside, shop.models / "link.safetensors")

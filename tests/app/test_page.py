@@ -243,3 +243,22 @@ def test_a_key_is_asked_for_without_scolding(page: Any, grey_checkpoint: Path, t
         page.fill("#steps", "2")
         page.click("#go")
         page.wait_for_selector("text=Choose an image to see it large.")
+
+
+def test_the_page_offers_fitted_steps_by_name(page: Any, fitted_checkpoint: Path) -> None:
+    def controls() -> list[str]:
+        return [page.locator(f"#{name}").input_value() for name in ("plan", "sampler", "steps", "guidance")]
+
+    with ServerProcess("app", "--checkpoint", str(fitted_checkpoint)) as server:
+        page.goto(server.url)
+        page.wait_for_selector("#plans:not([hidden])")
+        assert controls() == ["fast", "fitted", "3", "1.5"]
+        page.select_option("#plan", "exact")
+        assert controls() == ["exact", "dpmpp_2m", "20", "1.5"]
+        page.fill("#guidance", "3")
+        page.press("#guidance", "Tab")
+        assert controls() == ["", "dpmpp_2m", "20", "3"]
+        page.select_option("#sampler", "fitted")
+        assert controls() == ["fast", "fitted", "3", "1.5"]
+        page.click("#go")
+        page.wait_for_selector("text=Choose an image to see it large.")

@@ -35,7 +35,7 @@ def wanted(pending: list[float], rates: list[float], target_s: float = 10) -> fl
     return BacklogAutoscalingPolicy(target_s)(context)[0]
 
 
-def test_replicas_are_wanted_for_the_seconds_of_work_that_all_have() -> None:
+def test_wanted_replicas_follow_the_seconds_of_pending_work() -> None:
     assert wanted([0, 0], [50, 50]) == 0  # Ray knows the least
     assert wanted([1000, 0], [50, 50]) == 2  # 20 s of work, 10 s each
     assert wanted([1000, 500], [50, 50], target_s=5) == 6
@@ -93,7 +93,7 @@ def replica_of(client: TestClient) -> Replica:
     return replica
 
 
-def test_a_replica_is_healthy_when_warm_and_until_its_engine_ends(grey_checkpoint: Path, held: HeldRunner) -> None:
+def test_a_replica_is_healthy_while_it_is_warm_and_running(grey_checkpoint: Path, held: HeldRunner) -> None:
     held.warm.clear()
     settings = Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1)
     with TestClient(create_app(settings, lambda *how: held)) as client:
@@ -151,7 +151,7 @@ def test_behind_the_ingress_ray_gives_the_id(grey_checkpoint: Path) -> None:
         assert "x-request-id" not in client.get("/livez").headers
 
 
-def test_prometheus_learns_where_the_replicas_are_or_that_nobody_knows() -> None:
+def test_discovery_lists_the_replicas_or_answers_503() -> None:
     answers: list[list[str]] = [["10.0.0.1:1", "10.0.0.2:2"]]
     server = discovery("127.0.0.1", 0, lambda: answers.pop())
     try:

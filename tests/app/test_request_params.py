@@ -130,7 +130,7 @@ def test_frames_are_spread_evenly_and_end_with_the_last_step(
     assert sorted(frame_steps(frames, steps, view)) == shown
 
 
-def test_header_values_are_plain_ascii_and_come_back_by_unquoting() -> None:
+def test_header_values_are_ascii_and_unquote_to_the_original() -> None:
     hostile = {"class_label": "Käfer → 虫\r\nX-Evil: 1", "model": 'a%41 "b"', "guidance_scale": "1.0"}
     made = headers(hostile)
     assert list(made) == ["X-DDPM-Class-Label", "X-DDPM-Model", "X-DDPM-Guidance-Scale"]
@@ -140,7 +140,7 @@ def test_header_values_are_plain_ascii_and_come_back_by_unquoting() -> None:
         assert unquote(value) == original
 
 
-def test_a_seed_that_nobody_gave_is_drawn_and_fits_into_a_json_number(grey: Checkpoint) -> None:
+def test_a_missing_seed_is_drawn_and_fits_a_json_number(grey: Checkpoint) -> None:
     seeds = {job(grey, GenerateBody()).request.seed for _ in range(12)}
     assert len(seeds) == 12
     assert max(seeds) < LARGEST_JSON_INTEGER
@@ -174,7 +174,7 @@ def test_another_sampler_takes_its_own_number_of_steps(grey: Checkpoint) -> None
         assert len(job(grey, GenerateBody(sampler=sampler, steps=3)).request.schedule) == 3
 
 
-def test_spacing_limit_and_interval_are_the_requests_or_the_checkpoints(grey: Checkpoint) -> None:
+def test_spacing_limit_and_interval_default_to_the_checkpoints(grey: Checkpoint) -> None:
     own = {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.7), "spacing": "quadratic", "limit": "dynamic"}
     noted = with_sampling(grey, steps=10, **own)
     schedule = job(noted, GenerateBody()).request.schedule
@@ -200,7 +200,7 @@ def test_what_the_schedule_refuses_is_said_with_its_name(grey: Checkpoint) -> No
     assert caught.value.param == "spacing"
 
 
-def test_a_large_fixed_variance_is_replaced_where_it_would_leave_noise_and_the_answer_says_so(grey: Checkpoint) -> None:
+def test_a_fixed_large_variance_that_leaves_noise_is_replaced(grey: Checkpoint) -> None:
     large = replace(grey, config=replace(grey.config, diffusion=DiffusionConfig(variance="fixed_large")))
     few = job(large, GenerateBody(sampler="ddpm", steps=50))
     assert few.provenance()["variance"] == "fixed_small"
@@ -238,9 +238,7 @@ def test_the_bytes_of_a_sequence_are_limited_not_only_its_parts(grey: Checkpoint
 
 
 @pytest.mark.parametrize(("format", "dropped"), [("sse", 4), ("multipart", 4), ("gif", 0), ("webp", 0)])
-def test_a_stream_keeps_the_newest_frame_for_a_slow_client_and_a_file_keeps_all(
-    grey: Checkpoint, format: Format, dropped: int
-) -> None:
+def test_a_stream_keeps_the_newest_frame_and_a_file_all(grey: Checkpoint, format: Format, dropped: int) -> None:
     drops = []
 
     async def deliver() -> None:
@@ -289,7 +287,7 @@ def test_guidance_needs_a_null_class(colour_checkpoint: Path) -> None:
         job(colour, GenerateBody(guidance_scale=2))
 
 
-def test_a_schedule_is_made_once_for_equal_settings_of_a_checkpoint(grey: Checkpoint) -> None:
+def test_a_schedule_is_made_once_for_equal_settings(grey: Checkpoint) -> None:
     one, other = served(grey), served(grey)
     asked = SamplingParams("ddim", 7)
     assert one.schedule(asked, None) is one.schedule(replace(asked), None)
@@ -304,7 +302,7 @@ def test_every_sampling_setting_travels(grey: Checkpoint) -> None:
     assert list(GenerateResponse.model_fields) == ["model", "checkpoint", *names, "images"]
     assert list(GenerateBody(n=1).overrides()) == names
     for body in (GenerateBody, SequenceQuery):
-        assert list(body.model_fields)[5:12] == names, "where they were in the documentation"
+        assert list(body.model_fields)[6:13] == names, "where they were in the documentation"
     assert set(names) <= job(grey, GenerateBody()).provenance().keys()
 
 

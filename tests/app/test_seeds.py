@@ -52,7 +52,7 @@ def images(server: ServerProcess, asked: dict[str, Any]) -> list[bytes]:
     return [base64.b64decode(image["png"]) for image in answer.json()["images"]]
 
 
-def test_an_image_is_the_same_alone_in_a_crowd_after_crashes_and_in_another_process(
+def test_an_image_is_the_same_in_any_batch_and_process(
     servers: tuple[ServerProcess, ServerProcess],
 ) -> None:
     crashing, other = servers

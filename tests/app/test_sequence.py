@@ -224,7 +224,7 @@ def test_nothing_acceptable_is_406_unless_a_format_is_named(client: TestClient) 
 
 
 @pytest.mark.parametrize("format", ["sse", "multipart", "gif"])
-def test_a_time_out_ends_a_stream_with_an_error_and_a_file_with_504(
+def test_a_timeout_ends_a_stream_by_an_event_and_a_file_by_504(
     held: HeldRunner, grey_checkpoint: Path, format: str
 ) -> None:
     with serving(grey_checkpoint, held) as client:

@@ -85,7 +85,7 @@ def test_the_log_says_what_happens_until_it_is_ready(server: ServerProcess, grey
     running = next(message for message in messages if "running on" in message)
     assert running == f"ddpm-serve running on {server.url} (Ctrl-C ends it)"
     assert any(message.startswith(f"loaded {grey_checkpoint} in ") for message in messages)
-    wait_for(lambda: any(line["message"].startswith("takes requests, after ") for line in server.logs()))
+    wait_for(lambda: any(line["message"].startswith("ready for requests after ") for line in server.logs()))
     assert any(message.startswith("warming up grey: ") for message in messages)
 
 
@@ -128,7 +128,7 @@ def test_a_full_collection_of_garbage_has_little_to_look_through(grey_checkpoint
     assert int(done.stdout) < 20_000
 
 
-def test_every_log_line_is_json_and_every_request_has_one_with_its_id(server: ServerProcess) -> None:
+def test_log_lines_are_json_and_every_request_has_one(server: ServerProcess) -> None:
     answers = [server.client.get("/models"), server.client.post("/generate", json={}), server.client.get("/nothing")]
     ids = [answer.headers["x-request-id"] for answer in answers]
 

@@ -32,7 +32,7 @@ def open_stream(server: ServerProcess, path: str) -> http.client.HTTPResponse:
 
 
 @pytest.mark.slow
-def test_a_slow_reader_loses_frames_but_no_time_of_others_and_no_image(grey_checkpoint: Path) -> None:
+def test_a_slow_reader_loses_frames_but_no_image(grey_checkpoint: Path) -> None:
     argv = ["--checkpoint", str(grey_checkpoint), "--drain-s", "0", "--write-timeout-s", "3600"]
     with ServerProcess(FAULTY, *argv, SEND_BUFFER="4096") as server:
         expected = server.client.post("/generate", json=BODY).content

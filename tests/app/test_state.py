@@ -70,9 +70,7 @@ def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint
         )
 
 
-def test_a_client_that_leaves_marks_the_outcome_while_the_handler_still_waits(
-    held: HeldRunner, grey_checkpoint: Path
-) -> None:
+def test_a_leaving_client_marks_the_outcome_at_once(held: HeldRunner, grey_checkpoint: Path) -> None:
     async def handle(service: AppState) -> str:
         http = request(disconnect)
         job = build_request(GenerateBody(steps=1000), service.models.default, service.settings)

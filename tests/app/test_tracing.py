@@ -75,9 +75,7 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_request_is_a_span_with_its_queue_its_steps_and_its_encodings_within(
-    grey_checkpoint: Path, collector: Collector
-) -> None:
+def test_a_request_is_a_span_of_queue_steps_and_encodings(grey_checkpoint: Path, collector: Collector) -> None:
     argv = ["--checkpoint", str(grey_checkpoint), "--otlp-endpoint", collector.url]
     with ServerProcess("app", *argv, OTEL_SERVICE_NAME="a-name", OTEL_BSP_SCHEDULE_DELAY="100") as server:
         of_a_client = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
@@ -155,7 +153,7 @@ def roots(collector: Collector) -> list[Any]:
     return [span for span in collector.spans if span.name == "POST /generate"]
 
 
-def test_a_replica_of_ray_that_ends_at_once_sends_its_spans_before(
+def test_a_ray_replica_sends_its_spans_before_it_ends(
     grey_checkpoint: Path, held: HeldRunner, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exit(code: int) -> None:
@@ -186,9 +184,7 @@ def test_a_collector_that_is_not_there_costs_no_answer(grey_checkpoint: Path) ->
         assert server.exit_code() == 0
 
 
-def test_without_the_package_the_setting_is_refused_with_a_sentence(
-    grey_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tracing_without_its_package_is_refused(grey_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ValueError, match=r"pip install 'ddpm-serve\[otel\]'"):
         create_app(Settings(checkpoint=str(grey_checkpoint), device="cpu", otlp_endpoint="http://localhost:4318"))

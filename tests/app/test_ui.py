@@ -9,7 +9,7 @@ import re
 from fastapi.testclient import TestClient
 
 
-def test_the_page_runs_its_own_script_and_style_and_needs_no_other_host(client: TestClient) -> None:
+def test_the_page_needs_no_other_host(client: TestClient) -> None:
     response = client.get("/")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.instance import ModelInstance
 from app.engine.memory import device_memory
 from app.engine.request import OutputStream, Request, Sample
-from app.engine.runner import ModelRunner, default_micro_batch_size
+from app.engine.runner import ModelRunner
 from model import checkpoint
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint, CheckpointConfig

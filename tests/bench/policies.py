@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.instance import BatchLimits
 from app.engine.request import Request, Sample
-from app.engine.runner import ModelRunner, default_micro_batch_size
+from app.engine.runner import ModelRunner
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.backends.compile import best_precision

@@ -35,7 +35,7 @@ from tests.bench.serving.workloads import Arrival
 INF = math.inf
 
 
-def test_a_trace_is_as_heavy_as_it_was_meant_to_be_and_the_same_again(tmp_path: Path) -> None:
+def test_a_trace_has_its_load_and_is_reproducible(tmp_path: Path) -> None:
     trace = workloads.poisson("mixed steps", rate=700, seconds=10, seed=1)
     assert sum(a.work for a in trace) == 7000
     assert {a.steps for a in trace} == set(workloads.STEPS)
@@ -65,7 +65,7 @@ def test_answers_are_read_and_those_cut_off_are_none(answer: bytes, expected: tu
         assert generator.parse(answer) == expected
 
 
-def test_a_slow_server_delays_nobodys_sending_and_who_loses_patience_is_gone() -> None:
+def test_a_slow_server_delays_no_sending_and_clients_give_up() -> None:
     first, gone, second, overdue, begun = asyncio.run(four_clients())
     assert first["status"] == second["status"] == 200
     assert first["done"] >= 0.6
@@ -123,7 +123,7 @@ def test_goodput_and_recovery() -> None:
 
 
 @pytest.mark.slow
-def test_tables_give_the_median_of_the_rounds_and_say_what_was_not_measured(tmp_path: Path) -> None:
+def test_tables_give_medians_and_name_what_was_not_measured(tmp_path: Path) -> None:
     """Three rounds of ours at 1, 2 and 9 s, of a peer at 4 s; the loop that they are compared with ran as fast as it
     was told before, twice as fast, and half as fast."""
     plan = Plan({"capacity": 100.0, "alone_s": {"1x10": 0.5, "1x20": 1, "1x50": 1, "1x200": 1, "16x20": 1}}, seconds=9)
@@ -186,7 +186,7 @@ def test_only_the_workloads_that_were_asked_for_are_run(monkeypatch: pytest.Monk
     assert went == [(1000, 3), (1000, 2), (plan.queue, 3), (1000, 12), (plan.queue, 6)]
 
 
-def test_a_held_network_takes_the_time_that_it_is_told_and_counts_what_it_overran(tmp_path: Path) -> None:
+def test_a_held_network_takes_its_time_and_counts_overruns(tmp_path: Path) -> None:
     takes_s = 0.0
 
     def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
@@ -286,7 +286,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_our_own_requests_carry_the_clients_deadline_and_the_peers_do_not() -> None:
+def test_only_our_requests_carry_the_clients_deadline() -> None:
     arrival = Arrival(0, 2, 20, 7, 3)
     assert '"timeout_s": 2.5' in SERVERS["ours"].request(arrival, timeout_s=2.5)
     for candidate in SERVERS.values():

@@ -50,7 +50,7 @@ def test_every_yaml_file_is_one() -> None:
 
 @pytest.mark.skipif(not has_compose(), reason="docker compose is not installed")
 @pytest.mark.parametrize("extra", [None, *OVERRIDES], ids=lambda path: path.name if path else "base")
-def test_compose_accepts_its_files_and_reserves_the_gpu_but_for_the_cpus(extra: Any) -> None:
+def test_compose_accepts_its_files_and_reserves_the_gpu(extra: Any) -> None:
     files = ["-f", str(BASE), *(["-f", str(extra)] if extra else [])]
     secrets = {"API_KEYS_FILE": str(BASE), "GRAFANA_PASSWORD_FILE": str(BASE)}
     command = ["docker", "compose", *files, "config"]
@@ -92,7 +92,7 @@ def test_every_image_has_a_version() -> None:
     assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base[1])
 
 
-def test_nothing_listens_beyond_this_host_unless_asked_and_the_replicas_nowhere() -> None:
+def test_only_localhost_is_published_by_default() -> None:
     for name, service in services().items():
         for port in service.get("ports", []):
             assert port.startswith(("127.0.0.1:", "${BIND:-127.0.0.1}:")), (name, port)
@@ -125,7 +125,7 @@ def test_the_times_fit_each_other() -> None:
         assert int(found[1]) > defaults["max_timeout_s"].default, "the balancer would give up first"
 
 
-def test_balancer_and_prometheus_ask_the_service_by_its_name_and_port() -> None:
+def test_haproxy_and_prometheus_use_the_services_name_and_port() -> None:
     assert re.search(r"server-template replica \d+ server:8000 resolvers docker", HAPROXY)
     assert "http-check send meth GET uri /readyz" in HAPROXY
     scrape = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
@@ -149,7 +149,7 @@ def test_operators_find_every_variable_in_the_manual() -> None:
     assert {name for name in used - internal if f"`{name}`" not in manual and f"{name}=" not in manual} == set()
 
 
-def test_the_dockerfile_needs_no_buildkit_and_ends_as_a_user_with_a_health_check() -> None:
+def test_the_dockerfile_needs_no_buildkit_and_ends_as_a_user() -> None:
     text = (DOCKER / "Dockerfile").read_text()
     assert not re.search(r"--mount|--chmod|--link|<<|^# ?syntax", text, re.M)
     last = text.split("\nFROM ")[-1]
@@ -167,7 +167,7 @@ def locked(name: str) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("variant", ["cpu", "cuda"])
-def test_the_lock_is_of_what_the_project_asks_for_and_every_line_has_a_hash(variant: str) -> None:
+def test_the_lock_matches_the_project_and_every_line_has_a_hash(variant: str) -> None:
     common, torch = locked("requirements.txt"), locked(f"torch-{variant}.txt")
     assert not set(common) & set(torch)
     for package, (_, rest) in (common | torch).items():

@@ -65,7 +65,7 @@ def test_every_manifest_is_yaml_and_in_its_kustomization() -> None:
         assert yaml.safe_load((FOLDER / overlay / "kustomization.yaml").read_text())["resources"] == ["../base"]
 
 
-def test_the_server_is_an_unprivileged_user_who_writes_to_tmp_only() -> None:
+def test_the_server_is_unprivileged_and_writes_to_tmp_only() -> None:
     assert pod()["securityContext"]["runAsNonRoot"] is True
     user = f"{pod()['securityContext']['runAsUser']}:{pod()['securityContext']['runAsGroup']}"
     assert f"\nUSER {user}\n" in (DOCKER / "Dockerfile").read_text(), "the image has another one"
@@ -83,7 +83,7 @@ def test_a_pod_has_time_for_its_drain() -> None:
     assert pod()["terminationGracePeriodSeconds"] > before + drain + SHUTDOWN_GRACE_S
 
 
-def test_probes_and_scrapes_ask_for_paths_and_ports_that_are_there() -> None:
+def test_probes_and_scrapes_use_existing_paths_and_ports() -> None:
     def paths(router: APIRouter) -> set[str]:
         return {route.path for route in router.routes if isinstance(route, APIRoute)}
 
@@ -99,7 +99,7 @@ def test_probes_and_scrapes_ask_for_paths_and_ports_that_are_there() -> None:
     assert [port["targetPort"] for port in base("service")["spec"]["ports"]] == ["http"], "metrics are not public"
 
 
-def test_the_autoscaler_asks_for_what_the_adapter_makes_of_metrics_that_exist() -> None:
+def test_the_autoscaler_uses_a_metric_that_exists() -> None:
     (rule,) = yaml.safe_load((FOLDER / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     (metric,) = base("autoscaler")["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]

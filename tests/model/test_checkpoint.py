@@ -56,7 +56,7 @@ def test_a_checkpoint_comes_back_exactly_and_needs_no_flags(tiny: UNet, config: 
     assert torch.equal(loaded.network(x, t, y), tiny(x, t, y))
 
 
-def test_a_checkpoint_from_before_spacing_limit_and_interval_loads(
+def test_a_checkpoint_without_spacing_limit_and_interval_loads(
     tiny: UNet, config: CheckpointConfig, path: Path
 ) -> None:
     data = json.loads(config.to_json())
@@ -148,9 +148,7 @@ def test_others_may_read_it_where_the_umask_lets_them(tiny: UNet, config: Checkp
         os.umask(before)
 
 
-def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing_else(
-    tiny: UNet, config: CheckpointConfig, path: Path
-) -> None:
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tiny: UNet, config: CheckpointConfig, path: Path) -> None:
     path.write_bytes(b"old")
     shared = dict.fromkeys(("one", "other"), tiny.out_conv.weight)  # safetensors refuses shared memory
     with pytest.raises(RuntimeError):

@@ -115,7 +115,7 @@ def test_x0_is_recovered_from_every_target(schedule: str, prediction: str) -> No
     torch.testing.assert_close(diffusion.predicted_x0(target, xt, t), x0, rtol=1e-10, atol=1e-10)
 
 
-def test_the_mean_is_that_of_the_predicted_image_limited_if_asked() -> None:
+def test_the_mean_uses_the_predicted_image_limited_if_asked() -> None:
     diffusion, t = GaussianDiffusion(LINEAR), torch.tensor([0, 500])
     x0, eps = 1.5 * images(2), noise(2)
     xt = diffusion.q_sample(x0, t, eps)
@@ -270,7 +270,7 @@ def test_the_same_error_weighs_the_same_whatever_is_predicted(weighting: str) ->
     torch.testing.assert_close(losses[2], losses[1], rtol=1e-3, atol=1e-9)
 
 
-def test_the_hybrid_loss_is_the_distance_and_a_bound_that_moves_the_variance_alone() -> None:
+def test_the_hybrid_losss_bound_trains_only_the_variance() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(500, variance="learned_range"))
     x0, eps, t = images(3).float(), noise(3).float(), torch.tensor([0, 200, 499])
     x0 = torch.round((x0 + 1) * 127.5) / 127.5 - 1
@@ -318,7 +318,7 @@ def test_bits_per_dimension_add_up(variance: str) -> None:
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_bits_per_dimension_are_those_of_the_formulas_written_out(variance: str) -> None:
+def test_bits_per_dimension_match_the_written_out_formulas(variance: str) -> None:
     """Scalars, float64, with the error function's own approximation (Ho et al. 2020, eq. 5, 7, 13; section 4.2)."""
     diffusion = GaussianDiffusion(DiffusionConfig(6, "cosine", variance=variance))
     x0 = from_uint8(torch.tensor([0, 255, 7, 130], dtype=torch.uint8)).double().reshape(1, 1, 2, 2)

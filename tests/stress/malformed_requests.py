@@ -13,6 +13,18 @@ FIELDS = (
     "class_label", "n", "seed", "index", "sampler", "steps", "eta", "guidance_scale", "guidance_interval", "spacing",
     "limit", "timeout_s", "columns", "frames", "view", "format", "unheard",
 )  # fmt: skip
+OPENAI = "/v1/images/generations"
+OPENAI_FIELDS = (
+    "prompt", "model", "n", "size", "quality", "response_format", "output_format", "output_compression", "background",
+    "moderation", "stream", "partial_images", "user", "seed", "index", "steps", "sampler", "guidance_scale", "style",
+)  # fmt: skip
+PROMPTS = ["plain", "", "plain and 0", "no class", "plain " * 600, "\0", "\ud800", "٣", "🐛" * 900, 7, None, ["plain"]]
+SIZES = ["1x1", "99999x66666", "0x0", "-12x-8", "1e9x1e9", "12x8" * 999, "12X8", "１２x８", "1200x800", 12, None]
+SEGMENTS = [
+    "grey", "grey@", "grey@deadbeef", "grey@" + "0" * 64, "@", "..", ".", "%2e%2e", "%2F", "%00", "%ff", "a" * 3000, "",
+    "plain", "random", "none", "0", "1", "-1", "007", "1e3", "9" * 400, "6.png", "6.gif", "6.webp", "6.jpg", "6.",
+    ".png", "6.png.gif", "6.svg", "٣.png", "{index}.png",
+]  # fmt: skip
 VALUES: list[object] = [
     None, True, -1, 0, 2**31, 2**63, 2**64, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "1", "0x10", "\0",
     "\ud800", "🐛" * 50, "a" * 5000, "../../etc/passwd", "'; DROP TABLE", "{{7*7}}", "%s%n", [], [[]], [1, 2, 3], {},
@@ -54,9 +66,9 @@ FOREIGN = [
 ]
 
 
-def post(content: bytes, *lines: str) -> bytes:
-    """POST /generate of exactly this body."""
-    head = "\r\n".join(["POST /generate HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", ""])
+def post(content: bytes, *lines: str, path: str = "/generate") -> bytes:
+    """POST of exactly this body."""
+    head = "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", ""])
     return head.encode("latin-1") + content
 
 
@@ -66,9 +78,26 @@ def wrong_values(rng: random.Random) -> bytes:
     return post(content, f"Content-Length: {len(content)}")
 
 
+def wrong_prompt(rng: random.Random) -> bytes:
+    """What an image of OpenAI's API cannot be of."""
+    fields = {field: rng.choice(VALUES) for field in rng.sample(OPENAI_FIELDS, rng.randint(0, 3))}
+    fields |= {"prompt": rng.choice(PROMPTS)} | ({"size": rng.choice(SIZES)} if rng.random() < 0.3 else {})
+    content = json.dumps(fields).encode()
+    return post(content, f"Content-Length: {len(content)}", path=OPENAI)
+
+
+def wrong_address(rng: random.Random) -> bytes:
+    """Of no image, or of one that nobody may see."""
+    path = "/".join(rng.choice(SEGMENTS) for _ in range(rng.choice([4, 4, 4, 3, 5, 9])))
+    names = ("size", "frames", "expires", "signature", "output_compression", *FIELDS)
+    query = "&".join(f"{rng.choice(names)}={rng.choice(VALUES[:20])}" for _ in range(rng.randint(0, 3)))
+    head = f"{rng.choice(['GET', 'GET', 'HEAD', 'POST'])} /images/{path}?{query} HTTP/1.1\r\nHost: x\r\n"
+    return f"{head}If-None-Match: {rng.choice(['*', 'W/', ',,', chr(34) * 900])}\r\n\r\n".encode("utf-8", "replace")
+
+
 def wrong_json(rng: random.Random) -> bytes:
     content = rng.choice(JSONS)
-    return post(content, f"Content-Length: {len(content)}")
+    return post(content, f"Content-Length: {len(content)}", path=rng.choice(["/generate", OPENAI]))
 
 
 def wrong_length(rng: random.Random) -> bytes:
@@ -130,6 +159,6 @@ def pipelined(rng: random.Random) -> bytes:
 
 
 KINDS: list[Callable[[random.Random], bytes]] = [
-    wrong_values, wrong_json, wrong_length, wrong_chunks, wrong_query, wrong_target, wrong_headers, flipped, noise,
-    huge, foreign, pipelined,
+    wrong_values, wrong_prompt, wrong_address, wrong_json, wrong_length, wrong_chunks, wrong_query, wrong_target,
+    wrong_headers, flipped, noise, huge, foreign, pipelined,
 ]  # fmt: skip

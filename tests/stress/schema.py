@@ -12,12 +12,13 @@ from tests.stress.corrupt_checkpoints import ADMIN
 from tests.stress.resources import Findings
 
 # 503 and 504 are told honestly, to who gives a time-out of 5e-324 s. Most limits are settings, or depend on each other.
-# No schema tells which models there are (404), nor that the default cannot be removed (409).
+# No schema tells which models there are (404, 410), nor that the default cannot be removed (409), nor which class a
+# prompt names (400).
 CHECKS = """
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503, 504]
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", 204, 404, 406, 409, 422, 429, 503, 504]
+expected-statuses = ["2xx", "3xx", 400, 403, 404, 406, 409, 410, 422, 429, 503, 504]
 """
 AT_MOST_S = 3600
 

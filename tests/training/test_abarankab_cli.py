@@ -28,7 +28,7 @@ TUPLES = ["--channel_mults", "(1, 2)", "--attention_resolutions", "(1,)"]
 
 
 @pytest.mark.slow
-def test_every_flag_of_the_originals_training_then_of_its_sampling(
+def test_every_flag_of_abarankabs_training_and_sampling(
     tiny_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = ["--dataset", tiny_options["dataset"], "--log_dir", str(tmp_path / "not" / "yet")]

@@ -11,8 +11,9 @@ import torch
 
 from training import decay
 from training import train as module
+from training.loop.optimizer import learning_rate
 from training.run.config import TrainConfig
-from training.train import learning_rate, train
+from training.train import train
 
 pytestmark = pytest.mark.usefixtures("quick")
 Options = dict[str, Any]

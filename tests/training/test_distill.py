@@ -129,10 +129,10 @@ def test_a_run_without_kept_trajectories_leaves_none(words: list[str], tmp_path:
     assert not list((tmp_path / "runs").glob("*.features"))
 
 
-def test_a_judge_decides_which_student_is_best(
-    words: list[str], tmp_path: Path, save_judge: Callable[..., str]
+def test_the_extractor_decides_which_student_is_best(
+    words: list[str], tmp_path: Path, save_extractor: Callable[..., str]
 ) -> None:
-    assert distill.main([*words, "--features", save_judge(), "--iterations", "4"]) == 0
+    assert distill.main([*words, "--features", save_extractor(), "--iterations", "4"]) == 0
     line = log(tmp_path / "runs/run")[-1]
     assert line["validation_features"] > 0
 

@@ -118,7 +118,7 @@ def test_accuracy_counts_the_classes_that_were_asked_for(
     assert result["test"]["accuracy_by_class"] == {"cat": 1, "dog": 1, "emu": 1}
 
 
-def test_as_many_samples_are_compared_as_there_are_held_out_images(
+def test_as_many_samples_as_held_out_images_are_compared(
     evaluation: list[str], evaluated: Evaluated, tmp_path: Path
 ) -> None:
     all_compared, more = evaluated(evaluation), evaluated([*evaluation, "--num_images", "24"])
@@ -160,7 +160,7 @@ def test_balanced_sets_have_equally_many_of_each_class_in_turn() -> None:
     assert sorted(metrics.balanced(images, None).tolist()) == list(range(77))
 
 
-def test_an_unconditional_network_is_compared_with_images_as_they_come(
+def test_an_unconditional_network_is_compared_without_balancing(
     evaluation: list[str], evaluated: Evaluated, save_checkpoint: Callable[..., str], tiny_config: UNetConfig
 ) -> None:
     save_checkpoint(replace(tiny_config, num_classes=None, null_class=False))
@@ -269,7 +269,7 @@ def test_an_extractor_of_other_images_is_refused(
 
 
 @pytest.mark.parametrize("held_out", ["1", "2"])
-def test_too_few_held_out_images_are_told_before_anything_is_sampled(
+def test_too_few_held_out_images_are_refused_before_sampling(
     held_out: str, evaluation: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (pictures / "test" / "emu").glob("*.png"):

@@ -44,7 +44,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_card_says_where_the_checkpoint_comes_from_and_shows_samples(file: Path) -> None:
+def test_a_card_has_provenance_and_samples(file: Path) -> None:
     assert model_card.main([str(file)]) == 0
     text = file.with_suffix(".md").read_text()
     for fact in (checkpoint.load(file).sha256, "left, right", PROVENANCE["command"], "0.25000", "Stopped once.", "56"):
@@ -97,7 +97,7 @@ def test_a_card_shows_what_an_evaluation_found(file: Path, tmp_path: Path) -> No
     assert "By sampler" not in text
 
 
-def test_a_card_shows_bits_per_dimension_and_neighbours_where_they_were_asked_for(file: Path, tmp_path: Path) -> None:
+def test_a_card_has_bits_per_dimension_and_neighbours(file: Path, tmp_path: Path) -> None:
     row = {"minimum": 1.5, "1_percent": 2.0, "5_percent": 3.0, "median": 4.0}
     space = {"generated": row, "held_out": row | {"median": 5.0, "minimum": 1.25}, "ratio": 0.8}
     space |= {"nearer_than_1_percent": 0.0125, "nearer_than_5_percent": 0.05}
@@ -149,9 +149,7 @@ def test_evaluations_that_do_not_belong_are_refused(file: Path) -> None:
         model_card.evaluation_text([evaluation(file, generated={"frechet_distance": 1.0})], loaded)
 
 
-def test_a_checkpoint_without_provenance_is_refused_with_a_sentence(
-    file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_card_of_a_checkpoint_without_provenance_is_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(checkpoint.load(file).config, provenance={})
     torch.manual_seed(0)
     checkpoint.save(file, UNet(UNET).state_dict(), config)

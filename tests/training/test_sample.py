@@ -55,7 +55,7 @@ def test_an_image_is_the_same_at_any_batch_size(sampled: Callable[..., dict[str,
     assert len({image.tobytes() for image in at_once.values()}) == 7
 
 
-def test_an_image_is_the_same_among_more_and_with_its_class_alone(
+def test_an_image_is_the_same_among_more_and_alone(
     sampled: Callable[..., dict[str, np.ndarray]],
 ) -> None:
     all_classes = sampled("--num_images 9", "a")
@@ -108,9 +108,7 @@ def test_a_second_time_only_what_is_missing_is_made(
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
 
 
-def test_an_unconditional_checkpoint_gives_numbered_images_in_colour(
-    save_checkpoint: SaveCheckpoint, tmp_path: Path
-) -> None:
+def test_an_unconditional_checkpoint_gives_numbered_images(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
     path = save_checkpoint(UNetConfig(3, (8, 12), 12, (1,), 1, (), 16))
     assert main(["--checkpoint", path, "--save_dir", str(tmp_path / "a" / "b"), "--num_images", "3"]) == 0
     found = images(tmp_path / "a" / "b")
@@ -146,7 +144,7 @@ def test_what_makes_no_sense_is_refused_with_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unconditional_checkpoint_takes_neither_a_class_nor_guidance(
+def test_an_unconditional_checkpoint_takes_no_class_or_guidance(
     save_checkpoint: SaveCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--checkpoint", save_checkpoint(UNetConfig(1, (8, 8), 12, (1,), 1, (), 16)), "--save_dir", str(tmp_path)]

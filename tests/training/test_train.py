@@ -20,11 +20,12 @@ from training import train as module
 from training.data import Images
 from training.data.batches import Batches
 from training.loop.distributed import DistributedContext
-from training.loop.optimizer import step
+from training.loop.optimizer import learning_rate, step
 from training.loop.validation import chosen, validation_loss
 from training.run.config import TrainConfig
 from training.run.git import git_revision
-from training.train import learning_rate, main, single_channel_groups, train
+from training.run.norm_groups import single_channel_groups
+from training.train import main, train
 
 pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_a_checkpoint_knows_what_it_is(read_log: ReadLog, tiny_options: Options)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_holds_the_average_and_the_state_the_weights(tiny_options: Options) -> None:
+def test_a_checkpoint_has_the_average_and_the_state_the_weights(tiny_options: Options) -> None:
     run = train(TrainConfig(**tiny_options))
     state = torch.load(run / "state-0000008.pt", weights_only=True)
     served = checkpoint.load(run / "checkpoint-0000008.safetensors").network.state_dict()
@@ -124,12 +125,13 @@ def test_what_is_validated_and_shown_is_the_average_in_eval_mode(
     _, held_out = data.load(config.dataset)
     assert (len(held_out), precision) == (1, "bf16")
     assert (images.images == held_out.images).all()
-    _, settings, indices, classes = told["sequence"]
-    assert (settings, list(indices), list(classes)) == (config.sampling(), [0, 1], [0, 1])  # an image of either class
+    schedule, indices, classes = told["sequence"]
+    assert (schedule.sampler, len(schedule)) == (config.sampling().sampler, config.sampling().steps)
+    assert (list(indices), list(classes)) == ([0, 1], [0, 1])  # an image of either class
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(
+def test_the_best_checkpoint_has_the_lowest_validation_loss(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([0.5, 0.3, 0.4, 0.35, 0.32, 0.2])  # at 3, 6, 8; 9, 10; 11
@@ -156,7 +158,7 @@ def test_grids_show_a_row_a_class_or_a_square(use_labels: bool, size: tuple[int,
 
 
 @pytest.mark.slow
-def test_each_step_sees_mirrored_and_unlabelled_images_when_asked(
+def test_steps_see_mirrored_and_unlabelled_images_when_asked(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(tiny_options["dataset"])
@@ -239,7 +241,7 @@ class Listener(torch.nn.Module):
 
 
 @pytest.mark.parametrize("count", [100, 6])
-def test_validation_is_always_the_same_over_all_classes_and_all_t(count: int) -> None:
+def test_validation_covers_all_classes_and_t_and_is_repeatable(count: int) -> None:
     network, diffusion = Listener(), GaussianDiffusion(DiffusionConfig())
     images = chosen(many(count), torch.device("cpu"))
     first = validation_loss(network, diffusion, images, "fp32")
@@ -252,7 +254,7 @@ def test_validation_is_always_the_same_over_all_classes_and_all_t(count: int) ->
     assert min(np.histogram(first_class, 4, (0, 1000))[0]) >= 8  # t does not go with the class
 
 
-def test_validation_is_by_quartile_of_t_and_in_the_precision_of_the_run() -> None:
+def test_validation_is_by_quartile_of_t_in_the_runs_precision() -> None:
     """A network that answers 10·t/T to noise of variance 1 has a loss of 1 + (10·t/T)²."""
     autocast: list[bool] = []
 
@@ -288,7 +290,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert "NaN" not in (run / "log.jsonl").read_text()
 
 
-def test_each_step_has_its_learning_rate_and_the_limit_of_its_gradient(
+def test_each_step_has_its_learning_rate_and_gradient_limit(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, float]] = []
@@ -348,7 +350,7 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_trained_is_refused_with_a_sentence_and_leaves_no_run(
+def test_what_cannot_be_trained_is_refused_and_leaves_no_run(
     command_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no folder './nowhere'" in refusal([*command_line, "--dataset", "./nowhere"], capsys)

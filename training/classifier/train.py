@@ -29,6 +29,7 @@ from training import data
 from training.classifier.network import Classifier, ClassifierConfig
 from training.cli import command
 from training.cli.options import Parser, choice_option, expanded, format_value, integers
+from training.console import exit_code
 from training.data import DataError, Images
 from training.evaluation import feature_extractor
 from training.memory import memory_for
@@ -259,13 +260,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    try:
+
+    def make() -> None:
         with memory_for("training a classifier", "give a smaller --image_size or --batch_size"):
             print(json.dumps(run(args, argv)))
-    except (ValueError, OSError) as error:
-        print(f"training.classifier: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("training.classifier: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("training.classifier", make, "interrupted; the same command goes on")

@@ -25,14 +25,13 @@ from training.distillation.student import Batch, easiest_points, student_table, 
 from training.distillation.trajectories import AT_ONCE, Trajectories
 from training.loop.distributed import DistributedContext
 from training.loop.loss_meter import LossMeter
-from training.loop.optimizer import load_state, step
+from training.loop.optimizer import learning_rate, load_state, step
 from training.loop.validation import finite
 from training.memory import memory_for
 from training.run.git import git_revision, machine
-from training.run.image_io import sample_grid, sequence
+from training.run.image_io import NUM_PREVIEW, sample_grid, sequence
 from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
-from training.train import NUM_PREVIEW, learning_rate
 
 HELD_OUT = 64  # trajectories at the beginning of the file, by which students are compared
 ALONE = DistributedContext()

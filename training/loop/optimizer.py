@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,3 +71,14 @@ def rollback(tensors: Iterable[Tensor], before: Iterable[Tensor], finite: Tensor
     """Puts `tensors` back to what they were `before`, unless the step was finite (bool [])."""
     for tensor, old in zip(tensors, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
+
+
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """Linear warm-up; then constant, half a cosine down to 0, or constant and a line down to 0 at the end (wsd)."""
+    warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
+    decay = 1.0
+    if config.lr_schedule == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
+    elif config.lr_schedule == "wsd":
+        decay = min(1.0, (config.iterations - iteration) / (config.decay_share * config.iterations))
+    return config.learning_rate * warm * decay

@@ -339,7 +339,7 @@ FIXED = (
     *(f.name for f in fields(TrainConfig) if f.name in {g.name for g in fields(UNetConfig)} - {"dropout"}),
     "attention_resolutions",
     "attention_at",
-    *(f.name for f in fields(DiffusionConfig) if f.name != "trained_betas"),
+    *(f.name for f in fields(DiffusionConfig) if f.name not in ("trained_betas", "sigmas")),
     "timestep_sampler",
     "noise_mean",
     "noise_std",

@@ -25,6 +25,7 @@ from model.sampling.step import sample
 Frames = NDArray[np.uint8]
 """uint8 [F, 2, N, C, H, W]: from noise to image, what the network saw (x_t) and its prediction of x_0 from that."""
 
+NUM_PREVIEW = 4  # images whose making is shown as a strip and a GIF
 ROWS = 16  # of a grid: classes beyond are left out
 STRIP_COLUMNS = 9
 LEAST_SIDE = 64  # pixels; smaller images are enlarged in strips and GIFs

@@ -15,7 +15,7 @@ def test_the_larger_the_images_the_fewer_at_once_on_a_gpu(image_size: tuple[int,
     assert gpu_micro_batch_size(image_size) == rows
 
 
-def test_a_cpu_tries_every_number_or_every_fourth_and_a_gpu_powers_of_two() -> None:
+def test_candidate_batch_sizes_on_cpu_and_gpu() -> None:
     assert candidate_batch_sizes(5, "cpu") == [5, 4, 3, 2, 1]
     assert candidate_batch_sizes(26, "cpu") == [26, 24, 20, *range(16, 0, -1)]
     assert candidate_batch_sizes(256, "cuda") == [256, 128, 64, 32, 16, 8, 4, 2, 1]
@@ -43,9 +43,7 @@ def outs(*alike: list[int]) -> dict[int, Tensor]:
         ([[64], [128]], [64]),  # nothing smaller was possible
     ],
 )
-def test_the_largest_that_agrees_with_one_that_a_single_image_can_be_filled_up_to(
-    alike: list[list[int]], expected: list[int]
-) -> None:
+def test_largest_invariant_set_includes_a_padded_single(alike: list[list[int]], expected: list[int]) -> None:
     assert largest_invariant_set(outs(*alike)) == expected
 
 

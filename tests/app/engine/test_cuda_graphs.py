@@ -40,7 +40,7 @@ def test_every_number_of_rows_has_graphs(checkpoint: Checkpoint, samples: Sample
 
 
 @pytest.mark.slow
-def test_nothing_but_graphs_runs_and_noise_only_where_it_is_needed(checkpoint: Checkpoint, samples: Samples) -> None:
+def test_only_graphs_run_and_noise_only_where_needed(checkpoint: Checkpoint, samples: Samples) -> None:
     runner = ModelRunner(checkpoint, CPU, 8)
     network = runner._network
     recorded: list[str] = []
@@ -185,7 +185,7 @@ def test_a_network_that_cannot_run_is_refused(checkpoint: Checkpoint, error: Exc
         runner.warm_up(8)
 
 
-def test_numbers_of_rows_where_a_rows_bits_depend_on_its_place_do_not_run(checkpoint: Checkpoint) -> None:
+def test_batch_sizes_whose_bits_depend_on_place_do_not_run(checkpoint: Checkpoint) -> None:
     runner = graphed(checkpoint, 5)
     network = runner._network
 
@@ -208,7 +208,7 @@ def gpu(checkpoint: Checkpoint) -> Callable[[], ModelRunner]:
 
 
 @cuda
-def test_on_a_gpu_every_number_of_rows_has_a_graph_and_no_image_depends_on_its_mates(
+def test_every_batch_size_has_a_graph_and_gives_the_same_bits(
     gpu: Callable[[], ModelRunner], samples: Samples, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner, again = gpu(), gpu()  # that of a restarted server
@@ -253,7 +253,7 @@ def test_on_a_gpu_a_graph_that_has_no_memory_is_done_without(
 
 
 @cuda
-def test_on_a_gpu_a_newcomer_is_captured_while_others_are_served_and_loaded(
+def test_a_new_model_is_captured_while_others_are_served(
     checkpoint: Checkpoint, gpu: Callable[[], ModelRunner], ask: Ask, metrics: Metrics
 ) -> None:
     first, second = (ModelInstance(checkpoint, gpu(), 16) for _ in range(2))

@@ -47,7 +47,7 @@ def naive(checkpoint: Checkpoint, runner: HeldRunner, request: Request, **kwargs
 
 
 @pytest.mark.slow
-def test_requests_that_join_and_leave_midway_get_the_bytes_of_the_naive_loop(
+def test_joining_and_leaving_requests_get_the_bytes_of_sample(
     engine: Engine, runner: HeldRunner, checkpoint: Checkpoint, ask: Ask
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> list[tuple[Request, Image]]:
@@ -80,7 +80,7 @@ def test_requests_that_join_and_leave_midway_get_the_bytes_of_the_naive_loop(
 
 
 @pytest.mark.slow
-def test_the_same_seed_alone_and_among_strangers_gives_the_same_bytes(engine: Engine, ask: Ask) -> None:
+def test_a_seed_gives_the_same_bytes_alone_and_in_a_batch(engine: Engine, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         first = ask(loop, seed=5, n=3, sampler="ddpm", steps=9, guidance_scale=3.0)
         engine.submit(first)
@@ -165,7 +165,7 @@ def test_a_cancelled_request_leaves_at_the_next_step(
     assert metrics["ddpm_cancellation_latency_seconds_count"] == 1
 
 
-def test_a_request_that_passes_its_deadline_is_answered_so_and_leaves(
+def test_a_request_past_its_deadline_is_answered_and_leaves(
     engine: Engine, runner: HeldRunner, served: ModelInstance, ask: Ask
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
@@ -191,9 +191,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(engine: Engine, runner
 
 
 @pytest.mark.slow
-def test_a_full_queue_says_when_to_come_back_and_admits_again_when_it_is_drained(
-    engine: Engine, runner: HeldRunner, ask: Ask
-) -> None:
+def test_a_full_queue_sets_retry_after_and_admits_again_later(engine: Engine, runner: HeldRunner, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
         large = ask(loop, n=10, steps=90)
@@ -249,7 +247,7 @@ def test_nan_fails_its_own_request_and_no_other(engine: Engine, runner: HeldRunn
 
 
 @pytest.mark.parametrize("part", ["init_latents", "to_images", "schedule", "queue_seconds"])
-def test_a_failure_outside_a_step_is_a_delay_for_images_and_frames(
+def test_a_failure_outside_a_step_only_delays_images_and_frames(
     engine: Engine,
     runner: HeldRunner,
     served: ModelInstance,
@@ -379,7 +377,7 @@ def test_a_slow_client_loses_frames_but_never_the_answer(engine: Engine, ask: As
     run(main)
 
 
-def test_one_wake_up_of_the_event_loop_per_step_however_many_are_waiting(
+def test_a_step_wakes_the_event_loop_once(
     engine: Engine, runner: HeldRunner, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> int:
@@ -424,7 +422,7 @@ def test_metrics_say_what_was_done(engine: Engine, runner: HeldRunner, metrics: 
     assert metrics["ddpm_wasted_image_steps_total"] == 0
 
 
-def test_the_engine_takes_a_crowd_in_larger_steps_and_measures_each_by_its_room(
+def test_high_concurrency_gets_larger_batches(
     engine: Engine, runner: HeldRunner, served: ModelInstance, metrics: Metrics, ask: Ask
 ) -> None:
     served.batch_limits.set(5, 8)
@@ -448,9 +446,7 @@ def test_the_engine_takes_a_crowd_in_larger_steps_and_measures_each_by_its_room(
     assert metrics["ddpm_batch_utilization_sum"] > 0.7 * metrics["ddpm_batch_utilization_count"], "nearly all were full"
 
 
-def test_a_client_that_named_no_time_is_refused_only_where_the_estimate_is_far_off(
-    engine: Engine, served: ModelInstance, ask: Ask
-) -> None:
+def test_default_timeouts_are_refused_only_beyond_their_slack(engine: Engine, served: ModelInstance, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         served.throughput.nfe_per_second = 10.0
         with pytest.raises(DeadlineExceeded):

@@ -117,7 +117,7 @@ def test_who_comes_when_and_with_whom_changes_no_image(
 
 
 @pytest.mark.slow
-def test_a_batch_that_has_more_samples_than_slots_runs_without_them(
+def test_a_batch_with_more_samples_than_slots_runs_without_them(
     narrow: ModelRunner, plain: ModelRunner, samples: Samples
 ) -> None:
     crowd = samples()
@@ -132,7 +132,7 @@ def test_a_batch_that_has_more_samples_than_slots_runs_without_them(
     assert equal([state(narrow, sample) for sample in crowd], finish(plain, samples()))
 
 
-def test_a_warm_up_of_more_rows_than_slots_runs_as_such_a_batch_would(narrow: ModelRunner) -> None:
+def test_a_warm_up_larger_than_the_pool_runs_without_slots(narrow: ModelRunner) -> None:
     """Or the knee would be told of a speed that is not there."""
     graphs = narrow._graphs
     assert graphs is not None
@@ -165,7 +165,7 @@ def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoin
     assert not slots(runner).x[2 * null_slot].any()
 
 
-def test_a_dynamic_limit_is_for_steps_without_graphs_and_the_others_come_back(
+def test_dynamic_thresholding_steps_run_without_graphs(
     checkpoint: Checkpoint,
     runner: ModelRunner,
     plain: ModelRunner,
@@ -224,9 +224,7 @@ def test_every_kind_of_network_runs_in_slots(
 
 
 @pytest.mark.slow
-def test_a_guided_sample_that_does_not_fit_into_a_call_runs_without_graphs(
-    checkpoint: Checkpoint, samples: Samples
-) -> None:
+def test_a_guided_sample_larger_than_a_call_runs_without_graphs(checkpoint: Checkpoint, samples: Samples) -> None:
     runner, plain = graphed(checkpoint, 1), ModelRunner(checkpoint, CPU, 1)
     runner.warm_up(1)
     plain.warm_up(1)
@@ -289,9 +287,7 @@ def test_noise_that_could_not_be_drawn_is_drawn_again(
     assert all(sample.has_noise for sample in crowd)
 
 
-def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
-    checkpoint: Checkpoint, samples: Samples
-) -> None:
+def test_non_finite_values_are_reported_for_their_sample_only(checkpoint: Checkpoint, samples: Samples) -> None:
     """Even a single one: this network does not spread it."""
     runner = graphed(checkpoint, 4)
     runner._network = lambda x, t, y: 0.1 * x
@@ -323,7 +319,7 @@ def test_pictures_are_of_the_slots(runner: ModelRunner, plain: ModelRunner, samp
 # Who has a slot
 
 
-def test_places_of_a_slot_are_its_own_and_no_step_writes_what_it_or_the_next_reads() -> None:
+def test_slots_do_not_overlap_and_steps_write_none_being_read() -> None:
     for rows, places in ((x_row, 2), (x0_row, 3)):
         assert len({rows(slot, step) for slot in range(4) for step in range(places)}) == 4 * places
         assert {rows(slot, step) for slot in range(4) for step in range(-3, 9)} == set(range(4 * places))
@@ -333,9 +329,7 @@ def test_places_of_a_slot_are_its_own_and_no_step_writes_what_it_or_the_next_rea
 
 
 @pytest.mark.slow
-def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(
-    narrow: ModelRunner, samples: Samples
-) -> None:
+def test_a_slot_is_free_when_its_sample_or_request_is_gone(narrow: ModelRunner, samples: Samples) -> None:
     crowd = samples()[6:]
     narrow.init_latents(crowd)
     assert {sample.slot for sample in crowd} == set(range(8))
@@ -357,7 +351,7 @@ def test_a_slot_is_free_again_when_its_sample_is_gone_or_its_request_answered(
 
 
 @pytest.mark.slow
-def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: ModelRunner, samples: Samples) -> None:
+def test_the_longest_waiting_slot_outside_the_batch_is_evicted(narrow: ModelRunner, samples: Samples) -> None:
     crowd = samples()
     first, second = crowd[:8], crowd[8:]
     narrow.init_latents(first)
@@ -371,7 +365,7 @@ def test_who_has_waited_longest_makes_room_and_not_the_batchs_own(narrow: ModelR
     assert all(sample.slot is not None for sample in batch)
 
 
-def test_slots_take_no_more_memory_than_they_may_but_a_call_always_fits() -> None:
+def test_slots_stay_within_their_memory_but_fit_one_call() -> None:
     assert pool_size((3, 32, 32), 256) == MAX_SLOTS
     large = pool_size((3, 256, 256), 4)
     assert 5 * 4 * 3 * 256 * 256 * (large + 1) <= POOL_BYTES < 5 * 4 * 3 * 256 * 256 * (large + 2)
@@ -402,7 +396,7 @@ def held(checkpoint: Checkpoint) -> HeldRunner:
 
 
 @pytest.mark.slow
-def test_an_engine_serves_from_slots_whoever_is_cancelled_or_fails(
+def test_an_engine_serves_from_slots_through_cancels_and_faults(
     checkpoint: Checkpoint, held: HeldRunner, ask: Ask, metrics: Metrics
 ) -> None:
     reference, served, second = (

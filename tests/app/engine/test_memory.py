@@ -47,7 +47,7 @@ def pages(kept: bool) -> tuple[float, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own ways")
-def test_freed_memory_is_kept_for_the_next_step_and_given_back_when_told() -> None:
+def test_freed_memory_is_kept_for_the_next_step_until_trimmed() -> None:
     usual, (kept, returned) = pages(False)[0], pages(True)
     assert usual > 100
     assert kept < usual / 10

@@ -122,12 +122,12 @@ def test_the_log_names_what_the_network_runs_on(
     gpu: FakeCuda, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with caplog.at_level(logging.INFO):
-        log_device("auto", CUDA, "torch", "bf16")
+        log_device("auto", CUDA, "torch", 2)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         for asked in ("auto", "cpu"):
-            log_device(asked, torch.device("cpu"), "torch", "fp32")
+            log_device(asked, torch.device("cpu"), "torch", 2)
         monkeypatch.setattr(torch.version, "cuda", None)
-        log_device("auto", torch.device("cpu"), "torch", "fp32")
+        log_device("auto", torch.device("cpu"), "torch", 2)
     assert [(r.levelname, r.message) for r in caplog.records] == [
         ("INFO", "the network runs on a fake GPU"),
         ("WARNING", "the network runs on the CPU"),  # by a torch that is built for GPUs

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.request import Request, Sample
-from app.engine.runner import ModelRunner, default_micro_batch_size
+from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
 from model.nn.unet import UNet
@@ -98,9 +98,7 @@ def test_a_step_that_raises_changes_nothing(
     assert all(s.step == step and torch.equal(s.x, x) for s, (step, x) in zip(samples, before, strict=True))  # type: ignore[arg-type]
 
 
-def test_numbers_that_are_not_finite_are_reported_for_their_sample_alone(
-    checkpoint: Checkpoint, mixed: list[Request]
-) -> None:
+def test_non_finite_values_are_reported_for_their_sample_only(checkpoint: Checkpoint, mixed: list[Request]) -> None:
     runner = ModelRunner(checkpoint, CPU, micro_batch_size=4)
     samples = mixed[0].samples
     runner.init_latents(samples)
@@ -121,20 +119,6 @@ def test_read_gives_the_state_or_the_prediction_as_pictures(checkpoint: Checkpoi
     assert not np.array_equal(runner.to_images(samples, "xt"), runner.to_images(samples, "x0"))
 
 
-def test_the_thread_that_warms_up_gets_the_threads_of_the_network(checkpoint: Checkpoint) -> None:
-    seen: list[int] = []
-
-    def warm_up() -> None:
-        ModelRunner(checkpoint, CPU, micro_batch_size=4, threads=3).warm_up(4)
-        seen.append(torch.get_num_threads())
-
-    thread = threading.Thread(target=warm_up)
-    thread.start()
-    thread.join()
-    torch.set_num_threads(1)  # it is torch's default for threads to come, too
-    assert seen == [3]
-
-
 def both_runtimes() -> list[object]:
     missing = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
     names = [(runtime, precision) for runtime in ("torch", "openvino") for precision in ("fp32", "bf16")]
@@ -143,7 +127,7 @@ def both_runtimes() -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("runtime", "precision"), both_runtimes())
-def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
+def test_runtimes_and_precisions_are_batch_invariant(
     checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
 ) -> None:
     runner = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)
@@ -166,7 +150,7 @@ def test_every_runtime_and_precision_gives_an_image_its_bits_in_any_company(
 
 
 @pytest.mark.parametrize(("runtime", "precision"), both_runtimes())
-def test_runtimes_and_precisions_make_the_same_images_but_for_rounding(
+def test_runtimes_and_precisions_agree_up_to_rounding(
     checkpoint: Checkpoint, mixed: list[Request], runtime: str, precision: str
 ) -> None:
     runner = ModelRunner(checkpoint, CPU, 4, 1, runtime, precision)
@@ -205,11 +189,12 @@ def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint)
     assert ran == [5, 5, 3]
 
 
-def test_a_small_network_gets_more_rows_in_a_call(checkpoint: Checkpoint) -> None:
-    assert default_micro_batch_size(checkpoint.network, CPU) == 32
+def test_calls_have_eight_rows_on_a_cpu_openvinos_of_small_networks_more(checkpoint: Checkpoint) -> None:
+    assert default_micro_batch_size(checkpoint.network, CPU, "openvino") == 32
     with torch.device("meta"):
         large = UNet(replace(checkpoint.config.unet, base_channels=128, channel_mults=(1, 2, 4)))
-    assert default_micro_batch_size(large, CPU) == 8
+    assert default_micro_batch_size(large, CPU, "openvino") == 8
+    assert default_micro_batch_size(checkpoint.network, CPU) == default_micro_batch_size(large, CPU) == 8
     assert default_micro_batch_size(large, torch.device("cuda")) == 256
 
 

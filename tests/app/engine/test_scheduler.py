@@ -26,7 +26,7 @@ def run_step(scheduler: Scheduler) -> Counter[int]:
     return Counter(sample.request.seed for sample in batch)
 
 
-def test_a_single_image_joins_the_next_step_beside_a_request_of_many(
+def test_a_single_image_joins_the_next_step_of_a_large_request(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:
     scheduler = Scheduler(BatchLimits(8))
@@ -88,9 +88,7 @@ def test_a_crowd_has_a_place_each_up_to_the_most(ask: Callable[..., Request], lo
     assert scheduler.budget == 4, "steps are short again when the crowd has gone"
 
 
-def test_those_that_fill_a_batch_by_themselves_get_the_largest_one_until_somebody_small_comes(
-    ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
-) -> None:
+def test_large_requests_use_max_batch_size(ask: Callable[..., Request], loop: asyncio.AbstractEventLoop) -> None:
     scheduler = Scheduler(BatchLimits(4))
     scheduler.limits.set(4, 8)
     scheduler.add(ask(loop, seed=0, n=6, steps=50))
@@ -115,7 +113,7 @@ def test_a_guided_crowd_counts_twice(ask: Callable[..., Request], loop: asyncio.
     assert len(scheduler.schedule()) == 2, "no room for them in memory"
 
 
-def test_a_batch_never_has_more_rows_than_fit_and_guidance_counts_twice(
+def test_a_batch_stays_within_its_rows_and_guidance_takes_two(
     ask: Callable[..., Request], loop: asyncio.AbstractEventLoop
 ) -> None:
     scheduler = Scheduler(BatchLimits(5))

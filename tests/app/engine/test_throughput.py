@@ -52,13 +52,13 @@ def test_a_small_batch_tells_of_no_slowness(rows: int, seconds: float, known: fl
 def test_what_comes_between_two_steps_slows_the_device_too(
     engine: Engine, runner: HeldRunner, ask: Callable[..., Request]
 ) -> None:
-    read, rows = runner.read, 8
+    read, rows = runner.to_images, 8
 
     def slow(samples: list[Sample], view: View) -> Image:
         time.sleep(0.05)
         return read(samples, view)
 
-    runner.read = slow  # type: ignore[method-assign]
+    runner.to_images = slow  # type: ignore[method-assign]
 
     async def main() -> Request:
         request = ask(asyncio.get_running_loop(), n=rows, steps=40, frame_steps=frozenset(range(41)), keep=99)

@@ -139,3 +139,20 @@ def test_wrong_calls_are_refused(tiny: UNet) -> None:
 
 def test_the_best_precision_is_one_that_there_is(tiny: UNet) -> None:
     compile_for_inference(tiny, CPU, best_precision(CPU))
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "channels", "expected"),
+    [
+        (True, False, 8, "bf16"),
+        (False, True, 32, "bf16"),
+        (False, True, 16, "fp32"),  # too narrow to gain
+        (False, False, 128, "fp32"),
+    ],
+)
+def test_auto_precision_follows_instructions_and_channels(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, channels: int, expected: str
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    assert best_precision(CPU, channels) == expected

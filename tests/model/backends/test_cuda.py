@@ -141,9 +141,7 @@ def test_a_norm_that_keeps_channels_last_is_group_norm(
 
 
 @pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())
-def test_networks_whose_norms_keep_channels_last_compute_the_same(
-    tiny_config: UNetConfig, changes: dict[str, Any]
-) -> None:
+def test_channels_last_norms_compute_the_same(tiny_config: UNetConfig, changes: dict[str, Any]) -> None:
     network = randomised(replace(tiny_config, **changes))
     given = inputs(network.config, 3)
     expected = autocast_network(copy.deepcopy(network), CPU, torch.float32)(*given)
@@ -172,7 +170,7 @@ def test_cuda_graphs_give_the_bits_of_the_network(
 
 
 @cuda
-def test_another_thread_may_use_the_device_while_a_graph_is_recorded(tiny: UNet) -> None:
+def test_other_threads_may_use_the_device_during_a_recording(tiny: UNet) -> None:
     eager = autocast_network(tiny, torch.device("cuda"), torch.bfloat16)
     stop, kept, failures = threading.Event(), [], []
 

@@ -96,7 +96,7 @@ def test_dropout_is_for_training_only(tiny: UNet) -> None:
     assert not torch.equal(tiny(x, t, y), tiny(x, t, y))
 
 
-def test_classes_are_needed_where_there_are_some_and_refused_where_not(tiny_config: UNetConfig) -> None:
+def test_labels_are_required_exactly_by_conditional_networks(tiny_config: UNetConfig) -> None:
     x, t = inputs(1, 1, 8, 8)
     with pytest.raises(ValueError, match="needs classes"):
         UNet(tiny_config)(x, t)
@@ -177,7 +177,7 @@ def test_channels_last_says_the_same(network: UNet) -> None:
 
 
 @torch.no_grad()
-def test_under_autocast_it_is_near_float32_and_time_is_not_rounded(network: UNet) -> None:
+def test_autocast_is_near_float32_and_does_not_round_time(network: UNet) -> None:
     x, t, y = arguments(network)
     exact, emb = network(x, t, y), network.embed(t, y)
     with torch.autocast("cpu", torch.bfloat16):

@@ -234,7 +234,7 @@ def test_solvers_have_their_order(sampler: str, order: int) -> None:
     assert math.log2(error_of(sampler, 40) / error_of(sampler, 80)) == pytest.approx(order, abs=0.15)
 
 
-def test_with_many_steps_the_third_order_solver_is_nearer_than_the_second() -> None:
+def test_third_order_converges_faster_than_second() -> None:
     assert error_of("dpmpp_3m", 80) < 0.6 * error_of("dpmpp_2m", 80)
 
 
@@ -287,7 +287,7 @@ def test_ddim_with_eta_1_is_ddpm(steps: int) -> None:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("num_timesteps", [2, 7, 100, 1000])
-def test_spaced_timesteps_descend_within_range_for_every_number_of_steps(num_timesteps: int, spacing: str) -> None:
+def test_timesteps_descend_within_range_for_any_step_count(num_timesteps: int, spacing: str) -> None:
     log_snr = GaussianDiffusion(DiffusionConfig(num_timesteps, "cosine")).log_snr()
     for steps in range(1, num_timesteps + 1):
         timesteps = make_timesteps(num_timesteps, steps, spacing, log_snr)
@@ -476,7 +476,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(arguments: dict[str, Any], me
 
 
 @pytest.mark.slow
-def test_fixed_large_is_that_of_diffusers_and_is_not_for_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_large_matches_diffusers_and_needs_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(variance="fixed_large"))
     schedule = make_schedule(diffusion, "ddpm", 1000)
     scheduler = in_float64(DDPMScheduler(variance_type="fixed_large"), diffusion)
@@ -498,7 +498,7 @@ LEARNED = GaussianDiffusion(DiffusionConfig(variance="learned_range"))
 
 
 @pytest.mark.parametrize("steps", [1000, 37])
-def test_learned_variance_is_between_the_two_fixed_ones_in_logarithms(steps: int) -> None:
+def test_learned_variance_lies_between_the_fixed_ones(steps: int) -> None:
     schedule = make_schedule(LEARNED, "ddpm", steps)
     ab = LEARNED.alphas_cumprod[schedule.timesteps]
     ab_prev = np.append(ab[1:], 1.0)
@@ -523,7 +523,7 @@ def test_guidance_leaves_a_learned_variance_alone() -> None:
     assert out[:, :, 0, 0].tolist() == [[10 + 3 * (1 - 10), 1.0], [2.0, 2.0]]
 
 
-def test_guidance_acts_in_its_interval_alone_and_costs_rows_there_alone() -> None:
+def test_guidance_acts_and_costs_rows_only_in_its_interval() -> None:
     schedule = make_schedule(LINEAR, "ddim", 10, guidance_scale=3.0, guidance_interval=(0.25, 0.75))
     inside = (schedule.timesteps / 999 >= 0.25) & (schedule.timesteps / 999 <= 0.75)
     assert 0 < inside.sum() < 10
@@ -531,7 +531,7 @@ def test_guidance_acts_in_its_interval_alone_and_costs_rows_there_alone() -> Non
     assert np.array_equal(schedule.nfe, np.where(inside, 2, 1))
 
 
-def test_the_ends_of_the_guidance_interval_are_in_it_and_count_all_timesteps() -> None:
+def test_the_guidance_interval_includes_its_ends() -> None:
     schedule = make_schedule(LINEAR, "ddpm", 1000, guidance_scale=3.0, guidance_interval=(250 / 999, 750 / 999))
     assert schedule.timesteps[column(schedule, "g") == 3].tolist() == list(range(750, 249, -1))
     fine = GaussianDiffusion(DiffusionConfig(10_000, "cosine"))
@@ -552,7 +552,7 @@ def test_a_dynamic_limit_scales_each_image_by_its_own_quantile() -> None:
     assert torch.equal(x0[1], x[1])
 
 
-def test_log_snr_spacing_is_even_in_log_snr_and_quadratic_is_dense_at_the_end() -> None:
+def test_logsnr_and_quadratic_spacings_are_as_defined() -> None:
     log_snr = LINEAR.log_snr()
     timesteps = make_schedule(LINEAR, "ddim", 20, spacing="logsnr").timesteps
     assert timesteps[[0, -1]].tolist() == [999, 0]
@@ -572,7 +572,7 @@ def test_zero_terminal_snr_starts_at_pure_noise(sampler: str, prediction: str) -
         assert torch.isfinite(images).all()
 
 
-def test_settings_give_way_to_what_is_asked_for_and_belong_to_their_sampler() -> None:
+def test_overrides_win_and_defaults_belong_to_their_sampler() -> None:
     own = SamplingParams("ddim", 30, 0.4, 2.0, (0.1, 0.7), "quadratic", "dynamic")
     assert own.with_overrides(1000) == own.with_overrides(1000, sampler="ddim") == own
     asked: dict[str, Any] = {
@@ -602,7 +602,7 @@ def test_settings_give_way_to_what_is_asked_for_and_belong_to_their_sampler() ->
     assert DEFAULT_STEPS.keys() == SAMPLERS.keys()
 
 
-def test_zero_terminal_snr_needs_a_spacing_that_starts_at_pure_noise() -> None:
+def test_zero_terminal_snr_needs_a_spacing_from_pure_noise() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(prediction="v", zero_terminal_snr=True))
     for spacing in SPACINGS:
         if spacing == "leading":

@@ -13,7 +13,7 @@ from model.sampling.schedule import make_schedule
 from training.cli.command import parse
 from training.cli.presets import PRESETS
 from training.run.config import TrainConfig
-from training.train import single_channel_groups
+from training.run.norm_groups import single_channel_groups
 
 
 def parsed(words: str) -> TrainConfig:
@@ -88,7 +88,7 @@ def test_options_override_the_preset() -> None:
     assert parsed("--preset diffusers --attention_at 16").unet((3, 64, 64), 10).attention_levels == (2,)
 
 
-def test_original_is_what_a_run_without_options_is_but_for_sampling() -> None:
+def test_original_preset_is_the_defaults_but_for_sampling() -> None:
     original, plain = parsed("--preset original --run_name a"), parsed("--run_name a")
     same = {"variance": "fixed_small", "sampler": "dpmpp_2m", "sample_steps": 20}
     assert replace(original, **same) == plain

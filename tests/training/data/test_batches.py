@@ -37,7 +37,7 @@ def test_processes_share_the_batch_that_one_would_see(size: int) -> None:
         assert all(torch.equal(one.u, p.u) for p in several)
 
 
-def test_processes_drop_out_differently_and_one_process_always_the_same() -> None:
+def test_dropout_differs_by_process_and_is_reproducible() -> None:
     def dropped(rank: int, size: int, iteration: int) -> list[float]:
         Batches(pictures(), CONFIG, DistributedContext(rank, size), CPU)[iteration]
         return torch.rand(4).tolist()

@@ -42,7 +42,7 @@ def test_pixels_are_those_of_the_file(image_folder: ImageFolder) -> None:
     assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), pixels)
 
 
-def test_every_twentieth_image_is_held_out_where_there_is_no_test_split(image_folder: ImageFolder) -> None:
+def test_every_twentieth_image_is_held_out_without_a_test_split(image_folder: ImageFolder) -> None:
     train, validation = data.load(str(image_folder(classes=("cat",), count=40)))
     assert (len(train), len(validation)) == (38, 2)
     held_out = np.asarray(Image.open(image_folder(classes=("cat",), count=40) / "cat" / "019.png"))

@@ -205,7 +205,7 @@ def test_real_features_of_something_else_are_made_anew(
     assert len(list(tmp_path.glob("*.real"))) == (2 if what in ("images", "shape") else 1)
 
 
-def test_where_real_features_cannot_be_kept_they_are_made_all_the_same(
+def test_real_features_are_made_where_they_cannot_be_kept(
     save_extractor: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -26,7 +26,7 @@ def noise(n: int, seed: int) -> Images:
     return Images(pixels, torch.arange(n) % 3, ("cat", "dog", "emu"), "noise")
 
 
-def test_only_as_many_rows_of_each_set_are_compared_as_the_smallest_has(save_extractor: Callable[..., str]) -> None:
+def test_sets_are_compared_at_the_size_of_the_smallest(save_extractor: Callable[..., str]) -> None:
     """Against numbers worked out here from the sets that are meant: 9 held-out images, of 60 to train on."""
     who, train, test = feature_extractor.load(save_extractor()), noise(60, 0), noise(9, 1)
     assert isinstance(who.network, Classifier)

@@ -59,14 +59,14 @@ def test_the_square_root_squares_to_the_matrix() -> None:
         torch.testing.assert_close(root, root.T)
 
 
-def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form() -> None:
+def test_frechet_distance_of_diagonal_gaussians_is_closed_form() -> None:
     mu, nu = normals(2, 5)
     s, t = normals(2, 5, seed=1).abs() + 0.1  # standard deviations
     expected = float(((mu - nu) ** 2).sum() + ((s - t) ** 2).sum())
     assert frechet_distance(of(mu, torch.diag(s**2)), of(nu, torch.diag(t**2))) == pytest.approx(expected, rel=1e-10)
 
 
-def test_frechet_distance_agrees_with_the_eigenvalues_of_the_product() -> None:
+def test_frechet_distance_agrees_with_the_products_eigenvalues() -> None:
     """tr (AB)^½ from the eigenvalues of AB itself, which is not symmetric."""
     a, b, zero = covariance(8, 1), covariance(8, 2), torch.zeros(8).double()
     roots = torch.linalg.eigvals(a @ b).real.sqrt().sum()
@@ -152,7 +152,7 @@ def test_subsets_are_drawn_anew_and_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize("rows", [7, 1000])
-def test_precision_and_recall_of_equal_sets_are_1_and_of_far_ones_0(rows: int) -> None:
+def test_precision_and_recall_are_1_of_equal_and_0_of_far_sets(rows: int) -> None:
     x = normals(60)
     assert precision_recall(x, x, rows=rows) == (1, 1)
     assert precision_recall(x, x.flip(0), rows=rows) == (1, 1)

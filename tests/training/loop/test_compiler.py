@@ -33,7 +33,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_traces_one_graph_and_learns_what_a_plain_one_does(
+def test_a_compiled_run_traces_one_graph_and_learns_the_same(
     tiny_options: Options, counter: CompileCounterWithBackend
 ) -> None:
     """With every draw that a step makes: classes left out, two parts a batch, under autocast."""
@@ -70,7 +70,7 @@ def test_a_network_in_channels_last_is_one_graph_both_ways(
     assert network.out_conv.bias.grad is not None
 
 
-def test_where_there_is_no_compiler_a_sentence_says_so_and_leaves_no_run(
+def test_compile_without_a_compiler_is_refused_and_leaves_no_run(
     command_line: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

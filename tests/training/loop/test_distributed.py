@@ -124,7 +124,7 @@ def test_two_processes_train_as_one_does(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_and_leaves_a_checkpoint(
+def test_a_signal_to_one_process_stops_both_with_a_checkpoint(
     torchrun: Callable[..., subprocess.Popen[str]], tiny_options: Options, command_line: list[str]
 ) -> None:
     run = TrainConfig(**tiny_options).run_dir

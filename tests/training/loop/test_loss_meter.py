@@ -18,7 +18,7 @@ def tally_of(*steps: float) -> LossMeter:
 NAN = float("nan")
 
 
-def test_the_loss_is_the_mean_of_the_steps_that_count_since_the_last_clearing() -> None:
+def test_the_loss_is_the_mean_of_counted_steps_since_clearing() -> None:
     tally = tally_of(1.0, NAN, 2.0, 6.0)
     assert tally.read(DistributedContext(), 4) == Count(3.0, 1)
     tally.clear()

@@ -13,10 +13,11 @@ from torch import Tensor
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.nn.unet import UNet
 from training.data.batches import Batch, Batches
+from training.loop.backward import backward
 from training.loop.state import TrainState
 from training.loop.timestep_sampler import LossSecondMoment
 from training.run.config import TrainConfig
-from training.train import backward, main, train
+from training.train import main, train
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -120,7 +121,7 @@ def test_timesteps_drawn_by_importance_have_its_weights(tiny_options: Options) -
     assert weights[t == 0].max() < weights[t == 3].min()
 
 
-def test_importance_remembers_losses_without_their_weights_and_the_log_has_them_with(
+def test_importance_remembers_unweighted_losses(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch, read_log: ReadLog
 ) -> None:
     losses: list[Tensor] = []

@@ -58,7 +58,7 @@ def test_a_tuple_of_one_and_of_none() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--schedule cosin", "one of linear, cosine, not 'cosin'; did you mean cosine?"),
+        ("--schedule cosin", "one of linear, cosine, sigmoid, not 'cosin'; did you mean cosine?"),
         ("--sampler foo", "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, fitted, not 'foo'"),
         ("--channel_mults 1,x", "whole numbers such as 1,2,2"),
         ("--attention_resolutions 16", "they are 0 to 3"),
@@ -152,7 +152,7 @@ def saved(tmp_path: Path, **options: object) -> str:
     return str(tmp_path / "run")
 
 
-def test_resume_takes_the_runs_configuration_and_what_is_given_besides(tmp_path: Path) -> None:
+def test_resume_takes_the_runs_config_and_given_overrides(tmp_path: Path) -> None:
     folder = saved(tmp_path, batch_size=7, seed=3, log_dir="elsewhere", run_name="moved")
     config, resume, _ = parse(["--resume", folder, "--iterations", "9"])
     assert resume
@@ -161,7 +161,7 @@ def test_resume_takes_the_runs_configuration_and_what_is_given_besides(tmp_path:
 
 
 @pytest.mark.parametrize("words", ["--base_channels 64", "--prediction v", "--use_labels", "--channel_mults 1,2"])
-def test_resume_refuses_what_would_change_the_meaning_of_the_weights(
+def test_resume_refuses_options_that_change_the_network(
     words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "cannot change on --resume" in refused(capsys, "--resume", saved(tmp_path), *words.split())
@@ -267,7 +267,7 @@ def test_options_are_those_of_a_checkpoints_sampling() -> None:
         )
 
 
-def test_every_option_of_the_network_and_the_diffusion_reaches_it() -> None:
+def test_every_network_and_diffusion_option_reaches_it() -> None:
     words = (
         "--use_labels --label_dropout 0.1 --class_conditioning both --base_channels 48 --channel_mults 1,2,3 "
         "--num_res_blocks 1 --attention_resolutions 0,2 --head_channels 16 --time_emb_dim 96 --norm_groups 8 "
@@ -306,7 +306,7 @@ def test_every_option_of_the_network_and_the_diffusion_reaches_it() -> None:
     assert (other.norm, other.num_heads, other.resblock_updown, other.num_classes) == ("bn", 4, True, None)
 
 
-def test_attention_by_resolution_is_that_of_the_padded_images_shorter_side() -> None:
+def test_attention_at_counts_pixels_of_the_padded_shorter_side() -> None:
     config = parsed("--attention_at", "16,8")
     assert config.unet((3, 32, 48), 2).attention_levels == (1, 2)
     assert config.unet((3, 80, 60), 2).attention_levels == (2, 3)  # 64 after padding

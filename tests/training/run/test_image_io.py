@@ -46,7 +46,7 @@ def test_a_sequence_begins_with_noise_and_ends_with_the_image(tiny: UNet) -> Non
     assert np.array_equal(frames[-1, 1], image)
 
 
-def test_a_frame_pairs_what_the_network_saw_with_what_it_made_of_it(tiny: UNet) -> None:
+def test_a_frame_pairs_the_networks_input_with_its_prediction(tiny: UNet) -> None:
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
     sample(tiny, GUIDED, (1, 8, 8), [0], [0], [1], null_class=3, on_step=lambda _, x, x0: steps.append((x, x0)))
     frames = sequence(tiny, GUIDED, [0], [1])

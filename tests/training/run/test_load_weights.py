@@ -80,9 +80,7 @@ def test_an_old_sampling_command_of_the_original_works(tmp_path: Path) -> None:
     assert images(tmp_path / "new" / "images").keys() == names
 
 
-def test_options_that_contradict_the_originals_file_are_all_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_options_that_contradict_the_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"--model_path {LABELS} --save_dir {tmp_path}/out --num_timesteps 500 --schedule cosine --use_labels no "
     words += "--base_channels 64 --channel_mults 1,2 --num_res_blocks 3 --time_emb_dim 512 --norm bn "
     words += "--attention_resolutions 0 --schedule_low 2e-4 --schedule_high 0.01"
@@ -107,7 +105,7 @@ def test_what_the_originals_file_does_not_know_is_as_told(tmp_path: Path) -> Non
         assert not torch.allclose(plain.network(x, t), other.network(x, t), atol=1e-3)
 
 
-def test_only_its_user_can_tell_instance_from_group_norm_in_the_originals_file() -> None:
+def test_instance_norm_of_an_abarankab_file_needs_an_option() -> None:
     found = load_weights.load(PLAIN, "ema", {"norm": "in"}, CPU)[0]
     assert found.config.unet.norm == "in"
     assert isinstance(found.network.downs[0].norm_1, torch.nn.InstanceNorm2d)
@@ -116,7 +114,7 @@ def test_only_its_user_can_tell_instance_from_group_norm_in_the_originals_file()
 
 
 @pytest.mark.slow
-def test_a_run_gives_its_best_checkpoint_its_raw_weights_and_every_average(tiny_options: dict[str, Any]) -> None:
+def test_a_run_gives_its_best_raw_and_averaged_weights(tiny_options: dict[str, Any]) -> None:
     folder = train(TrainConfig(**tiny_options | {"ema_decay": (0.3, 0.2, 0.4), "ema_power": (0.1, 0.2)}))
     state = torch.load(folder / "state-0000008.pt", weights_only=True)
 

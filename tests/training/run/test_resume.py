@@ -18,8 +18,9 @@ from torch import Tensor
 from model import checkpoint
 from training import data
 from training import train as module
+from training.loop.optimizer import learning_rate
 from training.run.config import TrainConfig
-from training.train import learning_rate, main, train
+from training.train import main, train
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -129,9 +130,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(assert_same_run: Sa
     assert_same_run(run, killed, 8)
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
-    assert_same_run: SameRun, tiny_options: Options
-) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_over(assert_same_run: SameRun, tiny_options: Options) -> None:
     config = TrainConfig(**tiny_options)
     run = train(config)
     killed = TrainConfig(**tiny_options | {"run_name": "killed"})
@@ -165,7 +164,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_stops_after_the_step_and_leaves_the_handlers_as_they_were(
+def test_a_signal_stops_after_the_step_and_restores_handlers(
     read_log: ReadLog, number: signal.Signals, tiny_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rate(config: TrainConfig, iteration: int) -> float:

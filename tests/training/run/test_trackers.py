@@ -16,7 +16,7 @@ Options = dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::DeprecationWarning")
-def test_tensorboard_gets_losses_and_samples_and_hides_what_a_crash_left(tiny_options: Options) -> None:
+def test_tensorboard_gets_losses_and_hides_what_a_crash_left(tiny_options: Options) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = TrainConfig(**tiny_options | {"tensorboard": True})
