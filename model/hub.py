@@ -118,9 +118,10 @@ def _in_words(name: HubName) -> Iterator[None]:
         from huggingface_hub import errors
     except ImportError:
         raise HubError(
-            f"there is no file or folder {name}; to look for it on the Hugging Face hub, install huggingface_hub"
+            f"there is no file or folder {name} here; to look for it on the Hugging Face hub, install huggingface_hub"
         ) from None
     repo = name.repo
+    absent = f"there is no file or folder {name} here"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -129,15 +130,15 @@ def _in_words(name: HubName) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"there is no file or folder {repo} here, and no such repository on the Hugging Face hub, unless it is "
-            "private: then set HF_TOKEN to your token"
+            f"{absent}, and no such repository on the Hugging Face hub, unless it is private: then set HF_TOKEN to "
+            "your token"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo} has no revision {name.revision or 'main'}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise HubUnreachableError("it was not fetched before, and HF_HUB_OFFLINE is set") from error
+        raise HubUnreachableError(f"{absent}, it was not fetched before, and HF_HUB_OFFLINE is set") from error
     except errors.LocalEntryNotFoundError as error:
-        raise HubUnreachableError("the Hugging Face hub cannot be reached") from error
+        raise HubUnreachableError(f"{absent}, and the Hugging Face hub cannot be reached") from error
     except errors.EntryNotFoundError as error:
         raise HubError(f"{name} has not all of the files that it lists") from error
     except errors.HFValidationError as error:
@@ -147,7 +148,7 @@ def _in_words(name: HubName) -> Iterator[None]:
         if status in (401, 403):
             raise HubError(f"the hub does not accept your token for {repo} (status {status}): see HF_TOKEN") from error
         kind = HubUnreachableError if status >= 500 or status == 429 else HubError
-        raise kind(f"the hub answers with status {status}") from error
+        raise kind(f"{absent}, and the hub answers with status {status}") from error
     except HubError:
         raise
     except PermissionError as error:
@@ -158,4 +159,4 @@ def _in_words(name: HubName) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise HubError(f"{error.filename}: {error.strerror}") from error
         why = type(error).__name__
-        raise HubUnreachableError(f"the Hugging Face hub cannot be reached ({why})") from error
+        raise HubUnreachableError(f"{absent}, and the Hugging Face hub cannot be reached ({why})") from error

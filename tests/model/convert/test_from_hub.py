@@ -28,6 +28,7 @@ from tests.fixtures import theirs as fixture
 from tests.hub import COMMIT, Hub, HubRepository
 from tests.model.convert.test_diffusers import SCHEDULER, inputs
 from tests.model.convert.test_diffusers import theirs as unet_of_diffusers
+from training.run import load_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HO = {"image_size": (8, 8), "num_timesteps": 1000, "schedule": "linear", "variance": "fixed_large"}
@@ -106,7 +107,7 @@ def test_a_flat_repository_comes_in_as_its_folder(server: Hub, flat: Path, capsy
     assert server.fetched() == {"config.json", "scheduler_config.json", WEIGHTS}
     warned, fetching, told = capsys.readouterr().err.splitlines()
     assert f"no commit is pinned, so {FLAT} may become another: {FLAT}@{COMMIT} is" in warned
-    assert f"fetching {WEIGHTS} (0.1 MB) of {FLAT}@{COMMIT}" in fetching
+    assert f"fetching {WEIGHTS} (0.7 MB) of {FLAT}@{COMMIT}" in fetching
     assert f"500 timesteps, cosine, prediction v, fixed_large, x0 clamped to ±1 (from DDPMScheduler in {FLAT}@" in told
     ours, folder = checkpoint.load("ours.safetensors"), import_path(flat, Flags())
     assert ours.config.diffusion == folder.diffusion
@@ -333,12 +334,16 @@ def test_what_the_hub_does_not_give_is_said(
     assert "HF_TOKEN" in refusal("a/absent")
     assert f"{FLAT} has no revision v9" in refusal(f"{FLAT}@v9")
     assert "a/gated is gated: accept its terms" in refusal("a/gated")
-    for status, message in ((403, "does not accept your token"), (418, "answers with status 418"), (502, "status 502")):
+    for status, message in (
+        (403, "does not accept your token"),
+        (418, "answers with status 418"),
+        (502, "there is no file or folder a/other here"),
+    ):
         server.status = status
         assert message in refusal("a/other")
     server.status = None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "was not fetched before, and HF_HUB_OFFLINE is set" in refusal(FLAT)
+    assert "here, it was not fetched before, and HF_HUB_OFFLINE is set" in refusal(FLAT)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server.stop()
     assert "the Hugging Face hub cannot be reached" in refusal(FLAT)
@@ -404,6 +409,14 @@ def test_the_server_says_what_is_wrong(item: str, message: str, server: Hub, fla
     server.repositories |= {"a/b": HubRepository(flat), "a/network": HubRepository(tmp_path / "repo")}
     with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpoints.parse(item)
+
+
+def test_sampling_takes_names_of_the_hub(server: Hub, flat: Path) -> None:
+    server.repositories[FLAT] = HubRepository(flat)
+    found, which = load_weights.load(FLAT, "ema", {}, torch.device("cpu"))
+    assert (found.config.diffusion.num_timesteps, which) == (500, "ema")
+    with pytest.raises(ValueError, match="a/absent: there is no file or folder a/absent here"):
+        load_weights.load("a/absent", "ema", {}, torch.device("cpu"))
 
 
 def test_clients_cannot_name_the_hub() -> None:
