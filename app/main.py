@@ -130,7 +130,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
             CORSMiddleware,
             allow_origins=settings.cors_origins.split(","),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["*"],  # credentials, with which this would not do, are never allowed
         )
     app.state.headers = SECURITY_HEADERS | (

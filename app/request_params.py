@@ -197,7 +197,8 @@ def shown_frames(asked: Sampling, steps: int) -> tuple[View, frozenset[int], int
     """What a client wants to see on the way: as x_t or x_0, after which steps, and how many frames may wait for it."""
     if isinstance(asked, SequenceQuery):
         shown = frame_steps(asked.frames, steps, asked.view)
-        return asked.view, shown, len(shown) if asked.format in ("gif", "webp") else 1  # a stream keeps the newest
+        keeps_all = asked.every_frame or asked.format in ("gif", "webp")
+        return asked.view, shown, len(shown) if keeps_all else 1
     partials = asked.partial_images if isinstance(asked, StreamedSampling) else 0
     return "x0" if partials else "xt", partial_steps(partials, steps), max(1, partials)
 

@@ -134,6 +134,7 @@ class SequenceQuery(Sampling):
     frames: Annotated[int, Whole] = Field(20, ge=1, description="pictures on the way, spread evenly over the steps")
     view: Literal["xt", "x0"] = Field("xt", description="the noisy state, or the network's idea of the final image")
     format: Format | None = Field(None, description="left out, Accept decides")
+    every_frame: bool = Field(False, description="a stream skips no frame, however slowly it is read")
     columns: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="columns of the grid")
 
     def check(self, settings: Settings) -> None:

@@ -26,7 +26,7 @@ from model.convert.files import load_weights
 from model.convert.from_hub import from_hub
 from model.convert.layout import Flags, UnsupportedCheckpointError
 from model.convert.recognise import recognise
-from model.diffusion import PREDICTIONS, SCHEDULES, VARIANCES
+from model.diffusion import PRECONDITIONED, PREDICTIONS, SCHEDULES, VARIANCES
 from model.nn.layers import ACTIVATIONS
 
 __all__ = ["import_path", "load_weights", "main", "recognise"]
@@ -46,7 +46,7 @@ KINDS: dict[str, type] = {  # of flags that have no default to tell
 CHOICES = {
     "weights": ("ema", "raw"),
     "schedule": tuple(SCHEDULES),
-    "prediction": PREDICTIONS,
+    "prediction": (*PREDICTIONS, *PRECONDITIONED),
     "variance": VARIANCES,
     "norm": ("gn", "in"),
     "activation": tuple(ACTIVATIONS),

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.diffusion import VARIANCES, DiffusionConfig, GaussianDiffusion, Table, require_one_of
-from model.sampling.solvers import SAMPLERS
+from model.sampling.solvers import CONSISTENCY, SAMPLERS, consistency
 from model.sampling.timestep_spacing import LAMBDA_MIN_CLIPPED, SPACINGS, Timesteps, make_timesteps
-from model.sigmas import Sigmas, timesteps_of
+from model.sigmas import Sigmas
 
 COEFFICIENTS = ("g", "p", "q", "limit", "a", "b", "c", "d", "k", "s")
 THRESHOLDING = ("none", "clamp", "dynamic")  # of x0; the column holds the place in this list
@@ -66,7 +66,7 @@ class SamplingParams:
     has its `description`, and the `choices` or `bounds` of its value, or None.
     """
 
-    sampler: str = _setting("ddim", "", (*SAMPLERS, FITTED))
+    sampler: str = _setting("ddim", "", (*SAMPLERS, CONSISTENCY, FITTED))
     steps: int = _setting(50, "denoising steps", bounds=(1, math.inf))
     eta: float = _setting(0.0, "ddim's noise: 0 deterministic, 1 ancestral", bounds=(0, 1))
     guidance_scale: float = _setting(1.0, "classifier-free guidance; 1 for none")
@@ -93,12 +93,14 @@ class SamplingParams:
         """
         given = {name: value for name, value in given.items() if value is not None}
         sampler = given.get("sampler", self.sampler)
-        require_one_of("sampler", sampler, SAMPLERS)  # fitted's are in a table, whose checkpoint is not known here
+        require_one_of(
+            "sampler", sampler, (*SAMPLERS, CONSISTENCY)
+        )  # fitted's are in a table, whose checkpoint is not known here
         if given.get("eta") and sampler != "ddim":
             raise InvalidSamplingParams("eta", f"belongs to the ddim sampler; {sampler} takes none")
         settings = self
         if sampler != self.sampler:
-            plain = SamplingParams(sampler, min(DEFAULT_STEPS[sampler], num_timesteps))
+            plain = SamplingParams(sampler, min(DEFAULT_STEPS.get(sampler, 1), num_timesteps))
             settings = replace(self, sampler=sampler, steps=plain.steps, eta=plain.eta, spacing=plain.spacing)
         settings = replace(settings, **given)
         if settings.guidance_scale != 1:
@@ -186,6 +188,9 @@ def make_schedule(
     params.check()
     if sampler == FITTED:
         raise InvalidSamplingParams("sampler", "fitted needs a checkpoint with fitted tables")
+    if (sampler == CONSISTENCY) != (diffusion.config.prediction == CONSISTENCY):
+        why = "belongs to consistency models" if sampler == CONSISTENCY else f"must be {CONSISTENCY}, not {sampler}"
+        raise InvalidSamplingParams("sampler", f"{why}: their networks take a step to the image, and no other")
     num_timesteps, log_snr = diffusion.num_timesteps, diffusion.log_snr()
     is_ancestral = sampler == "ddpm" and steps == num_timesteps  # which never divides by more than √(1 - β)
     if diffusion.config.prediction == "eps" and params.limit == "none" and not is_ancestral:
@@ -220,9 +225,8 @@ def make_schedule(
         "k": 0.0,
         "s": 0.0,
     }
-    columns |= SAMPLERS[sampler](
-        diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance)
-    )
+    solver = consistency if sampler == CONSISTENCY else SAMPLERS[sampler]
+    columns |= solver(diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance))
     if diffusion.config.sigmas is not None:
         _in_image_units(columns, diffusion.config.sigmas.sigma_data, steps)
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
@@ -234,15 +238,15 @@ def _of_levels(
 ) -> tuple[GaussianDiffusion, Timesteps, Table]:
     """The diffusion whose timesteps are the levels of noise that are visited, those, and what the network is told.
 
-    They are those of Karras et al. 2022, eq. 5: the last is sigma_min.
+    They are those of Karras et al. 2022, eq. 5: the last is sigma_min, or with consistency the one before.
     """
     if params.spacing != SamplingParams.spacing:
         raise InvalidSamplingParams(
             "spacing", f"means nothing here: levels of noise have their own, not {params.spacing}"
         )
-    count, first = max(params.steps, 2), max(params.steps - 1, 1)
-    timesteps = np.arange(first, first - params.steps, -1)
-    told = timesteps_of(sigmas.levels(count)[timesteps], config.prediction == "consistency")
+    count = max(params.steps + (params.sampler == CONSISTENCY), 2)  # which does not visit sigma_min
+    timesteps = np.arange(count - 1, count - 1 - params.steps, -1)
+    told = sigmas.timesteps(sigmas.levels(count)[timesteps])
     return GaussianDiffusion(replace(config, num_timesteps=count)), timesteps, told
 
 

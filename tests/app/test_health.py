@@ -194,7 +194,7 @@ def test_the_page_of_the_api_shows_values_and_limits(grey_checkpoint: Path) -> N
     with serving(grey_checkpoint, max_n=7, max_steps=90, max_frames=11, max_timeout_s=12.5) as client:
         page, schema = client.get("/docs").text, client.get("/openapi.json").json()
     told = rows(page)
-    assert told["sampler"] == "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, fitted"
+    assert told["sampler"] == "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, consistency, fitted"
     assert told["spacing"] == "one of leading, trailing, linspace, quadratic, logsnr"
     assert told["limit"] == "one of none, clamp, dynamic"
     assert told["view"].startswith("one of xt, x0")

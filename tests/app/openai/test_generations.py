@@ -118,6 +118,7 @@ def test_partials_wait_for_a_slow_reader(grey_checkpoint: Path, monkeypatch: pyt
         assert metric(scraped, "ddpm_frames_dropped_total") == 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_a_stream_stops_its_work(server: ServerProcess, ai: OpenAI) -> None:
     extra = {"steps": 400, "sampler": "ddpm"}
     stream = ai.images.generate(prompt="", n=16, stream=True, partial_images=3, user="leaver", extra_body=extra)
