@@ -144,6 +144,17 @@ class SequenceQuery(Sampling):
             raise InvalidRequest(f"frames must not be more than {settings.max_frames}", param="frames")
 
 
+class InterpolateQuery(Sampling):
+    """Query of GET /interpolate."""
+
+    n: Annotated[int, Whole] = Field(8, ge=2, description="images, those of both seeds included")
+    to_seed: Annotated[int, Field(ge=0, lt=2**64), Whole] | None = Field(
+        None, description="the seed of the last image; left out, one is drawn and returned"
+    )
+    format: Literal["png", "gif", "webp"] = Field("png", description="a strip, or an animation")
+    columns: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="of a strip; left out, n")
+
+
 class _AddressOptions(BaseModel):
     """What an image's address may say of its file."""
 

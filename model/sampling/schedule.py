@@ -139,13 +139,15 @@ class SamplingSchedule:
 
     `timesteps` [S], descending, is what the network sees: int64, or float64 where they were fitted. `table` float64
     [S, 10] holds the scalars of `COEFFICIENTS`. `draws` int64 [S] is the number of each step's noise z: 1 … S, or 0,
-    which is x_T's, drawn again. None is 1 … S.
+    which is x_T's, drawn again. None is 1 … S. x begins as start[0] · reference + start[1] · noise: noise alone, unless
+    it begins midway.
     """
 
     sampler: str
     timesteps: Timesteps | Table
     table: Table
     draws: Timesteps | None = None
+    start: tuple[float, float] = (0.0, 1.0)
 
     def draw(self, step: int) -> int:
         """The number of the noise of step `step` (from 0)."""
@@ -153,6 +155,10 @@ class SamplingSchedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def from_latents(self) -> SamplingSchedule:
+        """The same for a reference that is x_T already."""
+        return replace(self, start=(1.0, 0.0))
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that it does."""
@@ -171,6 +177,7 @@ def make_schedule(
     steps: int,
     *,
     variance: str | None = None,
+    strength: float = 1.0,
     **settings: Any,
 ) -> SamplingSchedule:
     """The table of `sampler` over `steps` timesteps; `settings` are the other fields of `SamplingParams`.
@@ -182,7 +189,9 @@ def make_schedule(
     explodes before, unless ddpm takes all T steps. `variance` is ddpm's, the diffusion's own if None; fixed_large
     with fewer steps than T would leave noise in the image: it is refused, or, if not asked for here, replaced by
     fixed_small with a warning. With zero terminal SNR the first timestep must be the last of training (Lin et al.
-    2023, §3.3). Raises ValueError, InvalidSamplingParams where one number is at fault.
+    2023, §3.3). `strength` in (0, 1] is for an image to begin from: steps before the timestep nearest to that part of
+    T - 1 are left out, and multistep solvers begin there. Raises ValueError, InvalidSamplingParams where one number is
+    at fault.
     """
     params = SamplingParams(sampler, steps, **settings)
     params.check()
@@ -212,6 +221,13 @@ def make_schedule(
             "spacing",
             f"{params.spacing} starts at timestep {timesteps[0]}: zero terminal SNR needs {num_timesteps - 1}",
         )
+    start = (0.0, 1.0)
+    if not 0 < strength <= 1:
+        raise InvalidSamplingParams("strength", f"must be above 0 and at most 1, not {strength}")
+    if strength < 1:
+        timesteps = timesteps[np.abs(timesteps - strength * (diffusion.num_timesteps - 1)).argmin() :]
+        alpha_bar = float(diffusion.alphas_cumprod[timesteps[0]])
+        start = (math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
     low, high = params.guidance_interval
     p, q = diffusion.x0_coefficients(timesteps)
     place = timesteps / (diffusion.num_timesteps - 1)
@@ -228,9 +244,12 @@ def make_schedule(
     solver = consistency if sampler == CONSISTENCY else SAMPLERS[sampler]
     columns |= solver(diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance))
     if diffusion.config.sigmas is not None:
-        _in_image_units(columns, diffusion.config.sigmas.sigma_data, steps)
+        sigma_data = diffusion.config.sigmas.sigma_data
+        start = (start[0] / sigma_data, start[1])
+        _in_image_units(columns, sigma_data, len(timesteps))
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
-    return SamplingSchedule(sampler, timesteps if told is None else told, table.astype(np.float64))
+    seen = timesteps if told is None else told[-len(timesteps) :]
+    return SamplingSchedule(sampler, seen, table.astype(np.float64), start=start)
 
 
 def _of_levels(
