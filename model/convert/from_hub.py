@@ -58,7 +58,7 @@ def from_hub(name: HubName, flags: Flags, say: Say, warn: Say | None = None, all
         commit = _commits(folder).get(name.revision or "main")
         if commit is None or not (kept := folder / f"{commit}-{key}.safetensors").is_file():
             raise
-        warn(f"{error}; using commit {commit}, which was converted before")
+        warn(f"{error.why}; using commit {commit}, which was converted before")
         return _said(kept, say)
     if len(name.revision or "") < 7 or not repository.commit.startswith(str(name.revision)):
         warn(f"no commit is pinned, so {name} may become another: {name.repo}@{repository.commit} is what it is now")
