@@ -6,6 +6,7 @@ cache and offline mode are the library's: HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +25,11 @@ class HubError(ValueError):
 
 
 class HubUnreachableError(HubError):
-    """The hub does not answer, or must not be asked: what was fetched before may do."""
+    """The hub does not answer, or must not be asked, as `why` says: what was fetched before may do."""
+
+    def __init__(self, name: HubName, why: str) -> None:
+        super().__init__(f"there is no file or folder {name} here, it was not fetched before, and {why}")
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ def _in_words(name: HubName) -> Iterator[None]:
         ) from None
     repo = name.repo
     absent = f"there is no file or folder {name} here"
+    for library in ("httpx", "httpx2"):  # each request would be a line in a server's log
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         yield
     except errors.GatedRepoError as error:
@@ -136,9 +143,9 @@ def _in_words(name: HubName) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo} has no revision {name.revision or 'main'}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise HubUnreachableError(f"{absent}, it was not fetched before, and HF_HUB_OFFLINE is set") from error
+        raise HubUnreachableError(name, "HF_HUB_OFFLINE is set") from error
     except errors.LocalEntryNotFoundError as error:
-        raise HubUnreachableError(f"{absent}, and the Hugging Face hub cannot be reached") from error
+        raise HubUnreachableError(name, "the Hugging Face hub cannot be reached") from error
     except errors.EntryNotFoundError as error:
         raise HubError(f"{name} has not all of the files that it lists") from error
     except errors.HFValidationError as error:
@@ -147,8 +154,9 @@ def _in_words(name: HubName) -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             raise HubError(f"the hub does not accept your token for {repo} (status {status}): see HF_TOKEN") from error
-        kind = HubUnreachableError if status >= 500 or status == 429 else HubError
-        raise kind(f"{absent}, and the hub answers with status {status}") from error
+        if status >= 500 or status == 429:
+            raise HubUnreachableError(name, f"the hub answers with status {status}") from error
+        raise HubError(f"{absent}, and the hub answers with status {status}") from error
     except HubError:
         raise
     except PermissionError as error:
@@ -159,4 +167,4 @@ def _in_words(name: HubName) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
             raise HubError(f"{error.filename}: {error.strerror}") from error
         why = type(error).__name__
-        raise HubUnreachableError(f"{absent}, and the Hugging Face hub cannot be reached ({why})") from error
+        raise HubUnreachableError(name, f"the Hugging Face hub cannot be reached ({why})") from error

@@ -55,7 +55,7 @@ class Hub:
         return {
             match[1]
             for method, path in self.requests
-            if method == "GET" and (match := re.search(r"/(?:resolve/[0-9a-f]{40}|blobs)/(.*)", path))
+            if method == "GET" and (match := re.search(r"/(?:resolve/[^/]+|blobs)/(.*)", path))
         }
 
     def __enter__(self) -> Hub:
@@ -133,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, repository: HubRepository, commit: str, name: str, repo: str) -> None:
         if repository.is_gated:
             return self._send(403, error="GatedRepo")
+        commit = repository.revisions.get(commit, commit)
         if commit not in repository.revisions.values():
             return self._send(404, error="RevisionNotFound")
         if name not in repository.files():

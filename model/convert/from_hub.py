@@ -29,6 +29,7 @@ CONVERSION = 1  # raise it where imports of the same file come out different
 NETWORKS = ("config.json", "unet/config.json", "unet_ema/config.json")
 SCHEDULERS = {f"{folder}scheduler_config.json" for folder in ("", "scheduler/", "unet/", "unet_ema/")}
 CONFIGURATIONS = {"model_index.json", *NETWORKS} | SCHEDULERS
+MAX_CONFIGURATION = 2**24  # bytes: betas of 100,000 timesteps take a tenth
 PICKLES = ("pt", "pth", "ckpt", "bin")
 OTHERS = ("optim", "scheduler", "training_args", "random_states", "scaler")  # in names of files beside weights
 
@@ -57,7 +58,7 @@ def from_hub(name: HubName, flags: Flags, say: Say, warn: Say | None = None, all
         commit = _commits(folder).get(name.revision or "main")
         if commit is None or not (kept := folder / f"{commit}-{key}.safetensors").is_file():
             raise
-        warn(f"{error}; using commit {commit}, which was converted before")
+        warn(f"{error.why}; using commit {commit}, which was converted before")
         return _said(kept, say)
     if len(name.revision or "") < 7 or not repository.commit.startswith(str(name.revision)):
         warn(f"no commit is pinned, so {name} may become another: {name.repo}@{repository.commit} is what it is now")
@@ -89,7 +90,12 @@ def _said(path: Path, say: Say) -> Path:
 
 
 def _convert(repository: Repository, flags: Flags, allow_bin: bool, path: Path, say: Say) -> None:
-    if configurations := sorted(CONFIGURATIONS & repository.files.keys()):
+    configurations = sorted(CONFIGURATIONS & repository.files.keys())
+    if large := [file for file in configurations if (repository.files[file] or 0) > MAX_CONFIGURATION]:
+        raise UnsupportedCheckpointError(f"its {large[0]} is larger than a configuration is, and not fetched")
+    if repository.folder is not None:
+        network_files(repository, flags, allow_bin)  # or what was not fetched would be asked for by flags
+    if configurations:
         _check_configurations(repository, hub.fetch(repository, configurations), flags)
     files = network_files(repository, flags, allow_bin)
     place = f"{repository.name.repo}@{repository.commit}"
@@ -183,6 +189,8 @@ def _is_adapter(repository: Repository) -> bool:
 def _what_it_is(repository: Repository) -> str:
     """A sentence about a repository without weights that can be imported."""
     files = repository.files
+    if repository.folder is not None:
+        return "its weights were not fetched before, and the Hugging Face hub cannot be asked for them"
     if _is_adapter(repository):
         return "it is a LoRA or another adapter: changes to a model that is elsewhere"
     if any(file.endswith(".gguf") for file in files):

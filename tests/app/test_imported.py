@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mixed(folder: Path) -> Iterator[TestClient]:
     names = ["mnist", *(f"{name}={folder / name}.safetensors" for name in NAMES)]
-    with serving(",".join(names), max_batch_size=4) as client:  # type: ignore[arg-type]
+    with serving(",".join(names), max_batch_size=4, precision="fp32") as client:  # type: ignore[arg-type]
         yield client
 
 

@@ -177,6 +177,25 @@ def test_without_the_hub_the_librarys_cache_does(server: Hub, flat: Path, monkey
     assert converted(FLAT).sha256 == found.sha256
 
 
+def test_half_a_repository_fetched_before_is_named(server: Hub, flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import hf_hub_download
+
+    server.repositories[FLAT] = HubRepository(flat)
+    hf_hub_download(FLAT, "config.json", endpoint=server.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises((HubUnreachableError, UnsupportedCheckpointError), match="not fetched before"):
+        converted(FLAT)
+
+
+def test_a_large_configuration_is_not_fetched(server: Hub, tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    with (tmp_path / "repo" / "config.json").open("wb") as content:
+        content.truncate(2**24 + 1)
+    server.repositories["a/b"] = HubRepository(tmp_path / "repo")
+    assert "its config.json is larger than a configuration is" in refusal("a/b")
+    assert server.fetched() == set()
+
+
 def test_a_moved_branch_is_converted_again(server: Hub, flat: Path) -> None:
     server.repositories[FLAT] = HubRepository(flat)
     converted(FLAT)
