@@ -231,6 +231,30 @@ def test_it_is_used_by_keyboard_alone(page: Any, server: ServerProcess) -> None:
     assert page.evaluate("document.activeElement.innerText").strip() == CLASSES[0]
 
 
+def test_a_part_drawn_over_is_painted_again(page: Any, server: ServerProcess) -> None:
+    page.goto(server.url + "/#seed=8&image=0")
+    finished(page)
+    page.click("#repaint summary")
+    page.click("#paint")
+    page.wait_for_selector("text=Draw over a part of the image first.")
+    box = page.locator("#mask").bounding_box()
+    page.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+    page.mouse.up()
+    page.focus("#mask")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")  # in the middle, one to the right
+    page.select_option("#paint_class", "1")
+    page.click("#paint")
+    page.wait_for_selector("text=Repainted.")
+    before, after = pixels(page, "#xt"), pixels(page, "#repainted")
+    changed = np.abs(after.astype(int) - before) > 1
+    assert changed[:, :3].any()
+    assert changed[4, 7]
+    assert not changed[:, 10:].any()  # which nobody drew over
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_has_no_faults_of_accessibility(browser: Any, server: ServerProcess, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
