@@ -1,4 +1,6 @@
 import html
+import io
+import itertools
 import json
 import re
 import shlex
@@ -8,15 +10,18 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.schemas import GenerateBody
 from app.settings import Settings
 from model import checkpoint
 from model.sampling.schedule import DEFAULT_STEPS
-from tests.app.conftest import BEETLE, CLASSES, HeldRunner, serving
+from tests.app.conftest import BEETLE, CLASSES, SlowRunner, serving
 from tests.app.processes import metric, wait_for
 
+HOLE = io.BytesIO()
+Image.new("RGBA", (12, 8)).save(HOLE, "PNG")
 ENDPOINTS = ("/generate", "/diffusion-sequence", "/models", "/livez", "/readyz", "/health", "/metrics")
 
 
@@ -47,7 +52,7 @@ def test_the_limits_that_models_tells_are_those_that_hold(grey_checkpoint: Path)
             assert client.get("/diffusion-sequence", params={"frames": frames}).status_code == status
 
 
-def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_it_lives_while_loading_and_is_ready_when_warm(held: SlowRunner, grey_checkpoint: Path) -> None:
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         assert client.get("/livez").json() == {"status": "ok"}
@@ -70,7 +75,7 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
         assert client.get("/models").json()["models"][0]["batch_rows"] == limit > 0
 
 
-def test_a_draining_server_refuses_new_work_and_finishes_old(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_draining_server_refuses_new_work_and_finishes_old(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
         answers: list[Any] = []
         worker = threading.Thread(target=lambda: answers.append(client.post("/generate", json={"n": 2, "steps": 40})))
@@ -221,6 +226,11 @@ def test_the_commands_on_the_page_of_the_api_work(client: TestClient) -> None:
             answer = client.post(path, json=body | {"class_label": None})  # its classes are the bundled checkpoint's
         elif "-d" in words and path == "/v1/images/generations":
             answer = client.post(path, json=json.loads(words[words.index("-d") + 1]) | {"prompt": "plain"})
+        elif "-F" in words:
+            form = dict(word.split("=") for flag, word in itertools.pairwise(words) if flag == "-F")
+            files = {name: HOLE.getvalue() for name in form if form[name].startswith("@")}
+            form = {name: value for name, value in form.items() if name not in files}
+            answer = client.post(path, data=form | {"prompt": "plain"}, files=files)
         elif "-X" not in words and "-d" not in words:
             answer = client.get(path)
         else:

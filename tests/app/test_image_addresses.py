@@ -23,7 +23,7 @@ from model.checkpoint import CheckpointConfig
 from model.images import Image
 from model.sampling.fitted import weights_digest
 from model.sampling.schedule import SamplingParams
-from tests.app.conftest import BEETLE, CLASSES, GREY, HeldRunner, serving, write_checkpoint
+from tests.app.conftest import BEETLE, CLASSES, GREY, SlowRunner, serving, write_checkpoint
 from tests.app.processes import metric
 from tests.model.sampling.test_fitted import DIFFUSION, table_like
 from tests.networks import randomised
@@ -139,6 +139,7 @@ def test_a_checkpoint_without_classes_has_addresses(colour_checkpoint: Path) -> 
         assert client.get("/images/colour/random/1/0.png").status_code == 422
 
 
+@pytest.mark.slow
 def test_fitted_tables_have_addresses(tmp_path: Path) -> None:
     network = randomised(GREY, 0.3, 0)
     own = SamplingParams("fitted", 4, 0.0, 2.5, spacing="logsnr")
@@ -184,7 +185,7 @@ def test_head_takes_no_step_and_says_the_same(site: TestClient) -> None:
     assert steps(site) == before
 
 
-def test_a_known_image_is_answered_while_the_server_warms_up(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_known_image_is_answered_while_the_server_warms_up(held: SlowRunner, grey_checkpoint: Path) -> None:
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         client.follow_redirects = False

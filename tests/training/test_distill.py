@@ -10,11 +10,13 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
+from model.convert.importer import main as import_main
 from model.diffusion import DiffusionConfig
 from model.distilled import Distilled
 from model.nn.unet import UNet
 from model.sampling.schedule import FITTED, SamplingParams
 from model.sampling.step import sample
+from tests.fixtures import theirs
 from training import distill
 from training.distillation import trainer
 from training.distillation.config import DistillConfig
@@ -80,6 +82,7 @@ def test_a_one_step_student_learns_its_teacher(words: list[str], teacher: str, t
     assert student.config.schedule(student.config.sampling).nfe.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_guidance_moves_into_one_row(words: list[str], tmp_path: Path) -> None:
     more = ["--method", "guidance", "--iterations", "40", "--log_rate", "10"]
     assert distill.main([*words, *more]) == 0
@@ -87,6 +90,7 @@ def test_guidance_moves_into_one_row(words: list[str], tmp_path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bytes(words: list[str], tmp_path: Path) -> None:
     assert distill.main([*words, "--lr_schedule", "constant"]) == 0
     assert distill.main([*words, "--lr_schedule", "constant", "--run_name", "half", "--iterations", "4"]) == 0
@@ -129,6 +133,7 @@ def test_a_run_without_kept_trajectories_leaves_none(words: list[str], tmp_path:
     assert not list((tmp_path / "runs").glob("*.features"))
 
 
+@pytest.mark.slow
 def test_the_extractor_decides_which_student_is_best(
     words: list[str], tmp_path: Path, save_extractor: Callable[..., str]
 ) -> None:
@@ -179,6 +184,13 @@ def test_a_teacher_without_null_class_cannot_be_guided(
     assert "the teacher has no null class to guide away from, so it must be 1" in capsys.readouterr().err
 
 
+def test_levels_of_noise_teach_no_student(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "edm.safetensors")
+    assert import_main([str(theirs("edm/adm.pt")), path]) == 0
+    assert distill.main([*words, "--teacher", path]) == 2
+    assert "has EDM's levels of noise, which no student can be taught here" in capsys.readouterr().err
+
+
 @pytest.fixture
 def student(words: list[str], tmp_path: Path) -> str:
     """One of two steps, which may teach."""
@@ -186,6 +198,7 @@ def student(words: list[str], tmp_path: Path) -> str:
     return str(tmp_path / "runs/first/best.safetensors")
 
 
+@pytest.mark.slow
 def test_a_student_teaches_one_of_fewer_steps(words: list[str], tmp_path: Path, student: str) -> None:
     at = words.index("--teacher_steps")
     assert distill.main([*words[:at], *words[at + 2 :], "--teacher", student, "--steps", "1", "--iterations", "2"]) == 0

@@ -236,6 +236,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+@pytest.mark.slow
 def test_memory_is_not_more_than_the_file(tmp_path: Path) -> None:
     saved(tmp_path / "plain.pt", {"x": torch.zeros(2**26)})  # 256 MiB
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w") as packed:
