@@ -105,6 +105,7 @@ def test_a_flat_repository_comes_in_as_its_folder(server: Hub, flat: Path, capsy
     server.repositories[FLAT] = HubRepository(flat)
     assert main([FLAT, "ours.safetensors"]) == 0
     assert server.fetched() == {"config.json", "scheduler_config.json", WEIGHTS}
+    assert all(f"/resolve/{COMMIT}/" in path for _, path in server.requests if "/resolve/" in path)
     warned, fetching, told = capsys.readouterr().err.splitlines()
     assert f"no commit is pinned, so {FLAT} may become another: {FLAT}@{COMMIT} is" in warned
     assert f"fetching {WEIGHTS} (0.7 MB) of {FLAT}@{COMMIT}" in fetching
