@@ -416,6 +416,17 @@ def test_the_server_takes_names_of_the_hub(server: Hub, flat: Path) -> None:
     assert cache_folder() in plain.path.parents
 
 
+def test_a_path_wins_in_the_server(server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits" / "config.json").write_text("{}")
+    shutil.copy(checkpoint.PRETRAINED / "mnist.safetensors", tmp_path / "runs" / "digits" / "best.safetensors")
+    with caplog.at_level("INFO", "ddpm.models"):
+        (source,) = checkpoints.parse("runs/digits")
+    assert source.name == "digits"
+    assert "runs/digits is here, so the Hugging Face hub is not asked for it" in caplog.text
+    assert server.requests == []
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
