@@ -31,11 +31,12 @@ def autotune_batch_size(
     device: str,
     clock: Callable[[], float] = time.monotonic,
     fewest: int = 0,
+    calls: tuple[int, int] = (1, 1),
 ) -> Generator[None, None, tuple[int, int]]:
     """Returns the target rows and the most. `run` is one call with so many; it yields after each.
 
     `fewest` rows are tried first (0: a quarter of a micro-batch), and are the target of a network too slow to be timed.
-    Raises what a micro-batch raises.
+    `calls`: how many such calls a usual and a largest batch have. Raises what a micro-batch raises.
     """
     target, limit = BY_DEVICE[device]
     otherwise, limit = (target, max(target, micro_batch_size)), max(limit, micro_batch_size)
@@ -50,7 +51,7 @@ def autotune_batch_size(
     first = timed(micro_batch_size)
     yield
     if first < MIN_TIMEABLE_S:
-        return otherwise
+        return otherwise[0] * calls[0], otherwise[1] * calls[1]
     tried: list[int] = []
     rows = fewest or max(1, micro_batch_size // 4)
     while rows <= limit and (ROUNDS + 1) * (sum(tried) + rows) / micro_batch_size * first < TIME_BUDGET_S:
@@ -65,7 +66,8 @@ def autotune_batch_size(
         rows *= 2
         yield
     if len(tried) < 2:
-        return (fewest, micro_batch_size) if fewest else otherwise
+        target, most = (fewest, micro_batch_size) if fewest else otherwise
+        return target * calls[0], most * calls[1]
     times: dict[int, list[float]] = {rows: [] for rows in tried}
     for _ in range(ROUNDS):
         for rows in tried:
@@ -76,6 +78,7 @@ def autotune_batch_size(
         min(rows for rows in tried if per_row[rows] <= within * min(per_row.values()))
         for within in (LATENCY_SLACK, THROUGHPUT_SLACK)
     )
+    target, most = target * calls[0], most * calls[1]
     told = {str(rows): round(1e3 * seconds, 3) for rows, seconds in per_row.items()}
     log.info("batches measured", extra={"rows": target, "most": most, "milliseconds_per_row": told})
     return target, most
