@@ -45,7 +45,7 @@ class Contender:
     def __init__(self, name: str, tree: Path, source: str, *flags: str) -> None:
         self.name, self.times = name, dict[str, list[float]]()
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("DDPM_", "OMP_", "MKL_"))}
-        command = [sys.executable, "-m", "app", "--port", "0", "--log-format", "json", "--checkpoint", source, *flags]
+        command = [sys.executable, "-m", "app", "--port", "0", "--checkpoint", source, *flags]
         begun = time.perf_counter()
         self.process = subprocess.Popen(
             command, cwd=tree, env=kept | {"PYTHONPATH": str(tree)}, stderr=subprocess.PIPE, text=True
