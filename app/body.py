@@ -49,9 +49,7 @@ class JSONRequest(Request):
 
     async def load(self) -> None:
         """Reads the body. Raises UnsupportedMediaType, InvalidRequest, or Cancelled where the client leaves."""
-        encoding = self.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("identity", ""):
-            raise UnsupportedMediaType(f"the body is compressed ({encoding:.40}): send it without Content-Encoding")
+        refuse_compressed(self)
         try:
             data = await super().body()
         except ClientDisconnect:
@@ -73,6 +71,13 @@ class JSONRequest(Request):
     async def json(self) -> Any:
         """What the body says."""
         return self._value
+
+
+def refuse_compressed(request: Request) -> None:
+    """Raises UnsupportedMediaType where the body is."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        raise UnsupportedMediaType(f"the body is compressed ({encoding:.40}): send it without Content-Encoding")
 
 
 def parse(data: bytes) -> Any:

@@ -97,13 +97,17 @@ class NotAcceptable(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
-    """The body is not JSON, or it is compressed."""
+    """The body is not of the media type that is taken here, `accept`, or it is compressed."""
 
     status, code = 415, "unsupported_media_type"
 
+    def __init__(self, message: str, *, accept: str = "application/json") -> None:
+        super().__init__(message)
+        self._accept = accept
+
     def headers(self) -> dict[str, str]:
         """What would be taken (RFC 9110, 12.5)."""
-        return {"Accept": "application/json", "Accept-Encoding": "identity"}
+        return {"Accept": self._accept, "Accept-Encoding": "identity"}
 
 
 class BodyTooLarge(ServiceError):

@@ -33,7 +33,7 @@ from app.middleware import (
 )
 from app.model_registry import ModelRegistry
 from app.openapi import DescribedApp
-from app.routes import docs, generate, health, image, models, openai, sequence, ui
+from app.routes import docs, edits, generate, health, image, interpolate, models, openai, sequence, ui
 from app.routes.state import AppState
 from app.settings import Settings
 from app.signing import image_access
@@ -115,14 +115,20 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     )
     app.state.service, app.state.keys = AppState(settings, served, engine, metrics, access), keys
     app.state.tracer, app.settings = tracer, settings
-    routers = [module.router for module in (generate, sequence, image, openai, models, ui, docs)] + [health.health]
+    pages = generate, sequence, interpolate, image, openai, edits, models, ui, docs
+    routers = [module.router for module in pages] + [health.health]
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
         app.include_router(router)
     handle_errors(app)
     app.add_middleware(HeadAsGetMiddleware)
-    app.add_middleware(BodyLimitMiddleware, limit=settings.max_body_bytes, seconds=settings.read_timeout_s)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        limit=settings.max_body_bytes,
+        seconds=settings.read_timeout_s,
+        limits={edits.PATH: settings.max_upload_bytes},
+    )
     if keys.required:
         app.add_middleware(AuthMiddleware, keys=keys, images=access)
     if settings.cors_origins:
@@ -130,7 +136,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
             CORSMiddleware,
             allow_origins=settings.cors_origins.split(","),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["*"],  # credentials, with which this would not do, are never allowed
         )
     app.state.headers = SECURITY_HEADERS | (

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -186,16 +187,17 @@ class HeadAsGetMiddleware:
 
 class BodyLimitMiddleware:
     """Refuses bodies of more than `limit` bytes with 413, without holding more than that, and those that take longer
-    than `seconds` with 408. Nobody holds a GET's or a HEAD's."""
+    than `seconds` with 408. Nobody holds a GET's or a HEAD's. `limits` are those of paths with another one."""
 
-    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
-        self.app, self.limit, self.seconds = app, limit, seconds
+    def __init__(self, app: ASGIApp, limit: int, seconds: float, limits: Mapping[str, int] = {}) -> None:
+        self.app, self.limit, self.seconds, self.limits = app, limit, seconds, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
         received, complete = 0, False
+        limit = self.limits.get(scope.get("path", ""), self.limit)
         until = asyncio.get_running_loop().time() + self.seconds
 
         async def counted() -> Message:
@@ -210,8 +212,8 @@ class BodyLimitMiddleware:
             if message["type"] == "http.request":
                 complete = not message.get("more_body", False)
                 received += len(message.get("body", b""))
-                if received > self.limit:
-                    raise HTTPException(413, f"the body is larger than {self.limit} bytes")
+                if received > limit:
+                    raise HTTPException(413, f"the body is larger than {limit} bytes")
             return message
 
         await self.app(scope, counted, send)

@@ -20,6 +20,7 @@ from app.errors import InvalidClassLabel, InvalidRequest
 from app.schemas import Sampling, SequenceQuery, StreamedSampling
 from app.settings import Settings
 from model.checkpoint import CheckpointConfig
+from model.sampling.edit import Edit
 from model.sampling.noise import draw_class
 from model.sampling.schedule import InvalidSamplingParams, SamplingParams, usable_variance
 
@@ -37,6 +38,7 @@ class GenerationJob:
     sampling: SamplingParams
     variance: str | None  # of ddpm; fixed_large is replaced where it would leave noise
     each_class: bool = False
+    strength: float | None = None  # of an edit
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
     def provenance(self) -> dict[str, str]:
@@ -47,6 +49,7 @@ class GenerationJob:
         settings = {name: str(value) for name, value in vars(self.sampling).items()}
         variance = {"variance": self.variance} if self.variance else {}
         each_class = {"each_class": "true"} if self.each_class else {}
+        strength = {} if self.strength is None else {"strength": str(self.strength)}
         return {
             "model": self.checkpoint.name,
             "checkpoint": self.checkpoint.sha256,
@@ -55,6 +58,7 @@ class GenerationJob:
             **settings,
             "guidance_interval": ",".join(map(str, self.sampling.guidance_interval)),
             **variance,
+            **strength,
             **label,
             **each_class,
         }
@@ -94,15 +98,24 @@ def headers(provenance: Mapping[str, str]) -> dict[str, str]:
 
 
 def build_request(
-    asked: Sampling, checkpoint: ModelInstance, settings: Settings, on_drop: Callable[[], None] = lambda: None
+    asked: Sampling,
+    checkpoint: ModelInstance,
+    settings: Settings,
+    on_drop: Callable[[], None] = lambda: None,
+    edit: Edit | None = None,
+    strength: float | None = None,
 ) -> GenerationJob:
-    """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop."""
+    """Resolves a validated body or query. Raises InvalidRequest or InvalidClassLabel. Call it on the event loop.
+
+    `edit` has images of the checkpoint's shape, and `strength` is for them; None where they are x_T.
+    """
     asked.check(settings)
     unet, diffusion = checkpoint.config.unet, checkpoint.diffusion
-    sampling = resolve_sampling_params(asked, checkpoint.config, settings)
+    config = checkpoint.config if edit is None else editing_config(checkpoint.config)
+    sampling = resolve_sampling_params(asked, config, settings)
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
-        schedule = checkpoint.schedule(sampling, variance)
+        schedule = checkpoint.schedule(sampling, variance, strength or 1.0)
     except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
     seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
@@ -118,7 +131,7 @@ def build_request(
         else:
             classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
 
-    view, steps_shown, keep = shown_frames(asked, sampling.steps)
+    view, steps_shown, keep = shown_frames(asked, len(schedule))
     size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
     if size > settings.max_sequence_bytes:
         raise InvalidRequest(
@@ -127,7 +140,7 @@ def build_request(
             param="frames" if isinstance(asked, SequenceQuery) else "partial_images",
         )
     request = Request(
-        schedule=schedule,
+        schedule=schedule.from_latents() if edit is not None and strength is None else schedule,
         seed=seed,
         index=asked.index,
         n=asked.n,
@@ -138,8 +151,19 @@ def build_request(
         has_default_timeout=asked.timeout_s is None,
         frame_steps=steps_shown,
         view=view,
+        edit=edit,
     )
-    return GenerationJob(request, checkpoint, label, sampling, variance, asked.each_class)
+    return GenerationJob(request, checkpoint, label, sampling, variance, asked.each_class, strength)
+
+
+def editing_config(config: CheckpointConfig) -> CheckpointConfig:
+    """What a checkpoint can do with an image: fitted tables begin from noise, so it has none. Raises InvalidRequest
+    where all that it can do begins from noise."""
+    if config.distilled and config.distilled.has_fixed_steps:
+        raise InvalidRequest(
+            "this checkpoint cannot begin from an image or between two seeds: its steps were distilled, from noise"
+        )
+    return config.without_tables()
 
 
 def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
@@ -197,7 +221,8 @@ def shown_frames(asked: Sampling, steps: int) -> tuple[View, frozenset[int], int
     """What a client wants to see on the way: as x_t or x_0, after which steps, and how many frames may wait for it."""
     if isinstance(asked, SequenceQuery):
         shown = frame_steps(asked.frames, steps, asked.view)
-        return asked.view, shown, len(shown) if asked.format in ("gif", "webp") else 1  # a stream keeps the newest
+        keeps_all = asked.every_frame or asked.format in ("gif", "webp")
+        return asked.view, shown, len(shown) if keeps_all else 1
     partials = asked.partial_images if isinstance(asked, StreamedSampling) else 0
     return "x0" if partials else "xt", partial_steps(partials, steps), max(1, partials)
 

@@ -134,6 +134,7 @@ class SequenceQuery(Sampling):
     frames: Annotated[int, Whole] = Field(20, ge=1, description="pictures on the way, spread evenly over the steps")
     view: Literal["xt", "x0"] = Field("xt", description="the noisy state, or the network's idea of the final image")
     format: Format | None = Field(None, description="left out, Accept decides")
+    every_frame: bool = Field(False, description="a stream skips no frame, however slowly it is read")
     columns: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="columns of the grid")
 
     def check(self, settings: Settings) -> None:
@@ -141,6 +142,17 @@ class SequenceQuery(Sampling):
         super().check(settings)
         if self.frames > settings.max_frames:
             raise InvalidRequest(f"frames must not be more than {settings.max_frames}", param="frames")
+
+
+class InterpolateQuery(Sampling):
+    """Query of GET /interpolate."""
+
+    n: Annotated[int, Whole] = Field(8, ge=2, description="images, those of both seeds included")
+    to_seed: Annotated[int, Field(ge=0, lt=2**64), Whole] | None = Field(
+        None, description="the seed of the last image; left out, one is drawn and returned"
+    )
+    format: Literal["png", "gif", "webp"] = Field("png", description="a strip, or an animation")
+    columns: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="of a strip; left out, n")
 
 
 class _AddressOptions(BaseModel):

@@ -73,6 +73,7 @@ class Settings(BaseSettings):
     )
     max_timeout_s: float = Field(300, gt=0, le=86_400, description="maximum timeout of a request, and its default")
     max_body_bytes: int = Field(65_536, ge=1, description="maximum size of a request body")
+    max_upload_bytes: int = Field(8 * 2**20, ge=1, description="the same of an edit, which has images in it")
     max_pending_nfe: int = Field(
         250_000,
         ge=1,

@@ -16,6 +16,8 @@ def in_words(field: Schema) -> str:
         return str(field["const"])
     if "anyOf" in field:
         return " or ".join(in_words(kind) for kind in field["anyOf"] if kind.get("type") != "null")
+    if "contentMediaType" in field or field.get("format") == "binary":
+        return "a file"
     kind = field.get("type")
     if kind == "array":
         return f"{field['minItems']} numbers" if field.get("minItems") == field.get("maxItems", 0) else "a list"

@@ -16,7 +16,7 @@ from model.checkpoint import SOLVER, Checkpoint
 from model.sampling.schedule import FITTED, InvalidSamplingParams
 from model.sampling.step import sample
 
-STEPS = (1, 2, 4, 8, 20)
+STEPS = (1, 2, 4, 6, 8, 20)
 COLUMNS = 5
 
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     made = {name: [panel(of, sampler, steps) for steps in STEPS] for name, (of, sampler) in rows.items()}
     white = np.full_like(made[SOLVER][0][0], 255)
     pictures = [[white if image is None else image for image, _ in row] for row in made.values()]
-    figure = panels(pictures, list(made), [f"{steps} steps" for steps in STEPS], 9)
+    figure = panels(pictures, list(made), ["1 step", *(f"{steps} steps" for steps in STEPS[1:])], 9)
     figure.subplots_adjust(hspace=0.2)
     for axis, (_, cost) in zip(figure.axes, [entry for row in made.values() for entry in row], strict=True):
         axis.text(0.5, -0.02, cost, ha="center", va="top", fontsize=7, transform=axis.transAxes)

@@ -29,6 +29,28 @@ def generate(accept: str = "image/png", **body: object) -> bytes:
         return bytes(response.read())
 
 
+def edit(image: bytes, mask: bytes, **fields: object) -> list[Image.Image]:
+    """POST /v1/images/edits."""
+    boundary = "ddpm-pictures"
+    parts = [(f'name="{name}"', str(value).encode()) for name, value in fields.items()]
+    parts += [(f'name="{name}"; filename="{name}.png"', data) for name, data in (("image", image), ("mask", mask))]
+    form = b"".join(
+        f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + data + b"\r\n"
+        for head, data in parts
+    )
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    with urlopen(Request(f"{SERVER}/v1/images/edits", form + f"--{boundary}--\r\n".encode(), headers)) as response:
+        made = json.load(response)["data"]
+    return [Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))) for one in made]
+
+
+def png(picture: Image.Image) -> bytes:
+    """Its file."""
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
 def sequence(**query: object) -> list[Image.Image]:
     """GET /diffusion-sequence as a GIF; its frames."""
     with urlopen(f"{SERVER}/diffusion-sequence?{urlencode(query)}&format=gif") as response:
@@ -85,6 +107,16 @@ def main() -> None:
     # 4. Horses, in colour.
     horses = Image.open(io.BytesIO(generate(model="cifar10", class_label="horse", n=16, columns=8, seed=1)))
     enlarged(horses, 3).save(FOLDER / "horses.png", optimize=True)
+
+    # 5. The lower half of a seven painted anew, as a two's: the seven, what was painted, and four answers.
+    (answer,) = json.loads(generate("application/json", class_label=7, seed=1))["images"]
+    seven = Image.open(io.BytesIO(base64.b64decode(answer["png"]))).convert("RGB")
+    hole, mask = (0, 14, 28, 28), Image.new("RGBA", seven.size, "black")
+    mask.paste((0, 0, 0, 0), hole)
+    marked = seven.copy()
+    marked.paste(MARK, hole)
+    twos = [two.convert("RGB") for two in edit(png(seven), png(mask), prompt=2, n=4, seed=1)]
+    enlarged(beside([seven, marked, *twos], gap=2), 5).save(FOLDER / "edited.png", optimize=True)
 
     sizes = {path.name: path.stat().st_size for path in sorted(FOLDER.iterdir())}
     print("\n".join(f"{size:7} {name}" for name, size in sizes.items()), f"\n{sum(sizes.values()):7} in all")

@@ -82,16 +82,24 @@ class CheckpointConfig:
             raise ValueError("its guidance_scale is not the one that it was distilled with")
 
     def schedule(
-        self, params: SamplingParams, variance: str | None = None, diffusion: GaussianDiffusion | None = None
+        self,
+        params: SamplingParams,
+        variance: str | None = None,
+        diffusion: GaussianDiffusion | None = None,
+        strength: float = 1.0,
     ) -> SamplingSchedule:
         """The schedule of such settings, by `make_schedule` or of a fitted table. `diffusion` is the checkpoint's own,
         where somebody has it.
 
-        Raises what `make_schedule` does, InvalidSamplingParams where there is no such table.
+        Raises what `make_schedule` does, InvalidSamplingParams where there is no such table, or it would not begin
+        from noise.
         """
         if params.sampler == FITTED:
+            if strength != 1:
+                raise InvalidSamplingParams("strength", f"must be 1 with sampler {FITTED}, which begins from noise")
             return table_of(self.fitted, params).schedule()
-        made = make_schedule(diffusion or GaussianDiffusion(self.diffusion), variance=variance, **vars(params))
+        diffusion = diffusion or GaussianDiffusion(self.diffusion)
+        made = make_schedule(diffusion, variance=variance, strength=strength, **vars(params))
         return self.distilled.schedule(made) if self.distilled else made
 
     def sampling_params(self, max_steps: int | None = None, **given: Any) -> SamplingParams:

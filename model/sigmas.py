@@ -25,9 +25,10 @@ class Sigmas:
     sigma_max: float = 80.0
     rho: float = 7.0
     sigma_data: float = 0.5  # the standard deviation of the images
+    time_scale: float = 1.0  # of what the network is told, ln(σ)/4
 
     def __post_init__(self) -> None:
-        numbers = (self.sigma_min, self.sigma_max, self.rho, self.sigma_data)
+        numbers = (self.sigma_min, self.sigma_max, self.rho, self.sigma_data, self.time_scale)
         if not all(isinstance(number, (int, float)) and math.isfinite(number) and number > 0 for number in numbers):
             raise ValueError(f"sigmas must be positive numbers, not {numbers}")
         if not (1e-5 <= self.sigma_min < self.sigma_max <= 1e5 and self.rho <= 100 and 1e-3 <= self.sigma_data <= 1e3):
@@ -56,7 +57,7 @@ class Sigmas:
         past = sigma - self.sigma_min if consistency else sigma
         return self.sigma_data**2 / (past**2 + self.sigma_data**2) * total, -past * self.sigma_data / total
 
-
-def timesteps_of(sigma: Table, consistency: bool) -> Table:
-    """What the network is told of σ: c_noise = ln(σ)/4, which consistency models have in thousandths."""
-    return np.log(sigma) / 4 * (1000 if consistency else 1)
+    def timesteps(self, sigma: Table) -> Table:
+        """What the network is told of σ."""
+        timesteps: Table = self.time_scale * np.log(sigma) / 4
+        return timesteps

@@ -107,7 +107,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--guided", type=int, metavar="K", help="rows of a table with guidance (default: all that the teacher guides)")
     add("--out", metavar="FILE", help="the checkpoint to write (default: the same file)")
     add("--features", metavar="FILE", help="a classifier to compare images by (default: pixels)")
-    add("--default", type=int, metavar="N", help="steps of the table to sample with by default (default: the most)")
+    add(
+        "--default", type=int, metavar="N", help="steps of the default table, 0 to keep the default (default: the most)"
+    )
+    add("--set_spacing", action="store_true", help="other samplers take the best spacing measured, at the most steps")
     add("--start", metavar="FOLDER", help="begin where an earlier fit of as many steps ended: its OUT.fit")
     add("--teacher_steps", type=int, metavar="N", help="the teacher's steps (default: the checkpoint's)")
     add("--guidance_scale", type=float, metavar="X", help="the teacher's (default: the checkpoint's)")
@@ -128,8 +131,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not args.steps:
         parser.error("--steps names no number of steps")
     args.steps = sorted(set(args.steps))
-    if args.default is not None and args.default not in args.steps:
-        parser.error(f"--default must be one of --steps, not {args.default}")
+    if args.default not in (None, 0, *args.steps):
+        parser.error(f"--default must be 0 or one of --steps, not {args.default}")
     if args.guided is not None and args.guided < 0:
         parser.error(f"--guided must not be negative, as {args.guided} is")
     if not args.learning_rate > 0:

@@ -6,12 +6,14 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from model import checkpoint
 from model.atomic_write import atomic_write
 from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
+from model.sampling.fitted import FittedTable
 from training.run.image_io import sample_grid, save_png
 
 CARD = """# {name}
@@ -48,6 +50,14 @@ TRAINED = "| validation loss | {validation_loss:.5f} (EMA weights, 1,024 held-ou
 DISTILLED = """| distance to its teacher | {distance_to_teacher:.5f} (pixels in [-1, 1], 64 images of the same noise) |
 | distilled from | `{name}`, SHA-256 `{sha256}`, by method {method} |
 | inside its weights | guidance_scale {guidance_scale:g}, at one network row a step; other scales are refused |"""
+TABLES = """
+Schedules were fitted to these weights, for `sampler: "fitted"`. Distances are to the teacher's images, from noise that
+no fit has seen: before is dpmpp_2m with the best spacing and as many steps, all guided.
+
+| steps | network rows | teacher | before | after |
+|---|---|---|---|---|
+"""
+
 EVALUATION = """
 How good its samples are, by
 
@@ -90,6 +100,19 @@ of as many held-out images, and × how many times that the samples' is.
 | sampler | steps | guidance | weights | images | as asked | Fréchet distance | held out | × | precision | recall |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
+
+
+def tables_text(tables: Sequence[FittedTable]) -> str:
+    """What the checkpoint's fitted tables are, Markdown; nothing where there are none."""
+    if not tables:
+        return ""
+    text = TABLES
+    for table in tables:
+        told = table.provenance
+        before, after = (f"{told[name]:.4f}" if name in told else "–" for name in ("distance_before", "distance_after"))
+        text += f"| {table.steps} | {table.nfe} | {told.get('teacher', '–')} | {before} | {after} |\n"
+    commands = dict.fromkeys(str(table.provenance["command"]) for table in tables if "command" in table.provenance)
+    return text + "\nFitted by\n\n" + "".join(f"    {command}\n" for command in commands)
 
 
 def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint, picture: str | None = None) -> str:
@@ -168,7 +191,7 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
         **{key: value for key, value in fields.items() if key not in ("metrics", "notes", "teacher")},
         compared=compared(config),
         name=file.stem,
-        evaluation=evaluation,
+        evaluation=tables_text(config.fitted) + evaluation,
         memory=""
         if "training images copied" in evaluation
         else " Whether training images are memorised was not tested.",

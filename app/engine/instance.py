@@ -39,12 +39,12 @@ class ModelInstance:
         self.runner = runner
         self.batch_limits, self.throughput = BatchLimits(max_batch_size), ThroughputEstimator()
         # Making one for every request would keep the event loop busy for much of its time.
-        self.schedule = lru_cache(CACHED_SCHEDULES)(self._schedule)  # of settings, and of ddpm's variance
+        self.schedule = lru_cache(CACHED_SCHEDULES)(self._schedule)  # of settings, ddpm's variance, strength
         self.warm = False
         self.warmup_steps = self._warm_up()  # what has to run before it serves, each about as long as a step
 
-    def _schedule(self, sampling: SamplingParams, variance: str | None) -> SamplingSchedule:
-        return self.config.schedule(sampling, variance, self.diffusion)
+    def _schedule(self, sampling: SamplingParams, variance: str | None, strength: float = 1.0) -> SamplingSchedule:
+        return self.config.schedule(sampling, variance, self.diffusion, strength)
 
     def _warm_up(self) -> Iterator[None]:
         runner, limits = self.runner, self.batch_limits

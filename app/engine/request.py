@@ -16,6 +16,7 @@ from torch import Tensor
 
 from app.errors import Cancelled, DeadlineExceeded, ServiceError
 from model.images import Image
+from model.sampling.edit import Edit
 from model.sampling.schedule import SamplingSchedule
 
 View = Literal["xt", "x0"]
@@ -122,7 +123,8 @@ class Request:
 
     Image i is drawn from (seed, index + i). `deadline` is in seconds of `time.monotonic`; with `has_default_timeout`
     the client did not ask for it. `frame_steps` are the steps (0 is the noise) after which the client wants to see all
-    n images, as x_t or as the prediction of x_0. `model` is the checkpoint's name, for the metrics.
+    n images, as x_t or as the prediction of x_0. `edit` is what all of them begin from and keep, on the CPU. `model` is
+    the checkpoint's name, for the metrics.
     """
 
     schedule: SamplingSchedule
@@ -136,6 +138,7 @@ class Request:
     has_default_timeout: bool = False
     frame_steps: frozenset[int] = frozenset()
     view: View = "xt"
+    edit: Edit | None = None
 
     # From here on the engine's. Times are in seconds of `time.monotonic`.
     number: int = field(default_factory=lambda: next(_order))
@@ -191,10 +194,10 @@ class Sample:
     """One image on its way: image i of its request, steps done, and its state, which belongs to the runner.
 
     The state is x_t and the last two x_0 [C, H, W], or the number of the slot that they are in; all None before the
-    noise is drawn.
+    noise is drawn. `kept` is the request's edit on the device, where it has a mask.
     """
 
-    __slots__ = ("__weakref__", "i", "request", "slot", "step", "x", "x0", "x0_prev")
+    __slots__ = ("__weakref__", "i", "kept", "request", "slot", "step", "x", "x0", "x0_prev")
 
     def __init__(self, request: Request, i: int) -> None:
         self.request, self.i = request, i
@@ -203,6 +206,7 @@ class Sample:
         self.x: Tensor | None = None
         self.x0: Tensor | None = None
         self.x0_prev: Tensor | None = None
+        self.kept: Edit | None = None
 
     @property
     def has_noise(self) -> bool:

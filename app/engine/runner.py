@@ -15,6 +15,7 @@ from app.engine.autotune import autotune_batch_size
 from app.engine.batch import Batch, rng_counters
 from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant_set, split_rows
 from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
+from app.engine.edits import Kept, first_states, kept_parts
 from app.engine.latent_pool import LatentPool, pool_size
 from app.engine.memory import is_out_of_memory, trim_malloc
 from app.engine.request import Sample, View
@@ -69,16 +70,18 @@ class ModelRunner:
 
     @torch.inference_mode()
     def init_latents(self, samples: list[Sample]) -> None:
-        """Draws x_T. Nothing is changed if it raises."""
-        words = rng_counters(samples, [0] * len(samples))
-        if self._graphs is not None and len(samples) <= self._graphs.slots.count:
-            slots = self._graphs.slots.allocate(len(samples), samples)
-            self._graphs.init_latents(np.array(slots), words)
-            self._graphs.slots.assign(samples, slots)
-            return
-        noise = self._noise(words)
-        for sample, x in zip(samples, noise.unbind(), strict=True):
+        """Draws x_T; edits begin from their noised reference. Nothing is changed if it raises."""
+        graphs = self._graphs if self._graphs and len(samples) <= self._graphs.slots.count else None
+        others = samples if graphs is None else [sample for sample in samples if sample.request.edit is not None]
+        drawn = [] if graphs is None else [sample for sample in samples if sample.request.edit is None]
+        states = first_states(others, self._noise(rng_counters(others, [0] * len(others)))) if others else []
+        if graphs is not None and drawn:
+            slots = graphs.slots.allocate(len(drawn), drawn)
+            graphs.init_latents(np.array(slots), rng_counters(drawn, [0] * len(drawn)))
+            graphs.slots.assign(drawn, slots)
+        for sample, (x, kept) in zip(others, states, strict=True):
             sample.x, sample.x0, sample.x0_prev = x, torch.zeros_like(x), torch.zeros_like(x)
+            sample.kept = kept
 
     @torch.inference_mode()
     def step(self, samples: list[Sample]) -> list[Sample]:
@@ -87,7 +90,7 @@ class ModelRunner:
         Nothing is changed if it raises: the same samples can be stepped again.
         """
         batch = Batch.of(samples)
-        recorded = self._recorded(batch)
+        recorded = self._recorded(samples, batch)
         graphed = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if is_recorded]
         others = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if not is_recorded]
         states, finite = self._step_eagerly(others, batch.of_those(~recorded)) if others else ([], [])
@@ -100,10 +103,12 @@ class ModelRunner:
             sample.step += 1
         return [sample for sample, ok in zip(others + graphed, finite, strict=True) if not ok]
 
-    def _recorded(self, batch: Batch) -> NDArray[np.bool_]:
-        """Whom graphs step [N]. A dynamic limit is its own request's affair: the others keep theirs."""
-        recorded = ~batch.dynamic
-        if self._graphs is None or not recorded.any() or not self._graphs.can_run(batch.of_those(recorded)):
+    def _recorded(self, samples: list[Sample], batch: Batch) -> NDArray[np.bool_]:
+        """Whom graphs step [N]. A dynamic limit or a mask is its own request's affair: the others keep theirs."""
+        if self._graphs is None:
+            return np.zeros(len(samples), bool)
+        recorded: NDArray[np.bool_] = ~batch.dynamic & np.array([sample.kept is None for sample in samples])
+        if not recorded.any() or not self._graphs.can_run(batch.of_those(recorded)):
             return np.zeros_like(recorded)
         return recorded
 
@@ -122,11 +127,13 @@ class ModelRunner:
         x = torch.stack([s.x for s in samples])  # type: ignore[misc]
         x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
         x0_prev2 = torch.stack([s.x0_prev for s in samples])  # type: ignore[misc]
-        x_next, x0 = self._update(batch, x, x0_prev, x0_prev2)
+        x_next, x0 = self._update(batch, x, x0_prev, x0_prev2, kept_parts(samples, x))
         finite: list[bool] = torch.isfinite(x_next).flatten(1).all(1).tolist()
         return list(zip(x_next.unbind(), x0.unbind(), strict=True)), finite
 
-    def _update(self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(
+        self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
         table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
         t = torch.from_numpy(batch.t.astype(np.float32)).to(self.device)
@@ -136,7 +143,7 @@ class ModelRunner:
         if len(noisy):
             z[torch.from_numpy(noisy).to(self.device)] = self._noise(batch.words[noisy])
         out = cfg_forward(self.forward, x, t, y, table[:, 0], self._null_class)
-        return apply_step(x, out, x0_prev, x0_prev2, table, z)
+        return apply_step(x, out, x0_prev, x0_prev2, table, z, True, kept)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""

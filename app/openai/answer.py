@@ -27,13 +27,15 @@ Event = Literal["image_generation", "image_edit"]
 
 @dataclass(frozen=True)
 class ImagesAnswer:
-    """Everything about an answer but its pixels. `event` begins the names of a stream's events."""
+    """Everything about an answer but its pixels. `event` begins the names of a stream's events; `note` says what was
+    done otherwise than asked."""
 
     job: GenerationJob
     picture: PictureFormat
     quality: str | None
     event: Event
     safety_identifier: str | None = None
+    note: str | None = None
 
     @property
     def native_size(self) -> str:
@@ -49,7 +51,8 @@ class ImagesAnswer:
     def headers(self) -> dict[str, str]:
         """X-DDPM-…, with the size that an image was enlarged from."""
         enlarged = {"enlarged_from": self.native_size} if self.picture.size else {}
-        return headers({**self.job.provenance(), **enlarged})
+        note = {"note": self.note} if self.note else {}
+        return headers({**self.job.provenance(), **enlarged, **note})
 
     def encode(self, pictures: Image) -> list[str]:
         """Each image's file in base64."""
@@ -87,6 +90,7 @@ class ImagesAnswer:
             size=self.size,
             enlarged_from=self.native_size if self.picture.size else None,
             safety_identifier=self.safety_identifier,
+            note=self.note,
             data=data,
             usage=usage,
         )

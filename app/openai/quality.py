@@ -25,10 +25,11 @@ def plan(body: ImagesRequest, config: CheckpointConfig, max_steps: int) -> dict[
     """Sampler and steps, where the quality decides on them.
 
     Low is the shortest fitted table that there is for the other settings, else half of the sampler's steps. High is
-    twice the steps, and no fitted table unless the request names them. Raises InvalidSamplingParams.
+    twice the steps, and no fitted table unless the request names them. A student with steps of its own has one plan for
+    all. Raises InvalidSamplingParams.
     """
     level, settings = level_of(body), body.sampler_settings
-    if level not in FACTORS:
+    if level not in FACTORS or (config.distilled and config.distilled.has_fixed_steps):
         return {}
     params = config.sampling_params(max_steps, **settings)
     if level == "low" and settings["sampler"] in (None, FITTED):

@@ -162,6 +162,7 @@ class ImagesResponse(BaseModel):
     size: str
     enlarged_from: str | None = Field(description="the checkpoint's own size where `size` is another")
     safety_identifier: str | None = None
+    note: str | None = Field(None, description="what was done otherwise than asked")
     data: list[ImageData]
     usage: Usage | None = Field(None, description="null for response_format url: nothing was made yet")
 

@@ -29,6 +29,7 @@ td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid 
 pre { padding: .5rem .75rem; border: 1px solid #8886; white-space: pre-wrap; overflow-wrap: anywhere; }
 td:first-child { width: 12rem; font-family: ui-monospace, monospace; }
 """
+FORM = "multipart/form-data"
 EXAMPLES = {"seed": "1", "index": "0", "extension": "png"}
 HEAD = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ddpm-serve: API</title>'
@@ -84,6 +85,9 @@ def _curl(schema: Schema, method: str, path: str, operation: Schema, server: str
         words += ["-H", '"authorization: Bearer $KEY"']
     for media_type, body in content.items():
         example = resolved(schema, body["schema"])["examples"][0]
+        if media_type == FORM:
+            words += [word for name, value in example.items() for word in ("-F", shlex.quote(f"{name}={value}"))]
+            continue
         words += ["-H", f"'content-type: {media_type}'", "-d", shlex.quote(json.dumps(example))]
     return " ".join([*words, *operation.get("x-output", [])])
 

@@ -17,10 +17,11 @@ from app.openai.quality import level_of, plan
 from app.openai.schemas import GenerationsBody, ImagesRequest, ImagesResponse, ModelObject, ModelObjects
 from app.picture_format import PictureFormat, enlargement
 from app.request_context import context_of
-from app.request_params import GenerationJob, build_request
+from app.request_params import build_request, editing_config
 from app.routes.image import link
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse
+from model.sampling.edit import Edit
 from model.sampling.schedule import InvalidSamplingParams
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JSONRoute)
@@ -48,11 +49,12 @@ async def generations(http: Request, service: StateDep, body: GenerationsBody) -
     """For clients of OpenAI's images API: `base_url` is this server's address with `/v1`. The events of a stream are
     `image_generation.partial_image`, `image_generation.completed` and `error`."""
     context_of(http.scope).user = body.logged_user
-    job, images = prepare(service, body, "image_generation")
+    images = prepare(service, find_model(service, body.model), body, "image_generation")
     if body.response_format != "url":
         return await answer.send(service, http, images, bool(body.stream))
     if reason := service.engine.unready_reason:
         raise NotReady(reason, retry_after=5)
+    job = images.job
     data = [images.image(i, url=link(service, http, job, i, images.picture)) for i in range(job.request.n)]
     return answer.json_response(images.response(data, None), images)
 
@@ -69,22 +71,30 @@ async def model(name: str, service: StateDep) -> ModelObject:
     return _object(service.models.find(name))
 
 
-def prepare(service: AppState, body: ImagesRequest, event: Event) -> tuple[GenerationJob, ImagesAnswer]:
+def prepare(
+    service: AppState,
+    served: ModelInstance,
+    body: ImagesRequest,
+    event: Event,
+    edit: Edit | None = None,
+    strength: float | None = None,
+    note: str | None = None,
+) -> ImagesAnswer:
     """The job that a request wants, and the shape of its answer. Raises ServiceError."""
     body.check_fields()
-    served, settings = find_model(service, body.model), service.settings
-    names, unet = served.config.class_names, served.config.unet
+    settings, names, unet = service.settings, served.config.class_names, served.config.unet
     label = class_of_prompt(body.prompt, names)
     asked = body.sampling(None if label is None else names[label])
     asked.check(settings)
     size = enlargement(body.size, unet.image_shape, asked.n, settings.max_enlarged_bytes)
+    config = served.config if edit is None else editing_config(served.config)
     try:
-        asked = asked.model_copy(update=plan(body, served.config, settings.max_steps))
+        asked = asked.model_copy(update=plan(body, config, settings.max_steps))
     except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
-    job = build_request(asked, served, settings)
+    job = build_request(asked, served, settings, edit=edit, strength=strength)
     picture = PictureFormat(body.picture_format, body.compression, size)
-    return job, ImagesAnswer(job, picture, level_of(body), event, body.logged_user or None)
+    return ImagesAnswer(job, picture, level_of(body), event, body.logged_user or None, note)
 
 
 def find_model(service: AppState, name: str | None) -> ModelInstance:

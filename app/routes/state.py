@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
@@ -23,6 +23,8 @@ from app.signing import ImageAccess
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+MAX_DECODERS = 2
 
 STATUSES = {
     401: "API keys are configured, and the request has no valid one",
@@ -52,6 +54,12 @@ class AppState:
     engine: Engine
     metrics: Metrics
     images: ImageAccess
+    decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DECODERS))
+
+    async def decode(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs a decoder in the thread pool. Few at once: an image may take a hundred megabytes and a second."""
+        async with self.decoders:
+            return await asyncio.to_thread(function, *args, **kwargs)
 
     async def encode(self, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""

@@ -100,6 +100,12 @@ function python() {
   ].join("\n");
 }
 
+function address() {  // of the image itself, for an <img> tag
+  const {model: named, class_label, seed, index, n, ...rest} = shown.fields;
+  const path = [model.name, class_label ?? "none", seed, `${index}.png`].map(encodeURIComponent).join("/");
+  return new URL(`images/${path}?${new URLSearchParams(rest)}`, location.href).href;
+}
+
 async function copy(text, what) {
   el.code.textContent = text;
   try {

@@ -51,7 +51,7 @@ async function* events(response) {
 // Follows a denoising: onFrame(picture, step, steps), the finished one included. Resolves to what was made.
 async function denoise(fields, signal, onStart, onFrame) {
   const frames = Math.min(model.limits.frames, MOST_FRAMES, Number(el.steps.value) + 1);
-  const query = new URLSearchParams({...fields, frames, format: "sse"});
+  const query = new URLSearchParams({...fields, frames, every_frame: true, format: "sse"});
   // fetch and not EventSource, which hides the status and the message of a refusal
   const response = await ask("diffusion-sequence?" + query, {signal, headers: {accept: "text/event-stream"}});
   onStart(response.headers.get("x-ddpm-seed"));  // the event's own number is rounded above 2^53

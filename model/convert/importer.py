@@ -21,7 +21,7 @@ from model.convert.diffusers import import_folder
 from model.convert.files import load_weights
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.convert.recognise import recognise, recognised
-from model.diffusion import PREDICTIONS, SCHEDULES, TRAINED, VARIANCES, DiffusionConfig
+from model.diffusion import PRECONDITIONED, PREDICTIONS, SCHEDULES, TRAINED, VARIANCES, DiffusionConfig
 from model.nn.layers import ACTIVATIONS
 from model.sampling.schedule import SamplingParams
 
@@ -42,7 +42,7 @@ KINDS: dict[str, type] = {  # of flags that have no default to tell
 CHOICES = {
     "weights": ("ema", "raw"),
     "schedule": tuple(SCHEDULES),
-    "prediction": PREDICTIONS,
+    "prediction": (*PREDICTIONS, *PRECONDITIONED),
     "variance": VARIANCES,
     "norm": ("gn", "in"),
     "activation": tuple(ACTIVATIONS),

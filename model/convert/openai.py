@@ -23,9 +23,12 @@ from model.convert.layout import (
     diffusion_by_flags,
     layers,
 )
+from model.diffusion import KARRAS, DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock
 from model.nn.unet import UNet
+from model.sampling.solvers import CONSISTENCY
+from model.sigmas import Sigmas
 
 # openai/improved-diffusion and openai/guided-diffusion
 
@@ -76,6 +79,8 @@ OPENAI = Layout(
 def import_openai(state: Weights, flags: Flags) -> Imported:
     """A bare U-Net. What it predicts, its heads, T and the beta schedule come by flags."""
     source = Source(state)
+    if source["middle_block.1.qkv.weight"].dim() == 4:
+        return _import_consistency(source, flags)
     _check_kind(source, flags)
     heads = _heads(flags)
     config = UNetConfig(
@@ -111,13 +116,34 @@ def import_openai(state: Weights, flags: Flags) -> Imported:
     )
 
 
+def _import_consistency(source: Source, flags: Flags) -> Imported:
+    """openai/consistency_models: the same network as a consistency model, or as the EDM one that it is made from."""
+    heads = flags.num_heads is None and flags.head_channels is None
+    flags.need(prediction=CONSISTENCY, image_size=(64, 64), **({"head_channels": 64} if heads else {}))
+    if flags.num_heads is not None and flags.head_channels is not None:
+        raise UnsupportedCheckpointError("with --head_channels the number of heads follows: leave out --num_heads")
+    config = UNetConfig(
+        **_read_off(source),
+        num_heads=flags.num_heads or 1,
+        head_channels=flags.head_channels or 0,
+        **flags.classes(len(source["label_emb.weight"]) if "label_emb.weight" in source else None),
+        image_size=flags.image_size or (64, 64),
+        class_conditioning="embedding",
+    )
+    source["time_embed.0.weight"] = cosines_first(source["time_embed.0.weight"])
+    is_consistency = flags.prediction == CONSISTENCY
+    return Imported(
+        convert(source, checked_groups(config, flags), OPENAI),
+        config,
+        DiffusionConfig(schedule=KARRAS, prediction=flags.prediction or "", sigmas=Sigmas(time_scale=1000.0)),
+        "their KarrasDenoiser",
+        ("levels of noise from 0.002 to 80, sigma_data 0.5: their defaults",),
+        sampling={"sampler": CONSISTENCY, "steps": 1} if is_consistency else {"sampler": "dpmpp_2m", "steps": 18},
+    )
+
+
 def _check_kind(source: Source, flags: Flags) -> None:
     """Raises UnsupportedCheckpointError for networks that have the same layers' names and are something else."""
-    if source["middle_block.1.qkv.weight"].dim() == 4:
-        raise UnsupportedCheckpointError(
-            "it is a consistency model, or the EDM one it was made from (openai/consistency_models): the network is "
-            "the same, but what stands around it cannot be expressed here"
-        )
     given, made = source["input_blocks.0.0.weight"].shape[1], len(source["out.2.weight"])
     if given in (6, 8) or made not in (given, 2 * given):
         raise UnsupportedCheckpointError(

@@ -80,6 +80,17 @@ def normal(seed: int, index: int, step: int, shape: tuple[int, ...]) -> Tensor:
     return normals([seed], [index], [step], shape)[0]
 
 
+def between(seeds: tuple[int, int], index: int, n: int, shape: tuple[int, ...]) -> Tensor:
+    """n ≥ 2 times x_T on the way from one seed's to another's, both ends included, float32 [n, *shape] on the CPU.
+
+    A quarter of a great circle, as if the two were orthogonal (independent noise nearly is): so each is standard normal
+    for its own sake. Different seeds.
+    """
+    first, last = (normal(seed, index, 0, shape) for seed in seeds)
+    angles = [math.pi / 2 * i / (n - 1) for i in range(1, n - 1)]
+    return torch.stack([first, *(math.cos(angle) * first + math.sin(angle) * last for angle in angles), last])
+
+
 def draw_class(seed: int, index: int, num_classes: int) -> int:
     """The class of image `index` of `seed` when none was asked for: uniform over [0, num_classes)."""
     word = philox((0, 0, index, CLASS), (seed & _WORD, seed >> 32))[0]

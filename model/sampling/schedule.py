@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.diffusion import VARIANCES, DiffusionConfig, GaussianDiffusion, Table, require_one_of
-from model.sampling.solvers import SAMPLERS
+from model.sampling.solvers import CONSISTENCY, SAMPLERS, consistency
 from model.sampling.timestep_spacing import LAMBDA_MIN_CLIPPED, SPACINGS, Timesteps, make_timesteps
-from model.sigmas import Sigmas, timesteps_of
+from model.sigmas import Sigmas
 
 COEFFICIENTS = ("g", "p", "q", "limit", "a", "b", "c", "d", "k", "s")
 THRESHOLDING = ("none", "clamp", "dynamic")  # of x0; the column holds the place in this list
@@ -66,7 +66,7 @@ class SamplingParams:
     has its `description`, and the `choices` or `bounds` of its value, or None.
     """
 
-    sampler: str = _setting("ddim", "", (*SAMPLERS, FITTED))
+    sampler: str = _setting("ddim", "", (*SAMPLERS, CONSISTENCY, FITTED))
     steps: int = _setting(50, "denoising steps", bounds=(1, math.inf))
     eta: float = _setting(0.0, "ddim's noise: 0 deterministic, 1 ancestral", bounds=(0, 1))
     guidance_scale: float = _setting(1.0, "classifier-free guidance; 1 for none")
@@ -93,12 +93,14 @@ class SamplingParams:
         """
         given = {name: value for name, value in given.items() if value is not None}
         sampler = given.get("sampler", self.sampler)
-        require_one_of("sampler", sampler, SAMPLERS)  # fitted's are in a table, whose checkpoint is not known here
+        require_one_of(
+            "sampler", sampler, (*SAMPLERS, CONSISTENCY)
+        )  # fitted's are in a table, whose checkpoint is not known here
         if given.get("eta") and sampler != "ddim":
             raise InvalidSamplingParams("eta", f"belongs to the ddim sampler; {sampler} takes none")
         settings = self
         if sampler != self.sampler:
-            plain = SamplingParams(sampler, min(DEFAULT_STEPS[sampler], num_timesteps))
+            plain = SamplingParams(sampler, min(DEFAULT_STEPS.get(sampler, 1), num_timesteps))
             settings = replace(self, sampler=sampler, steps=plain.steps, eta=plain.eta, spacing=plain.spacing)
         settings = replace(settings, **given)
         if settings.guidance_scale != 1:
@@ -137,13 +139,15 @@ class SamplingSchedule:
 
     `timesteps` [S], descending, is what the network sees: int64, or float64 where they were fitted. `table` float64
     [S, 10] holds the scalars of `COEFFICIENTS`. `draws` int64 [S] is the number of each step's noise z: 1 … S, or 0,
-    which is x_T's, drawn again. None is 1 … S.
+    which is x_T's, drawn again. None is 1 … S. x begins as start[0] · reference + start[1] · noise: noise alone, unless
+    it begins midway.
     """
 
     sampler: str
     timesteps: Timesteps | Table
     table: Table
     draws: Timesteps | None = None
+    start: tuple[float, float] = (0.0, 1.0)
 
     def draw(self, step: int) -> int:
         """The number of the noise of step `step` (from 0)."""
@@ -151,6 +155,10 @@ class SamplingSchedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def from_latents(self) -> SamplingSchedule:
+        """The same for a reference that is x_T already."""
+        return replace(self, start=(1.0, 0.0))
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that it does."""
@@ -169,6 +177,7 @@ def make_schedule(
     steps: int,
     *,
     variance: str | None = None,
+    strength: float = 1.0,
     **settings: Any,
 ) -> SamplingSchedule:
     """The table of `sampler` over `steps` timesteps; `settings` are the other fields of `SamplingParams`.
@@ -180,12 +189,17 @@ def make_schedule(
     explodes before, unless ddpm takes all T steps. `variance` is ddpm's, the diffusion's own if None; fixed_large
     with fewer steps than T would leave noise in the image: it is refused, or, if not asked for here, replaced by
     fixed_small with a warning. With zero terminal SNR the first timestep must be the last of training (Lin et al.
-    2023, §3.3). Raises ValueError, InvalidSamplingParams where one number is at fault.
+    2023, §3.3). `strength` in (0, 1] is for an image to begin from: steps before the timestep nearest to that part of
+    T - 1 are left out, and multistep solvers begin there. Raises ValueError, InvalidSamplingParams where one number is
+    at fault.
     """
     params = SamplingParams(sampler, steps, **settings)
     params.check()
     if sampler == FITTED:
         raise InvalidSamplingParams("sampler", "fitted needs a checkpoint with fitted tables")
+    if (sampler == CONSISTENCY) != (diffusion.config.prediction == CONSISTENCY):
+        why = "belongs to consistency models" if sampler == CONSISTENCY else f"must be {CONSISTENCY}, not {sampler}"
+        raise InvalidSamplingParams("sampler", f"{why}: their networks take a step to the image, and no other")
     num_timesteps, log_snr = diffusion.num_timesteps, diffusion.log_snr()
     is_ancestral = sampler == "ddpm" and steps == num_timesteps  # which never divides by more than √(1 - β)
     if diffusion.config.prediction == "eps" and params.limit == "none" and not is_ancestral:
@@ -207,6 +221,13 @@ def make_schedule(
             "spacing",
             f"{params.spacing} starts at timestep {timesteps[0]}: zero terminal SNR needs {num_timesteps - 1}",
         )
+    start = (0.0, 1.0)
+    if not 0 < strength <= 1:
+        raise InvalidSamplingParams("strength", f"must be above 0 and at most 1, not {strength}")
+    if strength < 1:
+        timesteps = timesteps[np.abs(timesteps - strength * (diffusion.num_timesteps - 1)).argmin() :]
+        alpha_bar = float(diffusion.alphas_cumprod[timesteps[0]])
+        start = (math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
     low, high = params.guidance_interval
     p, q = diffusion.x0_coefficients(timesteps)
     place = timesteps / (diffusion.num_timesteps - 1)
@@ -220,13 +241,15 @@ def make_schedule(
         "k": 0.0,
         "s": 0.0,
     }
-    columns |= SAMPLERS[sampler](
-        diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance)
-    )
+    solver = consistency if sampler == CONSISTENCY else SAMPLERS[sampler]
+    columns |= solver(diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance))
     if diffusion.config.sigmas is not None:
-        _in_image_units(columns, diffusion.config.sigmas.sigma_data, steps)
+        sigma_data = diffusion.config.sigmas.sigma_data
+        start = (start[0] / sigma_data, start[1])
+        _in_image_units(columns, sigma_data, len(timesteps))
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
-    return SamplingSchedule(sampler, timesteps if told is None else told, table.astype(np.float64))
+    seen = timesteps if told is None else told[-len(timesteps) :]
+    return SamplingSchedule(sampler, seen, table.astype(np.float64), start=start)
 
 
 def _of_levels(
@@ -234,15 +257,15 @@ def _of_levels(
 ) -> tuple[GaussianDiffusion, Timesteps, Table]:
     """The diffusion whose timesteps are the levels of noise that are visited, those, and what the network is told.
 
-    They are those of Karras et al. 2022, eq. 5: the last is sigma_min.
+    They are those of Karras et al. 2022, eq. 5: the last is sigma_min, or with consistency the one before.
     """
     if params.spacing != SamplingParams.spacing:
         raise InvalidSamplingParams(
             "spacing", f"means nothing here: levels of noise have their own, not {params.spacing}"
         )
-    count, first = max(params.steps, 2), max(params.steps - 1, 1)
-    timesteps = np.arange(first, first - params.steps, -1)
-    told = timesteps_of(sigmas.levels(count)[timesteps], config.prediction == "consistency")
+    count = max(params.steps + (params.sampler == CONSISTENCY), 2)  # which does not visit sigma_min
+    timesteps = np.arange(count - 1, count - 1 - params.steps, -1)
+    told = sigmas.timesteps(sigmas.levels(count)[timesteps])
     return GaussianDiffusion(replace(config, num_timesteps=count)), timesteps, told
 
 

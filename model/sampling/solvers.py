@@ -98,6 +98,18 @@ def dpmpp_3m(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float, var
     return {"a": a, "b": b, "c": c, "d": d}
 
 
+def consistency(diffusion: GaussianDiffusion, timesteps: Timesteps, eta: float, variance: str) -> dict[str, Table]:
+    """x0, with fresh noise up to the next level (Song et al. 2023, algorithm 1), for consistency models alone.
+
+    Their images have noise of sigma_min already. `eta` is not used.
+    """
+    sigmas = diffusion.config.sigmas
+    assert sigmas is not None
+    _, ab_prev = _alpha_bars(diffusion, timesteps)
+    variance_left = 1 - ab_prev * (1 + (sigmas.sigma_min / sigmas.sigma_data) ** 2)
+    return {"a": np.zeros_like(ab_prev), "b": np.sqrt(ab_prev), "s": np.sqrt(np.maximum(variance_left, 0))}
+
+
 def _exponential_step(diffusion: GaussianDiffusion, timesteps: Timesteps) -> tuple[Table, Table, Table]:
     """σ_next/σ, α_next·(1 - exp(-h)) and h, the growth of log-SNR, of every step; the last h is infinite."""
     ab, ab_prev = _alpha_bars(diffusion, timesteps)
@@ -118,6 +130,7 @@ def _alpha_bars(diffusion: GaussianDiffusion, timesteps: Timesteps) -> tuple[Tab
     return ab, np.append(ab[1:], 1.0)
 
 
+CONSISTENCY = "consistency"
 Sampler = Callable[[GaussianDiffusion, Timesteps, float, str], dict[str, Table]]
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,

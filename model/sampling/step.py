@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.diffusion import Network
+from model.sampling.edit import Edit, keep, start_from
 from model.sampling.noise import normals
 from model.sampling.schedule import THRESHOLDING, SamplingSchedule
 
@@ -16,13 +17,20 @@ DYNAMIC_QUANTILE = 0.995
 
 
 def apply_step(
-    x: Tensor, out: Tensor, x0_prev: Tensor, x0_prev2: Tensor, rows: Tensor, z: Tensor, dynamic: bool = True
+    x: Tensor,
+    out: Tensor,
+    x0_prev: Tensor,
+    x0_prev2: Tensor,
+    rows: Tensor,
+    z: Tensor,
+    dynamic: bool = True,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update of a batch, whatever its samplers: (x_next, x0).
 
     x, x0_prev, x0_prev2 and z are [N, C, H, W], out (guidance applied) too, or [N, 2C, H, W] with learned variance;
     `rows` [N, 10] holds a row of each sample's schedule. `dynamic` False: the limit of none of them is, and nobody has
-    to wait for the device to say so.
+    to wait for the device to say so. `kept` are image and mask of `model.sampling.edit.keep`, where some keep a part.
     """
     _, p, q, limit, a, b, c, d, k, s = (column.reshape(-1, 1, 1, 1) for column in rows.unbind(1))
     channels = x.shape[1]
@@ -30,6 +38,8 @@ def apply_step(
         s = s * torch.exp(k * out[:, channels:])
     x0 = p * x - q * out[:, :channels]
     x0 = torch.where(limit > 0, _limited(x0, limit, dynamic), x0)
+    if kept is not None:
+        x0 = keep(x0, *kept)
     return a * x + b * x0 + c * x0_prev + d * x0_prev2 + s * z, x0
 
 
@@ -85,15 +95,22 @@ def sample(
     classes: Sequence[int] | None = None,
     *,
     null_class: int | None = None,
+    edit: Edit | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int, Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
     """The naive loop: N images of one schedule, [N, C, H, W]. It defines what the engine must compute.
 
-    `classes` None is for unconditional networks. `on_step(i, x_next, x0)` is called after step i = 1 … S.
+    `classes` None is for unconditional networks. `edit` is begun from, each image with its own noise, and kept where
+    its mask says so. `on_step(i, x_next, x0)` is called after step i = 1 … S.
     """
     x = normals(seeds, indices, [0] * len(seeds), shape, device).to(dtype)
+    kept = None
+    if edit is not None:
+        edit = edit.to(device, dtype)
+        x = start_from(edit.image, x, schedule)
+        kept = None if edit.mask is None else (edit.image, edit.mask)
     x0 = x0_prev = torch.zeros_like(x)
     y = None if classes is None else torch.tensor(classes, device=device)
     for step, (timestep, row) in enumerate(zip(schedule.timesteps, schedule.table, strict=True)):
@@ -103,7 +120,7 @@ def sample(
         if row[-1]:
             noise = normals(seeds, indices, [schedule.draw(step)] * len(seeds), shape, device).to(dtype)
         out = cfg_forward(network, x, t, y, rows[:, 0], null_class)
-        x, new = apply_step(x, out, x0, x0_prev, rows, noise)
+        x, new = apply_step(x, out, x0, x0_prev, rows, noise, kept=kept)
         x0, x0_prev = new, x0
         if on_step:
             on_step(step + 1, x, x0)

@@ -105,7 +105,7 @@ def colour_client(colour_checkpoint: Path) -> Iterator[TestClient]:
         yield client
 
 
-class HeldRunner(ModelRunner):
+class SlowRunner(ModelRunner):
     """Takes 20 ms a step until `released`, and is cold until `warm`: a test decides how long things last.
 
     Its warm-up takes no time, so that no estimate of a busy machine refuses a request.
@@ -125,8 +125,8 @@ class HeldRunner(ModelRunner):
 
 
 @pytest.fixture
-def held(grey_checkpoint: Path) -> Iterator[HeldRunner]:
-    runner = HeldRunner(grey_checkpoint)
+def held(grey_checkpoint: Path) -> Iterator[SlowRunner]:
+    runner = SlowRunner(grey_checkpoint)
     yield runner
     runner.released.set()
 

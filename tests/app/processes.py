@@ -120,7 +120,7 @@ class ServerProcess:
     def metric(self, name: str, **labels: str) -> float:
         return metric(self.client.get("/metrics").text, name, **labels)
 
-    def rows(self) -> float:
+    def samples_in_flight(self) -> float:
         """Images that are admitted and not answered."""
         text = self.client.get("/metrics").text
         return metric(text, "ddpm_num_samples_running") + metric(text, "ddpm_num_samples_waiting")

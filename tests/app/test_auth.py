@@ -19,7 +19,7 @@ from app import auth
 from app.auth import APIKeyStore
 from app.errors import Overloaded, ServiceError, Unauthorized
 from app.settings import Settings
-from tests.app.conftest import HeldRunner, serving
+from tests.app.conftest import SlowRunner, serving
 from tests.app.processes import ROOT, environment, metric, wait_for
 
 ALICE, BOB = "alice-0123456789abcdef", "bob.0123456789~abcdef+/=="
@@ -154,7 +154,7 @@ def test_a_minute_holds_as_many_requests_as_it_says() -> None:
         keys.admit(alice)
 
 
-def test_a_key_has_only_so_many_requests_under_way(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_key_has_only_so_many_requests_under_way(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held, api_keys=BOTH, key_concurrency=1) as client:
         worker = threading.Thread(target=lambda: client.post("/generate", json={"steps": 100}, headers=bearer(ALICE)))
         worker.start()

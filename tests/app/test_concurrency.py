@@ -12,7 +12,7 @@ import pytest
 
 from app.engine.request import Sample
 from app.settings import Settings
-from tests.app.conftest import HeldRunner, serving
+from tests.app.conftest import SlowRunner, serving
 from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
 
@@ -49,10 +49,10 @@ def test_fifty_at_once_get_what_each_gets_alone(server: ServerProcess) -> None:
     wanted = sum(body["n"] * body["steps"] for body in (r.get("json") or r["params"] for r in requests))
     assert server.metric("ddpm_image_steps_total") == steps + wanted
     assert server.metric("ddpm_batch_size_count") - batches < wanted / 2  # they did share batches
-    assert server.rows() == 0
+    assert server.samples_in_flight() == 0
 
 
-class InstantRunner(HeldRunner):
+class InstantRunner(SlowRunner):
     """Skips the network, which leaves the noise as it is: only the way through the service is tried."""
 
     def step(self, samples: list[Sample]) -> list[Sample]:

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 
 from app.body import JSONRequest
 from app.errors import Cancelled, ServiceError
-from tests.app.conftest import HeldRunner, serving
+from tests.app.conftest import SlowRunner, serving
 from tests.app.processes import metric, wait_for
 
 SEQUENCE = "/diffusion-sequence"
@@ -373,7 +373,7 @@ def busy(client: TestClient, **body: Any) -> threading.Thread:
     return thread
 
 
-def test_a_full_queue_is_429_and_an_empty_one_takes_anything(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_full_queue_is_429_and_an_empty_one_takes_anything(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held, max_pending_nfe=100) as client:
         thread = busy(client, n=2, steps=50)
         for answer in (
@@ -395,7 +395,7 @@ def test_a_time_out_that_cannot_be_kept_is_504_at_once(client: TestClient) -> No
     assert metric(client.get("/metrics").text, "ddpm_image_steps_total") == steps
 
 
-def test_a_time_out_that_passes_is_504_and_frees_the_place(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_time_out_that_passes_is_504_and_frees_the_place(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
         answer = client.post("/generate", json={"steps": 100, "timeout_s": 1})
         assert "passed" in error(answer, 504, "deadline_exceeded")["message"]

@@ -108,7 +108,7 @@ def test_a_step_that_never_returns_does_not_outlast_the_drain(grey_checkpoint: P
 def test_repeated_failures_answer_everyone_and_end_the_process(grey_checkpoint: Path, seed: int, why: str) -> None:
     with ServerProcess(FAULTY, "--checkpoint", str(grey_checkpoint)) as server, ThreadPoolExecutor(3) as pool:
         others = [pool.submit(generate, server, {"n": 2, "steps": 1000, "seed": SLOW}) for _ in range(2)]
-        wait_for(lambda: server.rows() == 4, "work")
+        wait_for(lambda: server.samples_in_flight() == 4, "work")
         assert generate(server, {"n": 2, "steps": 8, "seed": seed}).json()["error"]["code"] == "not_ready"
         assert refused(server)
         assert server.exit_code() == 1
@@ -120,7 +120,7 @@ def test_repeated_failures_answer_everyone_and_end_the_process(grey_checkpoint: 
 def test_a_second_signal_ends_the_process_at_once(grey_checkpoint: Path) -> None:
     with ServerProcess(FAULTY, "--checkpoint", str(grey_checkpoint)) as server:
         connection = ask(server, "GET", f"/diffusion-sequence?n=4&steps=1000&seed={SLOW}")
-        wait_for(lambda: server.rows() == 4, "work")
+        wait_for(lambda: server.samples_in_flight() == 4, "work")
         server.terminate()
         server.terminate()  # so soon that it counts as the same
         wait_for(lambda: refused(server), "the refusal of new work")
@@ -137,11 +137,11 @@ def test_after_a_kill_it_starts_again_at_once_on_the_same_port(grey_checkpoint: 
         before = generate(server, NEIGHBOURS[0]).content
         port = int(server.url.rpartition(":")[2])
         connection = ask(server, "POST", "/generate", {"n": 4, "steps": 1000, "seed": SLOW})
-        wait_for(lambda: server.rows() == 4, "work")
+        wait_for(lambda: server.samples_in_flight() == 4, "work")
         server.process.kill()
         assert server.exit_code() == -signal.SIGKILL
     with ServerProcess(FAULTY, *argv, port=port) as server:
-        assert server.rows() == 0
+        assert server.samples_in_flight() == 0
         assert server.client.get("/readyz").status_code == 200
         assert generate(server, NEIGHBOURS[0]).content == before
     connection.close()

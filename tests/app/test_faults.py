@@ -31,7 +31,7 @@ SEQUENCE = "/diffusion-sequence"
 
 @pytest.fixture(autouse=True)
 def _idle_at_first_and_ready_in_the_end(faulty: ServerProcess) -> Iterator[None]:
-    wait_for(lambda: faulty.rows() == 0, "an idle server")
+    wait_for(lambda: faulty.samples_in_flight() == 0, "an idle server")
     with faulty.truthful_readiness():
         yield
     assert faulty.client.get("/readyz").status_code == 200
@@ -52,9 +52,9 @@ def slow_company(server: ServerProcess) -> Iterator[http.client.HTTPResponse]:
     """A stream that goes on for long, so that whatever comes shares its batches; it must outlive them."""
     connection = ask(server, "GET", f"{SEQUENCE}?steps=1000&frames=100&seed={SLOW}")
     stream = connection.getresponse()
-    wait_for(lambda: server.rows() == 1, "the stream")
+    wait_for(lambda: server.samples_in_flight() == 1, "the stream")
     yield stream
-    assert server.rows() == 1
+    assert server.samples_in_flight() == 1
     while stream.readline() != b"event: frame\n":
         pass
     stream.close()
@@ -86,7 +86,7 @@ def test_a_client_that_leaves_frees_its_places_at_the_next_step(
     assert faulty.metric("ddpm_num_samples_waiting") == 4
     wait_for(lambda: faulty.metric("ddpm_image_steps_total") > metric(before, "ddpm_image_steps_total"), "a step")
     connection.close()
-    wait_for(lambda: faulty.rows() == 0, "free places")
+    wait_for(lambda: faulty.samples_in_flight() == 0, "free places")
     labels = {"endpoint": endpoint, "outcome": "cancelled"}
     counted = metric(before, "ddpm_requests_total", **labels)
     wait_for(lambda: faulty.metric("ddpm_requests_total", **labels) == counted + 1, "the outcome")
@@ -111,9 +111,9 @@ def test_a_client_that_leaves_a_pipeline_frees_its_place(faulty: ServerProcess) 
     host, port = faulty.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), PATIENCE) as client:
         client.sendall(message.encode())
-        wait_for(lambda: faulty.rows() == 20, "the work")
+        wait_for(lambda: faulty.samples_in_flight() == 20, "the work")
         client.sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n" * 100)
-    wait_for(lambda: faulty.rows() == 0, "free places")
+    wait_for(lambda: faulty.samples_in_flight() == 0, "free places")
     assert faulty.metric("ddpm_images_total") == images
     assert not [line for line in faulty.logs() if line.get("outcome") == "internal_error"]
 
@@ -124,11 +124,11 @@ def test_half_of_the_clients_leave_and_the_other_half_is_served(faulty: ServerPr
     alone = [generate(faulty, **body).content for body in bodies[1::2]]
     before = faulty.client.get("/metrics").text
     connections = [ask(faulty, "POST", "/generate", body) for body in bodies]
-    wait_for(lambda: faulty.rows() == 16, "all of them")
+    wait_for(lambda: faulty.samples_in_flight() == 16, "all of them")
     for connection in connections[::2]:
         connection.close()
     assert [connection.getresponse().read() for connection in connections[1::2]] == alone
-    wait_for(lambda: faulty.rows() == 0, "an empty queue")
+    wait_for(lambda: faulty.samples_in_flight() == 0, "an empty queue")
     after = faulty.client.get("/metrics").text
     for outcome in ("ok", "cancelled"):
         labels = {"endpoint": "/generate", "outcome": outcome}

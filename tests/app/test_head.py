@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.main import create_operations_app
-from tests.app.conftest import HeldRunner, serving
+from tests.app.conftest import SlowRunner, serving
 from tests.app.processes import PATIENCE, ServerProcess, metric
 
 CHEAP = ["/livez", "/readyz", "/health", "/", "/models", "/metrics", "/docs", "/openapi.json"]
@@ -43,7 +43,7 @@ def test_head_tells_of_errors_as_get_does(client: TestClient) -> None:
     assert client.head("/generate").headers["allow"] == "POST"
 
 
-def test_head_says_no_while_the_server_warms_up(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_head_says_no_while_the_server_warms_up(held: SlowRunner, grey_checkpoint: Path) -> None:
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         assert [client.head(path).status_code for path in ("/livez", "/readyz", SEQUENCE)] == [200, 503, 503]

@@ -14,7 +14,7 @@ from app.schemas import GenerateBody
 from app.settings import Settings
 from model import checkpoint
 from model.sampling.schedule import DEFAULT_STEPS
-from tests.app.conftest import BEETLE, CLASSES, HeldRunner, serving
+from tests.app.conftest import BEETLE, CLASSES, SlowRunner, serving
 from tests.app.processes import metric, wait_for
 
 ENDPOINTS = ("/generate", "/diffusion-sequence", "/models", "/livez", "/readyz", "/health", "/metrics")
@@ -47,7 +47,7 @@ def test_the_limits_that_models_tells_are_those_that_hold(grey_checkpoint: Path)
             assert client.get("/diffusion-sequence", params={"frames": frames}).status_code == status
 
 
-def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_it_lives_while_loading_and_is_ready_when_warm(held: SlowRunner, grey_checkpoint: Path) -> None:
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         assert client.get("/livez").json() == {"status": "ok"}
@@ -70,7 +70,7 @@ def test_it_lives_while_loading_and_is_ready_when_warm(held: HeldRunner, grey_ch
         assert client.get("/models").json()["models"][0]["batch_rows"] == limit > 0
 
 
-def test_a_draining_server_refuses_new_work_and_finishes_old(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_draining_server_refuses_new_work_and_finishes_old(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
         answers: list[Any] = []
         worker = threading.Thread(target=lambda: answers.append(client.post("/generate", json={"n": 2, "steps": 40})))
@@ -196,7 +196,7 @@ def test_the_page_of_the_api_shows_values_and_limits(grey_checkpoint: Path) -> N
     with serving(grey_checkpoint, max_n=7, max_steps=90, max_frames=11, max_timeout_s=12.5) as client:
         page, schema = client.get("/docs").text, client.get("/openapi.json").json()
     told = rows(page)
-    assert told["sampler"] == "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, fitted"
+    assert told["sampler"] == "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, consistency, fitted"
     assert told["spacing"] == "one of leading, trailing, linspace, quadratic, logsnr"
     assert told["limit"] == "one of none, clamp, dynamic"
     assert told["view"].startswith("one of xt, x0")

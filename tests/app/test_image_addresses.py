@@ -23,7 +23,7 @@ from model.checkpoint import CheckpointConfig
 from model.images import Image
 from model.sampling.fitted import weights_digest
 from model.sampling.schedule import SamplingParams
-from tests.app.conftest import BEETLE, CLASSES, GREY, HeldRunner, serving, write_checkpoint
+from tests.app.conftest import BEETLE, CLASSES, GREY, SlowRunner, serving, write_checkpoint
 from tests.app.processes import metric
 from tests.model.sampling.test_fitted import DIFFUSION, table_like
 from tests.networks import randomised
@@ -110,6 +110,15 @@ def test_the_order_of_parameters_makes_no_other_address(site: TestClient) -> Non
     assert answer.headers["etag"] == site.get(f"{path}?{query}").headers["etag"]
 
 
+def test_a_hash_without_every_parameter_is_no_full_address(site: TestClient) -> None:
+    """The checkpoint's defaults may change with its next version of the same weights."""
+    address = full(site, SHORT)
+    path = address.partition("?")[0]
+    assert full(site, path) == full(site, path + "?steps=6") == address
+    assert full(site, address.replace("&eta=0", "")) == address
+    assert full(site, address.replace("scale=1&", "scale=1.0&")) == address
+
+
 def test_a_mix_is_one_image_whose_address_names_its_class(site: TestClient) -> None:
     grid = site.post("/generate", json={"seed": 3, "n": 5, "columns": 5})
     tiles = np.split(np.array(Pillow.open(io.BytesIO(grid.content))), 5, axis=1)
@@ -130,6 +139,7 @@ def test_a_checkpoint_without_classes_has_addresses(colour_checkpoint: Path) -> 
         assert client.get("/images/colour/random/1/0.png").status_code == 422
 
 
+@pytest.mark.slow
 def test_fitted_tables_have_addresses(tmp_path: Path) -> None:
     network = randomised(GREY, 0.3, 0)
     own = SamplingParams("fitted", 4, 0.0, 2.5, spacing="logsnr")
@@ -175,7 +185,7 @@ def test_head_takes_no_step_and_says_the_same(site: TestClient) -> None:
     assert steps(site) == before
 
 
-def test_a_known_image_is_answered_while_the_server_warms_up(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_known_image_is_answered_while_the_server_warms_up(held: SlowRunner, grey_checkpoint: Path) -> None:
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         client.follow_redirects = False
@@ -185,6 +195,7 @@ def test_a_known_image_is_answered_while_the_server_warms_up(held: HeldRunner, g
         held.warm.set()
 
 
+@pytest.mark.slow
 def test_the_tag_changes_with_whatever_decides_the_pixels(
     site: TestClient, grey_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,12 +26,22 @@ FILES = {
     "lucid": ["lucidrains/small.pt", "--image_size", "8,12"],
     "classes": ["lucidrains/classes.pt", "--image_size", "8,8", "--num_heads", "2"],
     "edm": ["edm/adm.pt"],
+    "consistency": [
+        "consistency/small.pt",
+        "--head_channels",
+        "16",
+        "--image_size",
+        "8,8",
+        "--prediction",
+        "consistency",
+    ],
 }
 ASKED: dict[str, dict[str, Any]] = {
     "mnist": {"steps": 4, "class_label": "7", "guidance_scale": 2},
     "lucid": {"steps": 5, "sampler": "dpmpp_2m"},
     "classes": {"steps": 3, "class_label": "4", "guidance_scale": 3, "sampler": "ddpm"},
     "edm": {"steps": 4, "class_label": "3"},
+    "consistency": {"steps": 2, "class_label": "1"},
 }
 
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.engine import memory
 from app.event_loop_monitor import TICK_S
-from tests.app.conftest import HeldRunner, serving
+from tests.app.conftest import SlowRunner, serving
 from tests.app.processes import ServerProcess, metric, wait_for
 
 SEQUENCE = "/diffusion-sequence"
@@ -108,7 +108,7 @@ def test_a_leaving_client_counts_as_a_cancel_and_wasted_steps(fresh: ServerProce
 
 
 @pytest.mark.slow
-def test_gauges_show_the_work_while_it_is_there(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_gauges_show_the_work_while_it_is_there(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held, max_batch_size=2, max_pending_nfe=500) as client:
 
         def now(name: str, **labels: str) -> float:
@@ -144,7 +144,7 @@ def test_gauges_show_the_work_while_it_is_there(held: HeldRunner, grey_checkpoin
         )
 
 
-def test_the_oldest_wait_grows_until_the_first_step(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_the_oldest_wait_grows_until_the_first_step(held: SlowRunner, grey_checkpoint: Path) -> None:
     entered, leave = threading.Event(), threading.Event()
     start = held.init_latents
 

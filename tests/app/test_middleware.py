@@ -16,7 +16,7 @@ from app.logs import JsonFormatter, TextFormatter
 from app.main import create_app
 from app.middleware import BodyLimitMiddleware
 from app.settings import Settings
-from tests.app.conftest import HeldRunner, serving
+from tests.app.conftest import SlowRunner, serving
 from tests.app.processes import metric, wait_for
 
 
@@ -161,7 +161,7 @@ def test_a_traceback_is_readable_at_a_terminal() -> None:
 
 
 def test_a_long_warm_up_is_told_again_and_again(
-    held: HeldRunner, grey_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    held: SlowRunner, grey_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "ddpm.start")
     monkeypatch.setattr(main, "PROGRESS_S", 0.0)

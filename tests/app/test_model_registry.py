@@ -199,7 +199,7 @@ def work_under_way(server: ServerProcess, **more: Any) -> Iterator[list[Any]]:
         slow = {"n": 2, "steps": 60, "seed": SLOW, **more}
         running = [pool.submit(generate, server, index=10 * i, **slow) for i in range(3)]
         stream = pool.submit(server.client.get, "/diffusion-sequence", params={**slow, "frames": 5})
-        wait_for(lambda: server.rows() == 8, "work")
+        wait_for(lambda: server.samples_in_flight() == 8, "work")
         yield [*running, stream]
 
 

@@ -100,7 +100,7 @@ def test_the_slider_is_at_the_end_of_a_longer_second_run(page: Any, server: Serv
     page.fill("#steps", "9")
     page.click("#gallery li:nth-child(1) button")
     finished(page)
-    assert page.input_value("#scrub") == page.get_attribute("#scrub", "max")
+    assert (page.input_value("#scrub"), page.get_attribute("#scrub", "max")) == ("9", "9")
     assert page.inner_text("#count") == "step 9 of 9"
 
 
@@ -133,6 +133,15 @@ def test_what_is_copied_makes_the_same_image(page: Any, server: ServerProcess, t
     program = page.evaluate("navigator.clipboard.readText()") + '\nimage.save("by-python.png")'
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "by-python.png")), made)
+
+
+def test_the_image_address_copied_is_that_image(page: Any, server: ServerProcess) -> None:
+    page.goto(server.url + "/#seed=8&steps=2&image=1")
+    finished(page)
+    page.click("#copy_image")
+    response = server.client.get(page.evaluate("navigator.clipboard.readText()"), follow_redirects=True)
+    assert response.headers["content-type"] == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(response.content))), pixels(page, "#xt"))
 
 
 def test_samplers_are_compared_on_one_seed(page: Any, server: ServerProcess) -> None:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from app.main import create_app
 from app.ray import BacklogAutoscalingPolicy, DropRequestIdMiddleware, RaySettings, Replica, discovery, plan_replicas
 from app.settings import Settings
-from tests.app.conftest import HeldRunner
+from tests.app.conftest import SlowRunner
 from tests.app.processes import PATIENCE, ROOT, environment, metric, wait_for
 
 RAY = find_spec("ray") is not None
@@ -93,7 +93,7 @@ def replica_of(client: TestClient) -> Replica:
     return replica
 
 
-def test_a_replica_is_healthy_while_it_is_warm_and_running(grey_checkpoint: Path, held: HeldRunner) -> None:
+def test_a_replica_is_healthy_while_it_is_warm_and_running(grey_checkpoint: Path, held: SlowRunner) -> None:
     held.warm.clear()
     settings = Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1)
     with TestClient(create_app(settings, lambda *how: held)) as client:
@@ -115,7 +115,7 @@ def test_a_replica_is_healthy_while_it_is_warm_and_running(grey_checkpoint: Path
             asyncio.run(replica.check_health())
 
 
-def test_a_draining_replica_finishes_and_is_not_replaced(grey_checkpoint: Path, held: HeldRunner) -> None:
+def test_a_draining_replica_finishes_and_is_not_replaced(grey_checkpoint: Path, held: SlowRunner) -> None:
     settings = Settings(checkpoint=str(grey_checkpoint), device="cpu", threads=1)
     with TestClient(create_app(settings, lambda *how: held)) as client:
         replica = replica_of(client)
@@ -126,7 +126,7 @@ def test_a_draining_replica_finishes_and_is_not_replaced(grey_checkpoint: Path, 
 
 
 def test_a_replica_whose_engine_failed_for_good_ends_its_process(
-    grey_checkpoint: Path, held: HeldRunner, monkeypatch: pytest.MonkeyPatch
+    grey_checkpoint: Path, held: SlowRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held.warm_up = lambda rows: 1 / 0  # type: ignore[method-assign, assignment, return-value]
     with TestClient(

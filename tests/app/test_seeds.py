@@ -78,4 +78,4 @@ def test_an_image_is_the_same_in_any_batch_and_process(
     for asked, made in zip(mixes, elsewhere, strict=True):
         i = rng.randrange(asked["n"])
         assert images(crashing, asked | {"n": 1, "index": asked["index"] + i}) == [made[i]]
-    wait_for(lambda: crashing.rows() == 0, "an idle server")
+    wait_for(lambda: crashing.samples_in_flight() == 0, "an idle server")

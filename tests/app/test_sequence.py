@@ -19,7 +19,7 @@ from model.images import Image, to_uint8
 from model.sampling.noise import normal
 from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
-from tests.app.conftest import BEETLE, HeldRunner, serving
+from tests.app.conftest import BEETLE, SlowRunner, serving
 from tests.app.processes import metric
 
 SEQUENCE = "/diffusion-sequence"
@@ -95,7 +95,7 @@ def test_start_says_what_is_coming(client: TestClient) -> None:
     assert events(watch(client, steps=2).text)[0].data["class_label"] is None  # a mix
 
 
-def test_the_frames_of_a_stream_are_those_of_the_file(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_the_frames_of_a_stream_are_those_of_the_file(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
         _, *shown, _ = events(watch(client, steps=6, frames=4, seed=1).text)
         frames = all_frames(client, steps=6, frames=4, seed=1)
@@ -146,7 +146,7 @@ def test_multipart_is_framed_for_an_img_tag(client: TestClient) -> None:
     np.testing.assert_array_equal(parts[-1], finished(client, n=2, seed=5, class_label=1, steps=5))
 
 
-def test_a_stream_without_news_sends_heartbeats(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_stream_without_news_sends_heartbeats(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held, stream_heartbeat_s=0.1) as client:
         text = watch(client, steps=50, frames=2, seed=1).text  # a second between the two
         assert text.count("\n\n: waiting\n\n") >= 3
@@ -225,7 +225,7 @@ def test_nothing_acceptable_is_406_unless_a_format_is_named(client: TestClient) 
 
 @pytest.mark.parametrize("format", ["sse", "multipart", "gif"])
 def test_a_timeout_ends_a_stream_by_an_event_and_a_file_by_504(
-    held: HeldRunner, grey_checkpoint: Path, format: str
+    held: SlowRunner, grey_checkpoint: Path, format: str
 ) -> None:
     with serving(grey_checkpoint, held) as client:
         query = {"format": format, "steps": 100, "frames": 100, "timeout_s": 1}

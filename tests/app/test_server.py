@@ -120,6 +120,7 @@ main.serve(main.read_settings(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_collection_of_garbage_has_little_to_look_through(grey_checkpoint: Path) -> None:
     """Nobody is served meanwhile; through all that is imported it took 0.2 s."""
     argv = [sys.executable, "-c", COUNTS_OBJECTS, "--checkpoint", str(grey_checkpoint)]
@@ -198,7 +199,7 @@ def slow_work(server: ServerProcess, steps: int) -> tuple[list[httpx.Response], 
     ]
     for thread in threads:
         thread.start()
-    wait_for(lambda: server.rows() == 3, "work")
+    wait_for(lambda: server.samples_in_flight() == 3, "work")
     return answers, threads
 
 

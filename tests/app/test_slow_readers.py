@@ -41,7 +41,7 @@ def test_a_slow_reader_loses_frames_but_no_image(grey_checkpoint: Path) -> None:
         for _ in range(3):
             time.sleep(1)
             taken += stream.read(1)
-        wait_for(lambda: server.rows() == 0, "the end of its work, while it has read 3 bytes")
+        wait_for(lambda: server.samples_in_flight() == 0, "the end of its work, while it has read 3 bytes")
         assert server.metric("ddpm_images_total") == 2 * 64
         sent, dropped = (server.metric(f"ddpm_frames_{name}_total") for name in ("sent", "dropped"))
         assert sent < 30
@@ -54,6 +54,11 @@ def test_a_slow_reader_loses_frames_but_no_image(grey_checkpoint: Path) -> None:
         assert last.startswith("event: completed\n")
         assert base64.b64decode(json.loads(last.partition("data: ")[2])["png"]) == expected
         assert end == ""
+
+        patient = open_stream(server, STREAM + "&every_frame=true")
+        wait_for(lambda: server.rows() == 0, "the end of its work, while it has read nothing")
+        assert patient.read().decode().count("event: frame\n") == 100
+        patient.close()
 
         stuck = open_stream(server, STREAM.replace("seed=5", f"seed={SLOW}"))
         wait_for(lambda: server.metric("ddpm_frames_dropped_total") > dropped + 9, "a stream that backs up")

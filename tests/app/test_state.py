@@ -17,7 +17,7 @@ from app.request_context import context_of
 from app.request_params import build_request
 from app.routes.state import AppState, in_flight
 from app.schemas import GenerateBody
-from tests.app.conftest import HeldRunner, serving
+from tests.app.conftest import SlowRunner, serving
 from tests.app.processes import metric, wait_for
 
 
@@ -56,7 +56,7 @@ def request(receive: Any) -> Request:
     return Request({"type": "http", "method": "POST", "headers": []}, receive)
 
 
-def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_handler_that_breaks_frees_its_place(held: SlowRunner, grey_checkpoint: Path) -> None:
     async def handle(service: AppState) -> None:
         job = build_request(GenerateBody(steps=1000), service.models.default, service.settings)
         async with in_flight(service, request(silence), job):
@@ -70,7 +70,7 @@ def test_a_handler_that_breaks_frees_its_place(held: HeldRunner, grey_checkpoint
         )
 
 
-def test_a_leaving_client_marks_the_outcome_at_once(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_a_leaving_client_marks_the_outcome_at_once(held: SlowRunner, grey_checkpoint: Path) -> None:
     async def handle(service: AppState) -> str:
         http = request(disconnect)
         job = build_request(GenerateBody(steps=1000), service.models.default, service.settings)

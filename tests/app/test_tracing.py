@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from app.__main__ import DUPLICATE_SIGNAL_S
 from app.main import create_app
 from app.settings import Settings
-from tests.app.conftest import HeldRunner
+from tests.app.conftest import SlowRunner
 from tests.app.faulty_server import HANGS, SLOW
 from tests.app.processes import ServerProcess, wait_for
 from tests.app.test_faults import ask
@@ -132,7 +132,7 @@ def test_what_ends_at_once_sends_its_spans_before(grey_checkpoint: Path, collect
     with ServerProcess(FAULTY, *argv, **never) as server:
         server.client.post("/generate", json={"steps": 1}).raise_for_status()
         connection = ask(server, "POST", "/generate", {"n": 4, "steps": 1000, "seed": SLOW})
-        wait_for(lambda: server.rows() == 4, "work")
+        wait_for(lambda: server.samples_in_flight() == 4, "work")
         server.terminate()
         time.sleep(DUPLICATE_SIGNAL_S + 0.1)
         assert not collector.spans
@@ -154,7 +154,7 @@ def roots(collector: Collector) -> list[Any]:
 
 
 def test_a_ray_replica_sends_its_spans_before_it_ends(
-    grey_checkpoint: Path, held: HeldRunner, collector: Collector, monkeypatch: pytest.MonkeyPatch
+    grey_checkpoint: Path, held: SlowRunner, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exit(code: int) -> None:
         raise SystemExit(code)

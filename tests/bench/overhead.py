@@ -58,7 +58,7 @@ def load(server: ServerProcess, clients: int, body: dict[str, Any], accept: str)
     workers = [threading.Thread(target=work) for _ in range(clients)]
     for worker in workers:
         worker.start()
-    wait_for(lambda: server.rows() > ROWS * (clients - 2), "all clients")
+    wait_for(lambda: server.samples_in_flight() > ROWS * (clients - 2), "all clients")
     yield
     stop.set()
     for worker in workers:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from model.backends.openvino import compile_openvino
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import to_uint8
-from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 
 CPU = torch.device("cpu")
@@ -31,7 +29,7 @@ AT_ONCE = 8  # rows of a call
 def images(loaded: Checkpoint, network: Network, count: int) -> Tensor:
     """int16 [count, C, H, W]."""
     unet, made = loaded.config.unet, []
-    schedule = make_schedule(loaded.diffusion, **asdict(loaded.config.sampling))
+    schedule = loaded.config.schedule(loaded.config.sampling)
     for indices in torch.arange(count).split(AT_ONCE):
         x = sample(
             network,

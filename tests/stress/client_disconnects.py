@@ -33,7 +33,7 @@ def run_disconnects(server: ServerProcess, number: int, seed: int = 0) -> Findin
     snapshot = ResourceSnapshot(server)
     asyncio.run(busy(work, AT_ONCE, witness(load, snapshot, findings)))
     gone = time.monotonic()
-    wait_for(lambda: server.rows() == 0, "free places")
+    wait_for(lambda: server.samples_in_flight() == 0, "free places")
     findings.numbers["seconds from the last leaving until all places were free"] = round(time.monotonic() - gone, 3)
     asyncio.run(load.check_canary("in the end"))
     snapshot.compare(findings)

@@ -73,7 +73,7 @@ async def _last_words(port: int, server: ServerProcess, name: str, findings: Fin
     for body in bodies[6:]:
         path = f"{SEQUENCE}?{query(body)}&frames=20&format=sse"
         tasks.append(asyncio.create_task(ask(port, message("GET", path))))
-    await asyncio.to_thread(wait_for, lambda: server.rows() == 40, "the work of all")
+    await asyncio.to_thread(wait_for, lambda: server.samples_in_flight() == 40, "the work of all")
     started = time.monotonic()
     if name in FATAL:
         body = {"n": 2, "steps": 8, "seed": FATAL[name]}

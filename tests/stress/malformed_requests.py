@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import struct
+import zlib
 from collections.abc import Callable
+
+from PIL import Image as Pillow
 
 from tests.stress.http_client import message
 
@@ -66,10 +71,40 @@ FOREIGN = [
 ]
 
 
-def post(content: bytes, *lines: str, path: str = "/generate") -> bytes:
+EDITS = "/v1/images/edits"
+EDIT_FIELDS = (*OPENAI_FIELDS, "strength", "input_fidelity", "mask", "image[]", "unheard")
+
+
+def picture(format: str, mode: str = "L", size: tuple[int, int] = (12, 8), **options: object) -> bytes:
+    out = io.BytesIO()
+    Pillow.new(mode, size).save(out, format, **options)
+    return out.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says that it is that large."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+
+
+FILES = [
+    b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS\n", b"GIF89a" + bytes(50),
+    b"\xff\xd8\xff\xe0" + bytes(99),
+    picture("PNG"), picture("PNG", "RGBA"), picture("PNG", size=(9000, 1)), picture("PNG", size=(3000, 3000)),
+    picture("JPEG", "CMYK"), picture("JPEG")[:-20], picture("WEBP", "RGB"), picture("TIFF"), picture("PNG", "I;16"),
+    picture("PNG", save_all=True, append_images=[Pillow.new("L", (12, 8), 9)]),
+    bomb(60_000, 60_000), bomb(4000, 4000), bomb(1, 2**31 - 1), bomb(0, 0),
+]  # fmt: skip
+
+
+def post(content: bytes, *lines: str, path: str = "/generate", kind: str = "application/json") -> bytes:
     """POST of exactly this body."""
-    head = "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", ""])
-    return head.encode("latin-1") + content
+    head = "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {kind}", *lines, "", ""])
+    return head.encode("latin-1", "replace") + content
 
 
 def wrong_values(rng: random.Random) -> bytes:
@@ -84,6 +119,26 @@ def wrong_prompt(rng: random.Random) -> bytes:
     fields |= {"prompt": rng.choice(PROMPTS)} | ({"size": rng.choice(SIZES)} if rng.random() < 0.3 else {})
     content = json.dumps(fields).encode()
     return post(content, f"Content-Length: {len(content)}", path=OPENAI)
+
+
+def wrong_form(rng: random.Random) -> bytes:
+    """An edit of what is no image, or a form that is none."""
+    edge = rng.choice(["b", "b" * 70, "b" * 3000, "--", "é"])
+    sent = [("prompt", "", b"plain"), ("image", '; filename="a.png"', rng.choice(FILES))]
+    if rng.random() < 0.5:
+        sent.append(("mask", '; filename="m.png"', rng.choice(FILES)))
+    for name in rng.sample(EDIT_FIELDS, rng.randint(0, 3)):
+        sent.append((name, "", str(rng.choice(VALUES)).encode("utf-8", "replace")))
+    sent *= rng.choice([1, 1, 1, 1, 30])
+    form = b"".join(
+        f'--{edge}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + data + b"\r\n"
+        for name, more, data in sent
+    )
+    form += rng.choice([b"", f"--{edge}--\r\n".encode(), f"--{edge}--".encode(), f"--{edge}".encode()])
+    if rng.random() < 0.3:
+        form = form[: rng.randrange(len(form))]
+    kind = f"multipart/form-data; boundary={rng.choice([edge, edge, edge, 'other', ''])}"
+    return post(form, f"Content-Length: {len(form)}", "Connection: close", path=EDITS, kind=kind)
 
 
 def wrong_address(rng: random.Random) -> bytes:
@@ -159,6 +214,6 @@ def pipelined(rng: random.Random) -> bytes:
 
 
 KINDS: list[Callable[[random.Random], bytes]] = [
-    wrong_values, wrong_prompt, wrong_address, wrong_json, wrong_length, wrong_chunks, wrong_query, wrong_target,
-    wrong_headers, flipped, noise, huge, foreign, pipelined,
+    wrong_values, wrong_prompt, wrong_form, wrong_address, wrong_json, wrong_length, wrong_chunks, wrong_query,
+    wrong_target, wrong_headers, flipped, noise, huge, foreign, pipelined,
 ]  # fmt: skip

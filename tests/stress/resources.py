@@ -50,7 +50,7 @@ class ResourceSnapshot:
         """To be called when all clients are gone. The first third of the looks is warm-up: caches, pools and the
         allocator fill."""
         with suppress(AssertionError):
-            wait_for(lambda: self._server.rows() == 0, "free places")
+            wait_for(lambda: self._server.samples_in_flight() == 0, "free places")
             wait_for(lambda: self._state()["descriptors"] <= self._before["descriptors"], "closed descriptors")
         before, after = self._before, self._state()
         late = self._samples[len(self._samples) // 3 :] or [(time.monotonic(), before["resident"])]

@@ -69,7 +69,7 @@ async def _run_slow_readers(
     steps, started = await step_seconds(), time.monotonic()
     tasks = [asyncio.create_task(slow(i)) for i in range(readers)]
     await asyncio.sleep(0.5)
-    while await asyncio.to_thread(server.rows):
+    while await asyncio.to_thread(server.samples_in_flight):
         snapshot.sample_memory()
         await asyncio.sleep(0.1)
     beside, in_steps_beside = time.monotonic() - started, await step_seconds() - steps

@@ -69,6 +69,7 @@ def test_other_sizes_and_channels_are_refused(
     assert "images of 3 channels, and the run was trained on 1" in refused(run, capsys, "--dataset", str(colour))
 
 
+@pytest.mark.slow
 def test_other_images_are_refused_unless_asked_for(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_other_images_are_refused_unless_asked_for(
     assert "28 images, and here are 29" in refused(run, capsys)
 
 
+@pytest.mark.slow
 def test_a_class_may_be_called_otherwise_and_keeps_its_number(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_fingerprint_is_of_pixels_and_labels_in_any_order() -> None:
     assert len({taken, *map(fingerprint, others)}) == 6
 
 
+@pytest.mark.slow
 def test_a_run_without_a_record_goes_on_with_a_word(
     run: Path, tmp_path: Path, image_folder: ImageFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +198,7 @@ def test_data_that_are_gone_are_told_at_once(
     assert go_on(run, capsys) == ""
 
 
+@pytest.mark.slow
 def test_images_seen_are_counted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     go_on(run, capsys, "--batch_size", "16")
     go_on(run, capsys, "--batch_size", "4")

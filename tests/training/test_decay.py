@@ -29,6 +29,7 @@ def test_the_rate_stays_and_falls_over_the_last_share() -> None:
     assert learning_rate(replace(config, decay_share=0.5), 75) == pytest.approx(5e-4)
 
 
+@pytest.mark.slow
 def test_a_decay_begins_at_a_state_and_leaves_the_run(
     tiny_options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_one_step_student_learns_its_teacher(words: list[str], teacher: str, t
     assert student.config.schedule(student.config.sampling).nfe.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_guidance_moves_into_one_row(words: list[str], tmp_path: Path) -> None:
     more = ["--method", "guidance", "--iterations", "40", "--log_rate", "10"]
     assert distill.main([*words, *more]) == 0
@@ -87,6 +88,7 @@ def test_guidance_moves_into_one_row(words: list[str], tmp_path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bytes(words: list[str], tmp_path: Path) -> None:
     assert distill.main([*words, "--lr_schedule", "constant"]) == 0
     assert distill.main([*words, "--lr_schedule", "constant", "--run_name", "half", "--iterations", "4"]) == 0
@@ -129,6 +131,7 @@ def test_a_run_without_kept_trajectories_leaves_none(words: list[str], tmp_path:
     assert not list((tmp_path / "runs").glob("*.features"))
 
 
+@pytest.mark.slow
 def test_the_extractor_decides_which_student_is_best(
     words: list[str], tmp_path: Path, save_extractor: Callable[..., str]
 ) -> None:
@@ -186,6 +189,7 @@ def student(words: list[str], tmp_path: Path) -> str:
     return str(tmp_path / "runs/first/best.safetensors")
 
 
+@pytest.mark.slow
 def test_a_student_teaches_one_of_fewer_steps(words: list[str], tmp_path: Path, student: str) -> None:
     at = words.index("--teacher_steps")
     assert distill.main([*words[:at], *words[at + 2 :], "--teacher", student, "--steps", "1", "--iterations", "2"]) == 0

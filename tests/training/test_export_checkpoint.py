@@ -85,6 +85,7 @@ def test_what_cannot_be_is_refused_with_a_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
 
+@pytest.mark.slow
 def test_an_average_is_chosen_by_its_name(tiny_options: dict[str, Any], tmp_path: Path) -> None:
     run, out = train(TrainConfig(**tiny_options | {"ema_power": (0.1,)})), tmp_path / "out.safetensors"
     assert export_checkpoint.main([str(run), str(out), "--weights", "power-0.1"]) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.distilled import Distilled
 from model.nn.config import UNetConfig
@@ -20,9 +21,11 @@ from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, SamplingParams, make_schedule
 from model.sampling.step import sample
+from tests.networks import randomised
 from training import fit_sampler
 from training.fitting import fit as fitting
 from training.fitting.solver import LearnedSolver, Target, guided_rows
+from training.fitting.tables import chosen_default
 
 PREDICTIONS = ("eps", "v", "x0")
 FEW = ["--images", "16", "--held_out", "8", "--batch_size", "4", "--learning_rate", "0.005", "--precision", "fp32"]
@@ -125,6 +128,27 @@ def test_fitted_tables_are_nearer_to_the_teacher_and_the_default(
     assert "3-3.pt is not the state of a fit: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], SamplingParams("fitted", 6, 0.0, 2.0)),
+        (["--default", "4"], SamplingParams("ddim", 2, 0.5, 1.0)),  # no better than dpmpp_2m
+        (["--default", "0", "--set_spacing"], SamplingParams("ddim", 2, 0.5, 1.0, spacing="logsnr")),
+        (["--set_spacing"], SamplingParams("fitted", 6, 0.0, 2.0, spacing="logsnr")),
+    ],
+)
+def test_the_default_is_what_measures_better(
+    save_checkpoint: Callable[..., str], words: list[str], expected: SamplingParams
+) -> None:
+    results = [
+        {"steps": 4, "before": {"trailing": 0.2, "logsnr": 0.3}, "spacing": "trailing", "after": 0.2},
+        {"steps": 6, "before": {"trailing": 0.2, "logsnr": 0.1}, "spacing": "logsnr", "after": 0.09},
+    ]
+    args = fit_sampler.parse(["some", "--steps", "4,6", *words])
+    teacher = SamplingParams("dpmpp_2m", 20, guidance_scale=2.0)
+    assert chosen_default(checkpoint.load(save_checkpoint()), results, teacher, args) == expected
+
+
 @pytest.mark.slow
 def test_with_many_steps_a_fit_is_no_worse_than_its_teacher(save_checkpoint: Callable[..., str]) -> None:
     report = fitted(save_checkpoint(), "--steps", "20", "--teacher_steps", "40", "--iterations", "2")
@@ -218,3 +242,30 @@ def test_a_student_is_not_fitted(
     checkpoint.save(tmp_path / "student.safetensors", source.network.state_dict(), config)
     assert fit_sampler.main([str(tmp_path / "student.safetensors"), *FEW, "--steps", "3"]) == 2
     assert "student is distilled, and has its own few steps: fit its teacher" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["unlimited eps", "zero terminal SNR", "learned variance", "unconditional", "dynamic"])
+def test_every_kind_of_checkpoint_can_be_fitted(tiny_config: UNetConfig, tmp_path: Path, how: str) -> None:
+    diffusion, unet, limit = DiffusionConfig(schedule="cosine", prediction="v"), tiny_config, "clamp"
+    if how == "unlimited eps":
+        diffusion, limit = DiffusionConfig(schedule="cosine"), "none"
+    elif how == "zero terminal SNR":
+        diffusion = replace(diffusion, zero_terminal_snr=True)
+    elif how == "learned variance":
+        diffusion, unet = replace(diffusion, variance="learned_range"), replace(unet, learned_variance=True)
+    elif how == "unconditional":
+        unet = replace(unet, num_classes=None, null_class=False)
+    else:
+        limit = "dynamic"
+    names = ("a", "b", "c")[: unet.num_classes or 0]
+    config = CheckpointConfig(unet, diffusion, names, SamplingParams("dpmpp_2m", 12, limit=limit))
+    path = tmp_path / "some.safetensors"
+    checkpoint.save(path, randomised(unet, std=0.05).state_dict(), config)
+    report = fitted(str(path), "--steps", "3", "--iterations", "2", "--images", "4", "--held_out", "4")
+    assert np.isfinite(report["fits"][0]["after"])
+    found = checkpoint.load(path)
+    assert found.config.fitted[0].limit == limit
+    y = None if unet.num_classes is None else [0]
+    schedule = found.config.fitted[0].schedule()
+    assert torch.isfinite(sample(found.network, schedule, unet.image_shape, [1], [0], y, null_class=3)).all()

@@ -15,7 +15,8 @@ from model.diffusion import DiffusionConfig
 from model.distilled import Distilled
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
-from model.sampling.schedule import SamplingParams
+from model.sampling.fitted import FittedTable, weights_digest
+from model.sampling.schedule import SamplingParams, make_schedule
 from training import model_card
 
 UNET = UNetConfig(
@@ -155,3 +156,22 @@ def test_a_card_of_a_checkpoint_without_provenance_is_refused(file: Path, capsys
     checkpoint.save(file, UNet(UNET).state_dict(), config)
     assert model_card.main([str(file)]) == 2
     assert "not made by training.train" in capsys.readouterr().err
+
+
+def test_a_card_lists_fitted_tables_with_their_cost(file: Path) -> None:
+    source = checkpoint.load(file)
+    weights, steps = source.network.state_dict(), 3
+    schedule = make_schedule(source.diffusion, "dpmpp_2m", steps)
+    told = {
+        "teacher": "dpmpp_2m, 20 steps",
+        "distance_before": 0.5,
+        "distance_after": 0.25,
+        "command": "ddpm-serve fit",
+    }
+    settings = (steps, 1.0, (0.0, 1.0), "clamp", schedule.timesteps.tolist(), schedule.table.tolist(), [0] * steps)
+    table = FittedTable(*settings, weights_digest(weights), told)
+    checkpoint.save(file, weights, replace(source.config, fitted=(table,)))
+    assert model_card.main([str(file)]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "| 3 | 3 | dpmpp_2m, 20 steps | 0.5000 | 0.2500 |\n" in text
+    assert "    ddpm-serve fit\n" in text

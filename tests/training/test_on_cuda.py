@@ -125,6 +125,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_no_step_of_training_waits_for_the_gpu(gpu: FakeCuda, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of training.train, with a made-up gradient; then what is saved, loaded and validated."""

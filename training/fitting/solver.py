@@ -104,18 +104,13 @@ class LearnedSolver(nn.Module):
         table, told = self.rows().to(x_T), self.told().to(x_T)
         x, x0 = x_T, torch.zeros_like(x_T)
         x0_prev = x0
+
+        def advance(x: Tensor, x0: Tensor, x0_prev: Tensor, rows: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            out = cfg_forward(network, x, t, y, rows[:, 0], null_class)  # one call a row where g is 1
+            return apply_step(x, out, x0, x0_prev, rows, x_T)
+
         for step in range(self.steps):
             rows, t = table[step].expand(len(x), -1), told[step].expand(len(x))
-            is_guided = self.target.guided[step]
-
-            def advance(
-                x: Tensor, x0: Tensor, x0_prev: Tensor, rows: Tensor, t: Tensor, is_guided: bool = is_guided
-            ) -> tuple[Tensor, Tensor]:
-                if is_guided:
-                    out = cfg_forward(network, x, t, y, rows[:, 0], null_class)
-                else:
-                    out = network(x, t, y).to(x.dtype)
-                return apply_step(x, out, x0, x0_prev, rows, x_T)
 
             if recompute:
                 x, new = checkpoint(advance, x, x0, x0_prev, rows, t, use_reentrant=False)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.checkpoint import SOLVER, Checkpoint
 from model.sampling.fitted import FITTED_TO, FittedTable
-from model.sampling.schedule import FITTED, SamplingParams, make_schedule
-from model.sampling.timestep_spacing import SPACINGS, make_timesteps
+from model.sampling.schedule import FITTED, SamplingParams, SamplingSchedule, make_schedule
+from model.sampling.timestep_spacing import SPACINGS
 from training.fitting.fit import Fit, FitOptions, Pairs, has_to_recompute, mean_distance, read_state
 from training.fitting.progress import left, say
 from training.fitting.setup import Setup
@@ -36,7 +36,7 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
     best = min(before, key=lambda spacing: before[spacing])
     say(f"{steps} steps, {SOLVER} before: " + ", ".join(f"{k} {v:.4f}" for k, v in before.items()), end="\n")
     diffusion = source.diffusion
-    timesteps = make_timesteps(diffusion.num_timesteps, steps, best, diffusion.log_snr())
+    timesteps = solver_schedule(setup, steps, best).timesteps
     whole = getattr(source.config.unet, "time_table", 0) > 0
 
     def solver_of(guided: tuple[bool, ...]) -> LearnedSolver:
@@ -88,11 +88,16 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
     return result, solver.table(digest, provenance)
 
 
+def solver_schedule(setup: Setup, steps: int, spacing: str) -> SamplingSchedule:
+    """dpmpp_2m's, guided and limited as the teacher. Raises ValueError where the diffusion has none of this spacing."""
+    params = replace(setup.teacher, sampler=SOLVER, steps=steps, spacing=spacing, eta=0.0)
+    return make_schedule(setup.source.diffusion, **vars(params))
+
+
 def solver_distance(setup: Setup, steps: int, spacing: str) -> float | None:
     """Of dpmpp_2m with this spacing; None where the diffusion has no such schedule."""
-    params = replace(setup.teacher, sampler=SOLVER, steps=steps, spacing=spacing, eta=0.0)
     try:
-        schedule = make_schedule(setup.source.diffusion, **vars(params))
+        schedule = solver_schedule(setup, steps, spacing)
     except ValueError:
         return None
     count, args = setup.args.images, setup.args
@@ -127,11 +132,19 @@ def maker(setup: Setup, solver: LearnedSolver) -> Callable[[Pairs], Tensor]:
 def chosen_default(
     source: Checkpoint, results: list[dict[str, Any]], teacher: SamplingParams, args: argparse.Namespace
 ) -> SamplingParams:
-    """The checkpoint's settings from now on: a table where it is better than dpmpp_2m at as many steps."""
+    """The checkpoint's settings from now on: a table where it is better than dpmpp_2m at as many steps.
+
+    With --set_spacing other samplers have the spacing that was best at the most steps.
+    """
+    own = source.config.sampling
+    if args.set_spacing:
+        own = replace(own, spacing=max(results, key=lambda result: result["steps"])["spacing"])
+    if args.default == 0:
+        return own
     wanted = args.default or max(args.steps)
     result = next(result for result in results if result["steps"] == wanted)
     if result["after"] >= min(result["before"].values()):
         say(f"{wanted} steps are no better than {SOLVER}'s: the checkpoint's default stays", end="\n")
-        return source.config.sampling
+        return own
     fitted_to = {name: getattr(teacher, name) for name in FITTED_TO}
-    return SamplingParams(FITTED, wanted, spacing=source.config.sampling.spacing, **fitted_to)
+    return SamplingParams(FITTED, wanted, spacing=own.spacing, **fitted_to)

@@ -158,12 +158,15 @@ def ask(checkpoint: Checkpoint, served: ModelInstance) -> Callable[..., AskedReq
         steps: int = 4,
         eta: float = 0.0,
         guidance_scale: float = 1.0,
+        limit: str = "clamp",
+        strength: float = 1.0,
         timeout_s: float = 60,
         keep: int = 1,
         served: ModelInstance = served,
         **fields: Any,
     ) -> AskedRequest:
-        schedule = make_schedule(checkpoint.diffusion, sampler, steps, eta=eta, guidance_scale=guidance_scale)
+        settings = {"eta": eta, "guidance_scale": guidance_scale, "limit": limit}
+        schedule = make_schedule(checkpoint.diffusion, sampler, steps, strength=strength, **settings)
         deadline = time.monotonic() + timeout_s
         stream = CountingStream(loop, keep)
         request = AskedRequest(schedule, seed, index, n, (label,) * n, deadline, stream, served.name, **fields)

@@ -165,6 +165,7 @@ def test_calls_are_filled_up_with_rows_that_change_nothing(checkpoint: Checkpoin
     assert not slots(runner).x[2 * null_slot].any()
 
 
+@pytest.mark.slow
 def test_dynamic_thresholding_steps_run_without_graphs(
     checkpoint: Checkpoint,
     runner: ModelRunner,
@@ -302,6 +303,7 @@ def test_non_finite_values_are_reported_for_their_sample_only(checkpoint: Checkp
     assert all(state(runner, s).isfinite().all() for s in crowd if s not in (crowd[4], crowd[13]))
 
 
+@pytest.mark.slow
 def test_pictures_are_of_the_slots(runner: ModelRunner, plain: ModelRunner, samples: Samples) -> None:
     crowd, others = samples(), samples()
     for each, those in ((runner, crowd), (plain, others)):
@@ -461,6 +463,7 @@ def test_an_engine_serves_from_slots_through_cancels_and_faults(
     assert held._graphs is None, "with its slots"
 
 
+@pytest.mark.slow
 def test_a_dynamic_limit_moves_no_sample_of_others(
     runner: ModelRunner,
     plain: ModelRunner,
@@ -503,6 +506,7 @@ def test_of_dynamic_and_other_samples_the_broken_ones_are_told(
     assert set(map(id, runner.step(crowd))) == {id(others[1]), id(request.samples[1])}
 
 
+@pytest.mark.slow
 def test_a_warm_up_is_of_noise_in_places_that_no_sample_has(
     runner: ModelRunner, samples: Samples, plain: ModelRunner
 ) -> None:

@@ -103,6 +103,7 @@ def test_one_batch_is_one_checkpoints_and_both_move(
     assert {seed for batch in second.batches for seed, *_ in batch} == {2}
 
 
+@pytest.mark.slow
 def test_a_newcomer_warms_up_one_network_call_between_two_steps(
     engine: Engine, runner: HeldRunner, others: list[ModelInstance], ask: Ask
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_newcomer_warms_up_one_network_call_between_two_steps(
     assert pieces == WARMUP_PIECES - 1, "after the last yield it is done at once"
 
 
+@pytest.mark.slow
 def test_the_old_one_ends_its_requests_and_leaves_with_the_last(
     engine: Engine, served: ModelInstance, runner: HeldRunner, others: list[ModelInstance], ask: Ask
 ) -> None:
@@ -186,6 +188,7 @@ def test_a_newcomer_is_told_when_the_engine_ends(engine: Engine, others: list[Mo
         engine.load_model(others[0]).result(20)
 
 
+@pytest.mark.slow
 def test_a_drain_finishes_requests_and_no_newcomer(
     engine: Engine, runner: HeldRunner, others: list[ModelInstance], ask: Ask
 ) -> None:

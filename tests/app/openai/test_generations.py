@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 
 from app.openai.answer import ImagesAnswer
 from model.images import Image
-from tests.app.conftest import BEETLE, HeldRunner, serving
+from tests.app.conftest import BEETLE, SlowRunner, serving
 from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
 SEED = {"seed": 5}
@@ -118,12 +118,13 @@ def test_partials_wait_for_a_slow_reader(grey_checkpoint: Path, monkeypatch: pyt
         assert metric(scraped, "ddpm_frames_dropped_total") == 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_a_stream_stops_its_work(server: ServerProcess, ai: OpenAI) -> None:
     extra = {"steps": 400, "sampler": "ddpm"}
     stream = ai.images.generate(prompt="", n=16, stream=True, partial_images=3, user="leaver", extra_body=extra)
     next(iter(stream))
     stream.close()
-    wait_for(lambda: server.rows() == 0, "the end of its work")
+    wait_for(lambda: server.samples_in_flight() == 0, "the end of its work")
     wait_for(lambda: [line["outcome"] for line in server.logs() if line.get("user") == "leaver"] == ["cancelled"])
 
 
@@ -209,7 +210,7 @@ def test_models_are_listed_as_openai_does(ai: OpenAI) -> None:
         ai.models.retrieve("x")
 
 
-def test_links_wait_for_readiness(held: HeldRunner, grey_checkpoint: Path) -> None:
+def test_links_wait_for_readiness(held: SlowRunner, grey_checkpoint: Path) -> None:
     held.warm.clear()
     with serving(grey_checkpoint, held, cold=True) as client:
         for more in ({}, {"response_format": "url"}, {"stream": True}):

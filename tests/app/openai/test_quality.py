@@ -11,12 +11,14 @@ from app.openai.quality import level_of, plan
 from app.openai.schemas import GenerationsBody
 from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
+from model.distilled import Distilled
 from model.sampling.schedule import SamplingParams
 from tests.app.conftest import CLASSES, GREY
 from tests.model.sampling.test_fitted import table_like
 
 PLAIN = CheckpointConfig(GREY, DiffusionConfig(prediction="v"), CLASSES, SamplingParams("ddim", 6), {})
 TABLES = tuple(table_like(GREY, "none", steps) for steps in (4, 8))
+STUDENT = replace(PLAIN, distilled=Distilled(1.0, 6, "sfd", "ab" * 32))
 FITTED = replace(PLAIN, sampling=SamplingParams("fitted", 8, 0.0, 2.5), fitted=TABLES)
 
 
@@ -34,6 +36,8 @@ FITTED = replace(PLAIN, sampling=SamplingParams("fitted", 8, 0.0, 2.5), fitted=T
         (FITTED, {"quality": "high"}, {"sampler": "dpmpp_2m", "steps": 40}),
         (FITTED, {"quality": "high", "sampler": "fitted"}, {}),
         (FITTED, {"quality": "low", "guidance_scale": 7.0}, {"sampler": "dpmpp_2m", "steps": 10}),
+        (STUDENT, {"quality": "low"}, {}),
+        (STUDENT, {"quality": "high"}, {}),
         (FITTED, {"quality": "low", "sampler": "ddim"}, {"sampler": "ddim", "steps": 25}),
     ],
 )

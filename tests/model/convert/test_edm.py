@@ -49,6 +49,7 @@ def sampled(network: UNet, found: Imported, sampler: str, steps: int) -> Tensor:
     return sample(network, schedule, (3, 8, 8), [5, 5], [0, 1], LABELS, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_x0_is_theirs_at_every_state_of_their_trajectory(found: Imported, network: UNet) -> None:
     theirs_ = {name: torch.from_numpy(array) for name, array in expected(ADM).items()}
     schedule = make_schedule(GaussianDiffusion(found.diffusion), "ddim", 18, limit="none")
@@ -70,6 +71,7 @@ def test_euler_ends_where_theirs_does(found: Imported, network: UNet) -> None:
     assert (sampled(network, found, "ddim", 18) - euler).abs().max() <= 1e-4 * euler.abs().max()
 
 
+@pytest.mark.slow
 def test_the_multistep_solver_ends_near_heun(found: Imported, network: UNet) -> None:
     heun = torch.from_numpy(expected(ADM)["heun"])
     off = {s: float((sampled(network, found, s, 18) - heun).abs().max()) for s in ("ddim", "dpmpp_2m")}

@@ -98,7 +98,7 @@ def test_what_is_not_asked_for_is_the_default_table(config: CheckpointConfig) ->
 
 
 def test_another_default_sampler_has_the_most_fitted_steps(config: CheckpointConfig) -> None:
-    other = replace(config, sampling=SamplingParams("ddim", 10, 0.0, 1.0))
+    other = replace(config, sampling=SamplingParams("ddim", 4, 0.0, 1.0))
     assert other.sampling_params(sampler=FITTED) == SamplingParams(FITTED, 6, 0.0, 2.5)
     assert config.sampling_params(5, sampler=FITTED).steps == 4
 

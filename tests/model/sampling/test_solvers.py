@@ -449,7 +449,7 @@ def test_the_network_sees_timestep_and_class_of_every_row() -> None:
     [
         (
             {"sampler": "euler"},
-            "sampler must be one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, fitted, not 'euler'",
+            "sampler must be one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, consistency, fitted, not 'euler'",
         ),
         ({"steps": 0}, "steps must be between 1 and 1000, not 0"),
         ({"steps": 1001}, "steps must be between 1 and 1000, not 1001"),

@@ -103,6 +103,7 @@ def test_other_settings_begin_anew(
     assert len(list(tmp_path.glob("result-*.features"))) == 2
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_into_one_file(
     evaluation: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def test_a_tuple_of_one_and_of_none() -> None:
     ("words", "message"),
     [
         ("--schedule cosin", "one of linear, cosine, sigmoid, not 'cosin'; did you mean cosine?"),
-        ("--sampler foo", "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, fitted, not 'foo'"),
+        ("--sampler foo", "one of ddpm, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, consistency, fitted, not 'foo'"),
         ("--channel_mults 1,x", "whole numbers such as 1,2,2"),
         ("--attention_resolutions 16", "they are 0 to 3"),
         ("--batch_size 0", "--batch_size must be at least 1"),

@@ -86,6 +86,7 @@ def assert_same_run(read_log: ReadLog) -> SameRun:
     return compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "total"), [(EVERY_DRAW, 8), (EVERY_STATE, 24), (MUON, 8)])
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
     more: Options, total: int, assert_same_run: SameRun, tiny_options: Options
@@ -108,6 +109,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(
         assert len(state["ema"]["averages"]) == 4
 
 
+@pytest.mark.slow
 def test_n_steps_and_then_n_more_are_2n(assert_same_run: SameRun, tiny_options: Options) -> None:
     unbroken = train(TrainConfig(**tiny_options | EVERY_DRAW))
     half = TrainConfig(**tiny_options | EVERY_DRAW | {"run_name": "halves", "iterations": 4})
@@ -115,6 +117,7 @@ def test_n_steps_and_then_n_more_are_2n(assert_same_run: SameRun, tiny_options: 
     assert_same_run(unbroken, train(replace(half, iterations=8), resume=True), 8)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(assert_same_run: SameRun, tiny_options: Options) -> None:
     config = TrainConfig(**tiny_options | EVERY_DRAW | {"lr_schedule": "cosine", "checkpoint_rate": 3, "log_rate": 3})
     run = train(config)
@@ -130,6 +133,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(assert_same_run: Sa
     assert_same_run(run, killed, 8)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_over(assert_same_run: SameRun, tiny_options: Options) -> None:
     config = TrainConfig(**tiny_options)
     run = train(config)
