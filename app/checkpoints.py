@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from model import checkpoint
+from model import checkpoint, hub
 from model.checkpoint import Checkpoint, CheckpointError
+from model.convert.from_hub import from_hub
+from model.convert.layout import Flags, UnsupportedCheckpointError
+from model.hub import HubName
+
+log = logging.getLogger("ddpm.models")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # a file's name and never a path, hidden, or an option
 BEST = "best.safetensors"  # what a training run calls its best checkpoint
@@ -23,7 +30,8 @@ class Source:
 
 
 def parse(text: str) -> list[Source]:
-    """The checkpoints in a list by commas: bundled ones, files, folders of training runs, or NAME=any of these.
+    """The checkpoints in a list by commas: bundled ones, files, folders of training runs, ORG/NAME of the Hugging Face
+    hub, or NAME=any of these.
 
     A path may have commas itself: the longest one that is there counts. Raises CheckpointError with a sentence where
     one is not there, or two would have the same name.
@@ -51,11 +59,27 @@ def locate(item: str) -> Source:
     Raises CheckpointError.
     """
     name, text = _split(item)
+    if (on_hub := hub.parse(text)) is not None:
+        if not _exists(text):
+            return Source(name or on_hub.repo.partition("/")[2], _from_hub(on_hub))
+        log.info("%s is here, so the Hugging Face hub is not asked for it", text)
     path = _folder(text)
     path = _best_of(path) if path else checkpoint.find(text)
     path = Path(os.path.abspath(path))  # a link keeps its name, and where it leads may change
     is_run = path.name == BEST and (path.parent / "config.json").is_file()
     return Source(name or (path.parent.name if is_run else path.stem), path)
+
+
+def _from_hub(name: HubName) -> Path:
+    """The converted checkpoint. Raises CheckpointError with a sentence."""
+
+    say, warn = (partial(level, "%s: %s", name) for level in (log.info, log.warning))
+    try:
+        return from_hub(name, Flags(), say, warn)
+    except UnsupportedCheckpointError as error:
+        raise CheckpointError(f"{name}: {error} (flags are for `ddpm-serve import`, whose file is served)") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def load(source: Source) -> Checkpoint:

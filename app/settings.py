@@ -36,8 +36,9 @@ class Settings(BaseSettings):
 
     checkpoint: str = Field(
         "mnist",
-        description="name of a bundled checkpoint, a .safetensors file, or a training run's folder, each also as "
-        "NAME=PATH; separate several by commas, the first is the default",
+        description="name of a bundled checkpoint, a .safetensors file, a training run's folder, or ORG/NAME on the "
+        "Hugging Face hub (also ORG/NAME@REVISION), each also as NAME=PATH; separate several by commas, the first is "
+        "the default",
     )
     models_dir: str = Field(
         "",

@@ -51,7 +51,10 @@ def environment_reads(path: Path) -> Iterator[str]:
     )
 
 
-LAZY = {"model/backends/openvino.py": "openvino"}  # what a file of `model` may import besides, when it is asked to
+LAZY = {  # what a file of `model` may import besides, when it is asked to
+    "model/backends/openvino.py": "openvino",
+    "model/hub.py": "huggingface_hub",
+}
 
 
 def test_model_imports_nothing_else_of_ours_and_little_of_others() -> None:

@@ -142,6 +142,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Samples, measures, and writes the result. Returns it."""
     device, out = torch_device(args.device), expanded(args.out)
     source, weights = load_weights.load(args.checkpoint, args.weights, {}, device)
+    if args.bits_images and source.config.diffusion.sigmas is not None:
+        raise ValueError("--bits_images: the checkpoint has EDM's levels of noise, which have no bound here")
     extractor = feature_extractor.load(args.features, device)
     settings, schedule = settings_of(source, args)
     train_set, test_set = (

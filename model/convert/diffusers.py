@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from model.convert.layout import (
     norm_groups,
     separate_qkv,
 )
+from model.diffusion import DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock
 from model.nn.unet import UNet
@@ -78,45 +80,67 @@ DIFFUSERS = Layout(
 )
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """What the configurations in a folder tell: all but the weights."""
+
+    path: Path  # of the network
+    theirs: dict[str, Any]
+    unet: UNetConfig
+    diffusion: DiffusionConfig
+    origin: str
+    assumed: tuple[str, ...]
+    limit: str
+
+
 def import_folder(source: Path, flags: Flags) -> Imported:
     """A network's folder, that of a pipeline, or of a training's checkpoint. Raises UnsupportedCheckpointError."""
-    folder = _network(source, flags)
-    if not (folder / "config.json").exists():
-        if any(TENSORFLOW.search(path.name) for path in source.iterdir()):
-            raise UnsupportedCheckpointError(TENSORFLOW_SAYS)
-        raise UnsupportedCheckpointError("this folder has no config.json, and no unet/config.json, as diffusers' have")
-    for above in (source, folder.parent):
+    folder = _described(source, flags)
+    state, file = folder_weights(folder.path)
+    has_average = folder.path.name == "unet_ema" or (folder.path.parent / "unet_ema").is_dir()
+    return Imported(
+        _converted(state, folder.theirs, folder.unet),
+        folder.unet,
+        folder.diffusion,
+        f"{folder.origin}; weights from {folder.path.name}/{file}",
+        folder.assumed,
+        folder.limit,
+        frozenset({"weights"} if has_average else ()),
+    )
+
+
+def check_folder(source: Path, flags: Flags) -> None:
+    """Raises UnsupportedCheckpointError where `import_folder` would, whatever the weights are: without them."""
+    _described(source, flags)
+
+
+def _described(source: Path, flags: Flags) -> _Folder:
+    path = _network(source, flags)
+    for above in (source, path.parent):
         if (above / "model_index.json").exists():
             _check_pipeline(read_json(above / "model_index.json"))
-    theirs = read_json(folder / "config.json")
-    config = unet_config(theirs, flags)
-    state, file = folder_weights(folder)
+    if not (path / "config.json").exists():
+        if any(TENSORFLOW.search(file.name) for file in source.iterdir()):
+            raise UnsupportedCheckpointError(TENSORFLOW_SAYS)
+        raise UnsupportedCheckpointError("this folder has no config.json, and no unet/config.json, as diffusers' have")
+    theirs = read_json(path / "config.json")
+    unet = unet_config(theirs, flags)
     assumed = [] if theirs.get("sample_size") or flags.image_size else ["image_size 32,32"]
-    if folder.name == "unet" and flags.weights is None and (folder.parent / "unet_ema").is_dir():
+    if path.name == "unet" and flags.weights is None and (path.parent / "unet_ema").is_dir():
         assumed.append("the raw weights are meant, though there is unet_ema")
-    configuration = scheduler.find_scheduler(source, folder)
-    limit = "clamp"
+    configuration = scheduler.find_scheduler(source, path)
     if configuration is None:
         flags.need(num_timesteps=1000, schedule="linear", prediction="eps")
-        if not config.learned_variance:
+        if not unet.learned_variance:
             flags.need(variance="fixed_small")
         flags.need_ends()
-        variance = "learned_range" if config.learned_variance else "fixed_small"
-        diffusion, origin = diffusion_by_flags(flags, variance=variance), "by flags, since there is no scheduler"
-    else:
-        told = read_json(configuration)
-        diffusion, limit, more = scheduler.read(told, config.learned_variance)
-        origin, assumed = f"from {told['_class_name']} in {configuration}", [*assumed, *more]
-    used = {"weights"} if folder.name == "unet_ema" or (folder.parent / "unet_ema").is_dir() else set()
-    return Imported(
-        _converted(state, theirs, config),
-        config,
-        diffusion,
-        f"{origin}; weights from {folder.name}/{file}",
-        tuple(assumed),
-        limit,
-        frozenset(used),
-    )
+        variance = "learned_range" if unet.learned_variance else "fixed_small"
+        diffusion, limit = diffusion_by_flags(flags, variance=variance), "clamp"
+        return _Folder(path, theirs, unet, diffusion, "by flags, since there is no scheduler", tuple(assumed), limit)
+    told = read_json(configuration)
+    diffusion, limit, more = scheduler.read(told, unet.learned_variance)
+    origin = f"from {told['_class_name']} in {configuration}"
+    return _Folder(path, theirs, unet, diffusion, origin, (*assumed, *more), limit)
 
 
 def _network(source: Path, flags: Flags) -> Path:

@@ -23,7 +23,7 @@ from model.convert.layout import Weights, norm_groups
 from model.convert.scheduler import PREDICTIONS, UNLIMITED
 from model.diffusion import SCHEDULES, DiffusionConfig
 from model.nn.config import UNetConfig
-from model.nn.layers import ResBlock
+from model.nn.layers import ResBlock, time_embedding
 from model.nn.unet import UNet
 from model.safetensors_io import write_tensors
 from model.sampling.step import DYNAMIC_QUANTILE
@@ -36,7 +36,8 @@ class UnsupportedExportError(ValueError):
 def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> None:
     """Writes the folder. Raises UnsupportedExportError.
 
-    With a class bias in every block `class_label` says which class the exported network, unconditional then, makes.
+    Where classes act in every block, `class_label` says which class the exported network, unconditional then, makes.
+    Scaled timesteps become a learned table of embeddings, of the same numbers.
     """
     config, weights = source.config.unet, dict(source.network.state_dict())
     if not isinstance(config, UNetConfig):
@@ -45,7 +46,7 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         )
     if source.config.diffusion.sigmas is not None:
         raise UnsupportedExportError("a DDPMPipeline cannot express its diffusion: it has EDM's levels of noise")
-    if config.num_classes is not None and config.class_conditioning == "bias":
+    if config.num_classes is not None and config.class_conditioning != "embedding":
         if class_label is None:
             raise UnsupportedExportError(
                 "its classes act in every block, so one class at a time is exported: give --class_label"
@@ -59,16 +60,14 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         raise UnsupportedExportError(
             "--class_label is for networks whose classes act in every block; this one needs none"
         )
+    config, weights = _with_table(config, weights, source.config.diffusion.num_timesteps)
     for problem, present in {
-        "its classes act both in every block and on the time embedding": config.class_conditioning == "both"
-        and config.num_classes is not None,
         f"its norm is {config.norm!r}, not group norm": config.norm != "gn",
         f"its activation is {config.activation!r}, not silu": config.activation != "silu",
         "its first level is wider than its first convolution": config.channel_mults[0] != 1,
-        f"it has {config.num_heads} heads whatever the width": config.num_heads != 1 and not config.head_channels,
+        f"it has {config.num_heads} heads whatever the width": config.num_heads != 1 and not _head_channels(config),
         "it has another number of heads on the way up": config.num_heads_upsample and not config.head_channels,
         "it pads its images": config.initial_pad != 0,
-        "it scales its timesteps": config.time_scale != 1,
         f"its norms have different numbers of groups, {sorted(norm_groups(config))}": len(norm_groups(config)) > 1,
         "its image size does not divide by its resolutions": any(side % config.multiple for side in config.image_size),
         f"it folds squares of {config.patch_size} × {config.patch_size} pixels": config.patch_size != 1,
@@ -93,8 +92,28 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
             part.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _head_channels(config: UNetConfig) -> int:
+    """The width of all heads; 0 where it differs, or there is one head."""
+    levels = {*config.attention_levels, len(config.channel_mults) - 1}  # the last: the middle's
+    widths = {config.base_channels * config.channel_mults[level] for level in levels}
+    if config.head_channels or config.num_heads == 1 or len(widths) > 1:
+        return config.head_channels
+    return widths.pop() // config.num_heads
+
+
+def _with_table(config: UNetConfig, weights: Weights, num_timesteps: int) -> tuple[UNetConfig, Weights]:
+    """Scaled timesteps as a table with a row for each, which a UNet2DModel can learn."""
+    if config.time_scale == 1 or config.time_table:
+        return config, weights
+    t = torch.arange(num_timesteps) * config.time_scale
+    table = time_embedding(t, config.base_channels, config.time_freq_shift)
+    return replace(config, time_table=num_timesteps, time_scale=1.0), weights | {"time_table.weight": table}
+
+
 def _with_one_class(config: UNetConfig, weights: Weights, class_label: int) -> tuple[UNetConfig, Weights]:
-    """The class's bias is constant then: it moves into the convolution's before it (scale-shift: the time's)."""
+    """The class is constant then: it moves into the biases before it, of the time's layers and of convolutions."""
+    if "class_emb.weight" in weights:
+        weights["time_mlp.2.bias"] = weights["time_mlp.2.bias"] + weights.pop("class_emb.weight")[class_label]
     for name in [name for name in weights if name.endswith(".class_bias.weight")]:
         block = name.removesuffix(".class_bias.weight")
         target = f"{block}.time_bias.bias" if config.scale_shift_norm else f"{block}.conv_1.bias"
@@ -173,7 +192,7 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
         "upsample_type": kind,
         "dropout": config.dropout,
         "act_fn": "silu",
-        "attention_head_dim": config.head_channels or None,
+        "attention_head_dim": _head_channels(config) or None,
         "norm_num_groups": groups,
         "attn_norm_num_groups": groups,
         "norm_eps": config.norm_eps,

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from safetensors import safe_open
 
-from model import checkpoint
-from model.checkpoint import CheckpointConfig
-from model.convert.diffusers import import_folder
+from model import checkpoint, hub
+from model.atomic_write import atomic_write
+from model.convert.conversion import config_of, import_path, told
 from model.convert.files import load_weights
-from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
-from model.convert.recognise import recognise, recognised
-from model.diffusion import PRECONDITIONED, PREDICTIONS, SCHEDULES, TRAINED, VARIANCES, DiffusionConfig
+from model.convert.from_hub import from_hub
+from model.convert.layout import Flags, UnsupportedCheckpointError
+from model.convert.recognise import recognise
+from model.diffusion import PRECONDITIONED, PREDICTIONS, SCHEDULES, VARIANCES
 from model.nn.layers import ACTIVATIONS
-from model.sampling.schedule import SamplingParams
 
 __all__ = ["import_path", "load_weights", "main", "recognise"]
 
@@ -49,36 +53,17 @@ CHOICES = {
 }
 
 
-def import_path(source: Path, flags: Flags) -> Imported:
-    """Weights and configuration of a file, or of a diffusers folder. Raises UnsupportedCheckpointError."""
-    told = flags.with_schedule()
-    try:
-        if source.is_dir():
-            imported = import_folder(source, told)
-        else:
-            state, importer = recognised(load_weights(source), told)
-            imported = importer(state, told)
-    except UnsupportedCheckpointError:
-        raise
-    except ValueError as error:  # a configuration that the network here cannot have, in our words
-        raise UnsupportedCheckpointError(f"its network or its diffusion cannot be expressed here: {error}") from error
-    except (LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
-        raise UnsupportedCheckpointError(
-            "it is damaged: its contents are not of the kind or shape that such files have"
-        ) from error
-    imported.check(flags)
-    return imported
-
-
 def parser() -> argparse.ArgumentParser:
     """Every field of `Flags` is an option."""
     result = argparse.ArgumentParser(prog="python -m model.importers", description=(__doc__ or "").split("\n")[0])
     result.add_argument(
         "source",
-        help="abarankab/DDPM .pth, lucidrains model-1.pt, w86763777 ckpt.pt, improved- or guided-diffusion .pt, "
-        "or a diffusers folder (UNet2DModel or DDPMPipeline)",
+        help="a diffusers folder (UNet2DModel or DDPMPipeline); ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub; "
+        "a file of abarankab/DDPM, lucidrains, improved- or guided-diffusion, w86763777, tqch, ermongroup or pesser",
     )
     result.add_argument("destination", help="the checkpoint to write (.safetensors)")
+    what = "of a repository on the hub, .bin, .pt and other pickles, too; only tensors are read"
+    result.add_argument("--allow_bin", action="store_true", help=what)
     for f in fields(Flags):
         if isinstance(f.default, bool):
             result.add_argument(f"--{f.name}", action="store_true")
@@ -96,48 +81,45 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
-    source, destination = Path(given.pop("source")), Path(given.pop("destination"))
-    flags = Flags(**given)
+    source, destination, allow_bin = str(given.pop("source")), Path(given.pop("destination")), given.pop("allow_bin")
+    flags, name = Flags(**given), hub.parse(source)
+    is_here = os.path.exists(source)
+    say = partial(_say, source if name and not is_here else Path(source).name)
     try:
-        imported = import_path(source, flags)
-        names = flags.class_names or tuple(str(i) for i in range(imported.unet.num_classes or 0))
-        steps = min(SamplingParams.steps, imported.diffusion.num_timesteps)
-        sampling = replace(SamplingParams(steps=steps, limit=imported.limit), **imported.sampling)
-        provenance = {"imported_from": source.name, "diffusion": imported.origin, "flags": _noted(flags)}
-        config = CheckpointConfig(imported.unet, imported.diffusion, names, sampling, provenance)
-    except ValueError as error:
-        print(f"model.importers: {source.name}: {error}", file=sys.stderr)
+        if name and not is_here:
+            kept = from_hub(name, flags, say, allow_bin=allow_bin)
+            config = checkpoint.load(kept).config
+            write: Callable[[], Any] = partial(_copy, kept, destination)
+        else:
+            if name:
+                say("it is here, so the Hugging Face hub is not asked for it")
+            if allow_bin:
+                raise UnsupportedCheckpointError("--allow_bin is for names on the hub: leave it out")
+            imported = import_path(Path(source), flags)
+            config = config_of(imported, flags, Path(source).name)
+            say(told(config))
+            write = partial(checkpoint.save, destination, imported.weights, config)
+    except (ValueError, OSError) as error:
+        say(str(error))
         return 2
-    print(f"model.importers: {source.name}: {told(imported)}", file=sys.stderr)
     try:
-        checkpoint.save(destination, imported.weights, config)
+        write()
     except OSError as error:
         print(f"model.importers: {destination} cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(
-        f"{destination}: {json.dumps({'parameters': _count(imported.weights), 'image_shape': config.unet.image_shape})}"
-    )
+    with safe_open(destination, framework="pt") as file:
+        count = sum(math.prod(file.get_slice(tensor).get_shape()) for tensor in file.keys())  # noqa: SIM118
+    print(f"{destination}: {json.dumps({'parameters': count, 'image_shape': config.unet.image_shape})}")
     return 0
 
 
-def told(imported: Imported) -> str:
-    """Which diffusion was taken from where, and what was assumed, in one line."""
-    limit = {"none": "no limit of x0", "clamp": "x0 clamped to ±1", "dynamic": "x0 limited by its quantile"}
-    text = f"diffusion: {_words(imported.diffusion)}, {limit[imported.limit]} ({imported.origin})"
-    return f"{text}; assumed: {', '.join(imported.assumed)}" if imported.assumed else text
+def _say(source: str, line: str) -> None:
+    print(f"model.importers: {source}: {line}", file=sys.stderr)
 
 
-def _words(diffusion: DiffusionConfig) -> str:
-    if (sigmas := diffusion.sigmas) is not None:
-        return f"levels of noise from {sigmas.sigma_min:g} to {sigmas.sigma_max:g}, prediction {diffusion.prediction}"
-    schedule = diffusion.schedule
-    if schedule == "linear":
-        schedule += f" {diffusion.schedule_low:.4g} to {diffusion.schedule_high:.4g}"
-    elif schedule == TRAINED:
-        schedule = f"its own betas {diffusion.trained_betas[0]:.4g} to {diffusion.trained_betas[-1]:.4g}"
-    if diffusion.zero_terminal_snr:
-        schedule += " with zero terminal SNR"
-    return f"{diffusion.num_timesteps} timesteps, {schedule}, prediction {diffusion.prediction}, {diffusion.variance}"
+def _copy(source: Path, destination: Path) -> None:
+    with atomic_write(destination) as part:
+        shutil.copyfile(source, part)
 
 
 def _tuple_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
@@ -150,11 +132,6 @@ def _tuple_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
     return parts
 
 
-def _noted(flags: Flags) -> dict[str, Any]:
-    """The flags for the provenance; betas are in the configuration, and many."""
-    return {name: value for name, value in flags.given().items() if name != "trained_betas"}
-
-
 def _betas(name: str) -> tuple[float, ...]:
     try:
         numbers = json.loads(Path(name).read_bytes())
@@ -164,7 +141,3 @@ def _betas(name: str) -> tuple[float, ...]:
     if not isinstance(numbers, list) or len(numbers) < 2 or not all(isinstance(beta, float) for beta in numbers):
         raise argparse.ArgumentTypeError(f"{name} is not a list of betas, such as [0.0001, 0.00012]")
     return tuple(numbers)
-
-
-def _count(weights: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in weights.values())

@@ -1,4 +1,6 @@
 import html
+import io
+import itertools
 import json
 import re
 import shlex
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.schemas import GenerateBody
@@ -17,6 +20,8 @@ from model.sampling.schedule import DEFAULT_STEPS
 from tests.app.conftest import BEETLE, CLASSES, SlowRunner, serving
 from tests.app.processes import metric, wait_for
 
+HOLE = io.BytesIO()
+Image.new("RGBA", (12, 8)).save(HOLE, "PNG")
 ENDPOINTS = ("/generate", "/diffusion-sequence", "/models", "/livez", "/readyz", "/health", "/metrics")
 
 
@@ -223,7 +228,16 @@ def test_the_commands_on_the_page_of_the_api_work(client: TestClient) -> None:
             answer = client.post(path, json=body | {"class_label": None})  # its classes are the bundled checkpoint's
         elif "-d" in words and path == "/v1/images/generations":
             answer = client.post(path, json=json.loads(words[words.index("-d") + 1]) | {"prompt": "plain"})
+<<<<<<< HEAD
         elif not {"-X", "-d", "-F"} & set(words):
+=======
+        elif "-F" in words:
+            form = dict(word.split("=") for flag, word in itertools.pairwise(words) if flag == "-F")
+            files = {name: HOLE.getvalue() for name in form if form[name].startswith("@")}
+            form = {name: value for name, value in form.items() if name not in files}
+            answer = client.post(path, data=form | {"prompt": "plain"}, files=files)
+        elif "-X" not in words and "-d" not in words:
+>>>>>>> main
             answer = client.get(path)
         else:
             continue  # of models, which needs a key, and of images to send

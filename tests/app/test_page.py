@@ -198,6 +198,25 @@ def test_an_error_of_the_server_is_shown(page: Any, server: ServerProcess) -> No
     assert "422 invalid_request: steps" in page.inner_text("#alert")
 
 
+def test_a_part_is_drawn_over_and_repainted(page: Any, server: ServerProcess) -> None:
+    page.goto(server.url + "/#seed=3&steps=4&image=1")
+    finished(page)
+    page.click("#repaint summary")
+    mask = page.locator("#mask")
+    mask.scroll_into_view_if_needed()
+    box = mask.bounding_box()
+    x, y = box["x"] + box["width"] / 8, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y + box["height"] / 8, steps=3)
+    page.mouse.up()
+    page.click("#paint")
+    page.wait_for_selector("text=Repainted. Once more gives another one.")
+    before, after = pixels(page, "#xt"), pixels(page, "#repainted")
+    assert np.array_equal(after[:, 6:], before[:, 6:])
+    assert not np.array_equal(after[:, :3], before[:, :3])
+
+
 def test_it_is_used_by_keyboard_alone(page: Any, server: ServerProcess) -> None:
     page.goto(server.url)
     page.focus("#seed")
@@ -210,6 +229,30 @@ def test_it_is_used_by_keyboard_alone(page: Any, server: ServerProcess) -> None:
     page.keyboard.press("Escape")
     assert not page.locator("#detail").is_visible()
     assert page.evaluate("document.activeElement.innerText").strip() == CLASSES[0]
+
+
+def test_a_part_drawn_over_is_painted_again(page: Any, server: ServerProcess) -> None:
+    page.goto(server.url + "/#seed=8&image=0")
+    finished(page)
+    page.click("#repaint summary")
+    page.click("#paint")
+    page.wait_for_selector("text=Draw over a part of the image first.")
+    box = page.locator("#mask").bounding_box()
+    page.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+    page.mouse.up()
+    page.focus("#mask")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")  # in the middle, one to the right
+    page.select_option("#paint_class", "1")
+    page.click("#paint")
+    page.wait_for_selector("text=Repainted.")
+    before, after = pixels(page, "#xt"), pixels(page, "#repainted")
+    changed = np.abs(after.astype(int) - before) > 1
+    assert changed[:, :3].any()
+    assert changed[4, 7]
+    assert not changed[:, 10:].any()  # which nobody drew over
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -299,7 +299,7 @@ def test_a_schedule_is_made_once_for_equal_settings(grey: Checkpoint) -> None:
 
 def test_every_sampling_setting_travels(grey: Checkpoint) -> None:
     names = [setting.name for setting in fields(SamplingParams)]
-    assert list(GenerateResponse.model_fields) == ["model", "checkpoint", *names, "images"]
+    assert list(GenerateResponse.model_fields) == ["model", "checkpoint", *names, "nfe", "images"]
     assert list(GenerateBody(n=1).overrides()) == names
     for body in (GenerateBody, SequenceQuery):
         assert list(body.model_fields)[6:13] == names, "where they were in the documentation"

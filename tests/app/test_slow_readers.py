@@ -56,7 +56,7 @@ def test_a_slow_reader_loses_frames_but_no_image(grey_checkpoint: Path) -> None:
         assert end == ""
 
         patient = open_stream(server, STREAM + "&every_frame=true")
-        wait_for(lambda: server.rows() == 0, "the end of its work, while it has read nothing")
+        wait_for(lambda: server.samples_in_flight() == 0, "the end of its work, while it has read nothing")
         assert patient.read().decode().count("event: frame\n") == 100
         patient.close()
 

@@ -10,11 +10,13 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
+from model.convert.importer import main as import_main
 from model.diffusion import DiffusionConfig
 from model.distilled import Distilled
 from model.nn.unet import UNet
 from model.sampling.schedule import FITTED, SamplingParams
 from model.sampling.step import sample
+from tests.fixtures import theirs
 from training import distill
 from training.distillation import trainer
 from training.distillation.config import DistillConfig
@@ -180,6 +182,13 @@ def test_a_teacher_without_null_class_cannot_be_guided(
     path = save_checkpoint(replace(tiny.config, null_class=False))
     assert distill.main([*words, "--teacher", path, "--guidance_scale", "2"]) == 2
     assert "the teacher has no null class to guide away from, so it must be 1" in capsys.readouterr().err
+
+
+def test_levels_of_noise_teach_no_student(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "edm.safetensors")
+    assert import_main([str(theirs("edm/adm.pt")), path]) == 0
+    assert distill.main([*words, "--teacher", path]) == 2
+    assert "has EDM's levels of noise, which no student can be taught here" in capsys.readouterr().err
 
 
 @pytest.fixture

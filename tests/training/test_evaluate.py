@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
+from model.convert.importer import main as import_main
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8, to_uint8
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
+from tests.fixtures import theirs
 from training import data, evaluate
 from training.classifier import train
 from training.classifier.network import Classifier, ClassifierConfig
@@ -250,6 +252,15 @@ def test_what_cannot_be_is_said(
     assert code == 2
     assert why in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
+
+
+def test_levels_of_noise_have_no_bits(
+    evaluation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "edm.safetensors")
+    assert import_main([str(theirs("edm/adm.pt")), path]) == 0
+    assert evaluate.main([*evaluation, "--checkpoint", path, "--bits_images", "2"]) == 2
+    assert "--bits_images: the checkpoint has EDM's levels of noise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 
-from model import checkpoint
+from model import checkpoint, hub
 from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
 from model.convert.abarankab import import_abarankab
+from model.convert.from_hub import from_hub
 from model.convert.importer import import_path, load_weights, recognise
 from model.convert.layout import Flags, UnsupportedCheckpointError, Weights
 from model.diffusion import DiffusionConfig
+from model.hub import HubName
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from model.sampling.schedule import SamplingParams
@@ -79,7 +82,7 @@ def load_abarankab(path: Path, told: CliOverrides) -> Original:
 
 
 def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> tuple[Checkpoint, str]:
-    """A network to sample from, and which weights it has, in words.
+    """A network to sample from, and which weights it has, in words: of a file, a run, or a name on the hub.
 
     `weights` is "ema" (the first average), "raw", or the name of an average, such as "0.999" or "power-0.1". A run's
     folder gives its best checkpoint. All but the first average are in the state that belongs to a checkpoint, or, for
@@ -87,6 +90,9 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
     was `told`.
     """
     path = expanded(name)
+    if not path.exists() and (on_hub := hub.parse(name)) is not None:
+        path = _from_hub(on_hub)
+        name = str(path)
     if path.is_file() and is_original(path):
         return _of_abarankab(path, weights, told, device)
     if path.is_dir():
@@ -108,6 +114,14 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
     if weights != "ema":
         return _of_state(state, served.config, weights, device), f"ema {weights}"
     return _of_state(state, served.config, index, device), f"ema of decay {decays[index]}"
+
+
+def _from_hub(name: HubName) -> Path:
+    """The converted checkpoint. Raises ValueError with a sentence."""
+    try:
+        return from_hub(name, Flags(), lambda line: print(f"{name}: {line}", file=sys.stderr))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _of_abarankab(path: Path, weights: str, told: CliOverrides, device: torch.device) -> tuple[Checkpoint, str]:

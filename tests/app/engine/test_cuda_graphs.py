@@ -18,10 +18,13 @@ from app.engine.instance import ModelInstance
 from app.engine.request import Request, Sample
 from app.engine.runner import ModelRunner
 from model.backends.cuda import CudaRecorder
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, CheckpointConfig
+from model.diffusion import DiffusionConfig
+from model.nn.config import LucidrainsConfig
 from model.sampling.noise import normals_of
 from model.sampling.step import apply_step
 from tests.app.engine.conftest import Metrics, TestedEngine, equal, finish, graphed, record_by_repeating, until
+from tests.networks import randomised
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -294,3 +297,25 @@ def test_a_new_model_is_captured_while_others_are_served(
         engine.drain(0)
         assert engine.join(30)
     assert second.runner._graphs is not None
+
+
+@pytest.mark.slow
+def test_lucidrains_network_steps_by_graphs(samples: Samples) -> None:
+    unet = LucidrainsConfig(
+        image_size=(8, 8),
+        dim=8,
+        dim_mults=(1, 2),
+        full_attention=(False, True),
+        heads=(2,) * 3,
+        head_channels=(8,) * 3,
+        init_dim=8,
+        num_classes=3,
+        null_class=True,
+    )
+    config = CheckpointConfig(unet, DiffusionConfig(100, prediction="v"), ("a", "b", "c"))
+    lucid = Checkpoint("lucid", "0" * 64, config, randomised(unet).requires_grad_(False))
+    runner, plain = graphed(lucid, 8), ModelRunner(lucid, CPU, 8)
+    runner.warm_up(8)
+    plain.warm_up(8)
+    assert runner._graphs is not None
+    assert equal(finish(runner, samples()), finish(plain, samples()))
