@@ -228,19 +228,15 @@ def test_the_commands_on_the_page_of_the_api_work(client: TestClient) -> None:
             answer = client.post(path, json=body | {"class_label": None})  # its classes are the bundled checkpoint's
         elif "-d" in words and path == "/v1/images/generations":
             answer = client.post(path, json=json.loads(words[words.index("-d") + 1]) | {"prompt": "plain"})
-<<<<<<< HEAD
-        elif not {"-X", "-d", "-F"} & set(words):
-=======
         elif "-F" in words:
             form = dict(word.split("=") for flag, word in itertools.pairwise(words) if flag == "-F")
             files = {name: HOLE.getvalue() for name in form if form[name].startswith("@")}
             form = {name: value for name, value in form.items() if name not in files}
             answer = client.post(path, data=form | {"prompt": "plain"}, files=files)
         elif "-X" not in words and "-d" not in words:
->>>>>>> main
             answer = client.get(path)
         else:
-            continue  # of models, which needs a key, and of images to send
+            continue  # of models, which needs a key
         assert answer.status_code == 200, command
 
 
