@@ -21,6 +21,7 @@ from tests.app.processes import ServerProcess
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")]
+DENIED = "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('denied'); }})"
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 
 
@@ -295,6 +296,13 @@ def test_a_key_is_asked_for_without_scolding(page: Any, grey_checkpoint: Path, t
         page.fill("#steps", "2")
         page.click("#go")
         page.wait_for_selector("text=Choose an image to see it large.")
+        page.reload()
+        page.wait_for_selector("#go:not([disabled])")
+        page.add_init_script(DENIED)
+        page.reload()
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#go:not([disabled])")
 
 
 def test_the_page_offers_fitted_steps_by_name(page: Any, fitted_checkpoint: Path) -> None:
