@@ -16,6 +16,7 @@ from app.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, Se
 PARSE_CHUNK = 1024  # bytes that are parsed at once
 READ_AHEAD = 65_536  # bytes that are read while earlier requests are answered: enough to see the client leave
 NOTSENT_LOWAT = 16_384  # bytes that the kernel may hold for a client before it sends them; its default is megabytes
+JOINED_BODY = 65_536  # bytes of a body that are worth a copy, so that its head goes out with them
 WRITE_CHECKS = 4  # at a client that takes nothing, before it is cut off
 UPGRADE_HEADERS = {
     b"upgrade",
@@ -35,11 +36,15 @@ class ConnectionLimits:
 
 
 class ClientTransport:
-    """A transport that counts `bytes_flushed` to its client, and reads none while it is `read_paused`."""
+    """A transport that counts `bytes_flushed` to its client, and reads none while it is `read_paused`.
+
+    An answer's head goes out with what follows it: for each send the event loop gives up Python's lock.
+    """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._written = 0
+        self._head = b""  # written, and held until the loop's next turn at most
         self.read_paused = False
 
     def __getattr__(self, name: str) -> Any:
@@ -48,7 +53,25 @@ class ClientTransport:
     def write(self, data: bytes) -> None:
         """As the transport's own."""
         self._written += len(data)
-        self._transport.write(data)
+        if data.startswith(b"HTTP/1.1 ") and not self._head:
+            self._head = data
+            asyncio.get_running_loop().call_soon(self._flush_head)
+        elif self._head and len(data) <= JOINED_BODY:
+            data, self._head = self._head + data, b""
+            self._transport.write(data)
+        else:
+            self._flush_head()
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """As the transport's own."""
+        self._flush_head()
+        self._transport.close()
+
+    def _flush_head(self) -> None:
+        data, self._head = self._head, b""
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
 
     def resume_reading(self) -> None:
         """As the transport's own, which uvicorn calls at every request and every answer."""
@@ -58,7 +81,7 @@ class ClientTransport:
     @property
     def bytes_flushed(self) -> int:
         """Bytes that were written and do not wait here any more."""
-        return self._written - self._transport.get_write_buffer_size()
+        return self._written - len(self._head) - self._transport.get_write_buffer_size()
 
 
 class HardenedHttpProtocol(HttpToolsProtocol):

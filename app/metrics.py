@@ -125,6 +125,7 @@ class EngineMetrics:
             registry=r,
         )
         self.image_steps = Counter("ddpm_image_steps_total", "Denoising steps, counted per image.", model, registry=r)
+        self.nfe = Counter("ddpm_nfe_total", "Network rows that denoising steps computed (NFE).", model, registry=r)
         self.images = Counter("ddpm_images_total", "Images of requests that succeeded.", model, registry=r)
         self.wasted_steps = Counter(
             "ddpm_wasted_image_steps_total",
@@ -143,7 +144,7 @@ class EngineMetrics:
 
     def init_labels(self, model: str) -> None:
         """Makes the series of a checkpoint that will be served: a rate needs the 0 before the first event."""
-        for counter in (self.image_steps, self.images, self.failed_steps):
+        for counter in (self.image_steps, self.nfe, self.images, self.failed_steps):
             counter.labels(model)
         for histogram in (
             self.step_seconds,

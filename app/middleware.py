@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -41,7 +41,7 @@ class RequestLogMiddleware:
             return
         started = time.perf_counter()
         offered = Headers(scope=scope).get("x-request-id", "")
-        request_id = offered if _REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
+        request_id = offered if _REQUEST_ID.fullmatch(offered) else f"{random.getrandbits(128):032x}"
         context = context_of(scope)
         context.request_id = request_id
         status = 0

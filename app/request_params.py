@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import random
 import re
-import secrets
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -118,7 +118,8 @@ def build_request(
         schedule = checkpoint.schedule(sampling, variance, strength or 1.0)
     except InvalidSamplingParams as error:
         raise InvalidRequest(str(error), param=error.field) from error
-    seed = secrets.randbelow(LARGEST_JSON_INTEGER) if asked.seed is None else asked.seed
+    # Not from the system each time: that gives up Python's lock, and the engine may keep it for long.
+    seed = random.getrandbits(53) if asked.seed is None else asked.seed
     label = class_index(asked.class_label, checkpoint.config.class_names)
     places = range(asked.index, asked.index + asked.n)
     if asked.each_class and (label is not None or unet.num_classes is None):

@@ -15,7 +15,7 @@ from model.checkpoint import CHECKSUMS_FILE, PRETRAINED
 from tests.app.processes import ServerProcess
 
 NAMES = sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
-CLASS = {"cifar10": "horse", "mnist": "7"}
+CLASS = {"cifar10": "horse", "mnist": "7", "mnist-fast": "7"}
 LARGEST = 16_000_000  # bytes of a checkpoint
 REPOSITORY = 40 * 2**20  # bytes of all tracked files
 
@@ -37,7 +37,9 @@ def test_a_card_a_picture_and_a_checksum_lie_beside_it(name: str) -> None:
 def test_it_is_served_by_its_name(name: str) -> None:
     unet = checkpoint.load(name).config.unet
     with ServerProcess("app", "--checkpoint", name, "--max-batch-size", "2") as server:
-        answer = server.client.post("/generate", json={"class_label": CLASS[name], "n": 4, "steps": 2, "seed": 1})
+        inside = checkpoint.load(name).config.distilled
+        steps = inside.steps if inside else 2
+        answer = server.client.post("/generate", json={"class_label": CLASS[name], "n": 4, "steps": steps, "seed": 1})
         assert answer.status_code == 200, answer.text
         assert answer.headers["X-DDPM-Class-Label"] == CLASS[name]
         picture = Image.open(io.BytesIO(answer.content))

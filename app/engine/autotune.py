@@ -22,6 +22,7 @@ ROUNDS = 3  # of all sizes in turn, so that a disturbance meets them alike; medi
 STEP_OVERHEAD_S = 1e-3  # of a step: what the engine does
 LATENCY_SLACK, THROUGHPUT_SLACK = 1.2, 1.02  # times the least per row; the times are uncertain by some percent
 TIME_BUDGET_S = 2.5  # that it may take; larger batches are not tried where they would take longer
+FREE_CALLS = 4  # times as many calls as else, where they cost nothing
 MIN_TIMEABLE_S = 2e-4  # such a call tells of the clock, not of the network
 
 
@@ -31,11 +32,12 @@ def autotune_batch_size(
     device: str,
     clock: Callable[[], float] = time.monotonic,
     fewest: int = 0,
+    calls: tuple[int, int] = (1, 1),
 ) -> Generator[None, None, tuple[int, int]]:
     """Returns the target rows and the most. `run` is one call with so many; it yields after each.
 
     `fewest` rows are tried first (0: a quarter of a micro-batch), and are the target of a network too slow to be timed.
-    Raises what a micro-batch raises.
+    `calls`: how many such calls a usual and a largest batch have. Raises what a micro-batch raises.
     """
     target, limit = BY_DEVICE[device]
     otherwise, limit = (target, max(target, micro_batch_size)), max(limit, micro_batch_size)
@@ -50,7 +52,8 @@ def autotune_batch_size(
     first = timed(micro_batch_size)
     yield
     if first < MIN_TIMEABLE_S:
-        return otherwise
+        # A step then costs more than its calls, of which it may have more.
+        return otherwise[0] * calls[0], otherwise[1] * calls[1] * (FREE_CALLS if fewest else 1)
     tried: list[int] = []
     rows = fewest or max(1, micro_batch_size // 4)
     while rows <= limit and (ROUNDS + 1) * (sum(tried) + rows) / micro_batch_size * first < TIME_BUDGET_S:
@@ -65,7 +68,8 @@ def autotune_batch_size(
         rows *= 2
         yield
     if len(tried) < 2:
-        return (fewest, micro_batch_size) if fewest else otherwise
+        target, most = (fewest, micro_batch_size) if fewest else otherwise
+        return target * calls[0], most * calls[1]
     times: dict[int, list[float]] = {rows: [] for rows in tried}
     for _ in range(ROUNDS):
         for rows in tried:
@@ -76,6 +80,7 @@ def autotune_batch_size(
         min(rows for rows in tried if per_row[rows] <= within * min(per_row.values()))
         for within in (LATENCY_SLACK, THROUGHPUT_SLACK)
     )
+    target, most = target * calls[0], most * calls[1]
     told = {str(rows): round(1e3 * seconds, 3) for rows, seconds in per_row.items()}
     log.info("batches measured", extra={"rows": target, "most": most, "milliseconds_per_row": told})
     return target, most

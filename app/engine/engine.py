@@ -241,6 +241,7 @@ class Engine:
             self._metrics.batch_size.labels(model.name).observe(batch_size)
             self._metrics.batch_utilization.labels(model.name).observe(batch_size / budget)
             self._metrics.image_steps.labels(model.name).inc(len(samples))
+            self._metrics.nfe.labels(model.name).inc(batch_size)
 
     def _finish(self, request: Request, output: RequestOutput) -> None:
         """The request leaves with its answer, unless it has one."""

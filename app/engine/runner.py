@@ -241,9 +241,9 @@ class ModelRunner:
         if self.runtime != "torch" or kind != "cpu":
             return (yield from autotune_batch_size(self.warm_up, self.micro_batch_size, kind))
         # The processor's time of one worker's call: what else the machine does has no part in it.
-        found = autotune_batch_size(self._call, self.micro_batch_size, kind, time.thread_time, fewest=1)
-        target, most = yield from found
-        return workers * target, 2 * workers * most  # a worker that is held up leaves its second call to the others
+        # A worker that is held up leaves its second call to the others.
+        calls = workers, 2 * workers
+        return (yield from autotune_batch_size(self._call, self.micro_batch_size, kind, time.thread_time, 1, calls))
 
     @torch.inference_mode()
     def _call(self, rows: int) -> None:

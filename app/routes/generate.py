@@ -21,6 +21,7 @@ router = APIRouter(tags=["images"], route_class=JSONRoute)
 PNG, JSON, ZIP, NPY = "image/png", "application/json", "application/zip", "application/x-npy"
 CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
 CONTENT[ZIP] = CONTENT[NPY] = CONTENT[PNG]
+INLINE_PIXELS = 16_384  # values of images that the event loop encodes itself, in less than a millisecond
 EMPTY = GenerateBody()  # what a request without a body asks for; FastAPI copies it
 
 
@@ -42,7 +43,10 @@ async def generate(http: Request, service: StateDep, body: GenerateBody = EMPTY)
     job = build_request(body, service.models.find(body.model), service.settings)
     async with in_flight(service, http, job):
         pictures = await job.request.output.images()
-    content = await service.encode(job, _encode, media_type, job, pictures, body.columns)
+    if pictures.size <= INLINE_PIXELS:
+        content = service.encode_inline(job, _encode, media_type, job, pictures, body.columns)
+    else:
+        content = await service.encode(job, _encode, media_type, job, pictures, body.columns)
     return Response(content, media_type=media_type, headers={**job.headers(), "Vary": "Accept"})
 
 

@@ -122,7 +122,7 @@ def model_card(service: AppState, served: ModelInstance) -> dict[str, Any]:
         "distilled": asdict(config.distilled) if config.distilled else None,
         "fitted_steps": fitted_steps,
         "plans": plans(config, settings.max_steps),
-        "guidance": config.unet.null_class,
+        "guidance": config.unet.null_class and not config.distilled,
         "limits": {
             "n": settings.max_n,
             "steps": min(settings.max_steps, timesteps),

@@ -6,16 +6,19 @@ import ast
 import hashlib
 import hmac
 import inspect
+import os
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from app import auth
+from app.__main__ import Server
 from app.auth import APIKeyStore
 from app.errors import Overloaded, ServiceError, Unauthorized
 from app.settings import Settings
@@ -201,6 +204,21 @@ def test_a_changed_key_file_is_reloaded_unless_it_is_wrong(tmp_path: Path) -> No
     path.write_text(table("bob", BOB))
     keys.refresh()
     assert keys.find(ALICE) is None
+
+
+def test_sighup_reloads_keys_whose_file_looks_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(table("alice", ALICE))
+    keys = APIKeyStore(Settings(api_keys_file=str(path)))
+    seen = path.stat()
+    path.write_text(table("peter", ALICE))  # as long
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    keys.refresh()
+    assert keys.names == ["alice"]
+    models = SimpleNamespace(request_reload=lambda: None)
+    Server.request_reload(SimpleNamespace(_keys=keys, _service=SimpleNamespace(models=models)))  # type: ignore[arg-type]
+    keys.refresh()
+    assert keys.names == ["peter"]
 
 
 SECRET = "s3cret-s3cret-s3cret"

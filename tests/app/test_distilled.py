@@ -50,6 +50,7 @@ def both(student: Path, grey_checkpoint: Path) -> Iterator[TestClient]:
 def test_models_tells_what_is_inside(both: TestClient) -> None:
     teacher, student = both.get("/models").json()["models"]
     assert teacher["distilled"] is None
+    assert (teacher["guidance"], student["guidance"]) == (True, False)
     assert student["distilled"] == {"guidance_scale": G, "steps": 2, "method": "sfd", "teacher": "ab" * 32}
     assert (student["samplers"], student["default_steps"], student["fitted_steps"]) == ([FITTED], {FITTED: 2}, [2])
 

@@ -100,6 +100,7 @@ CONTRACT = {
     "ddpm_model_loads": "counter",
     "ddpm_images": "counter",
     "ddpm_image_steps": "counter",
+    "ddpm_nfe": "counter",
     "ddpm_wasted_image_steps": "counter",
     "ddpm_failed_steps": "counter",
     "ddpm_engine_restarts": "counter",
@@ -142,6 +143,7 @@ LABELS: dict[str, set[str] | frozenset[str]] = {
                 "ddpm_num_samples_waiting",
                 "ddpm_images",
                 "ddpm_image_steps",
+                "ddpm_nfe",
                 "ddpm_failed_steps",
             ),
             *(

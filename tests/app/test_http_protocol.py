@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.http_protocol import ClientTransport
 from app.settings import Settings
 from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
@@ -374,3 +376,61 @@ def test_a_head_with_an_offer_in_pieces_is_read(guarded: ServerProcess) -> None:
 @pytest.mark.parametrize("target", ["x:443", "/livez"])
 def test_connect_is_refused(guarded: ServerProcess, target: str) -> None:
     assert status(raw(guarded, path=target, method="CONNECT")) == 400
+
+
+class RecordedTransport:
+    """Keeps what is sent, by write."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.sent.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("bodies", "expected"),
+    [
+        ([b"one"], [HEAD + b"one"]),
+        ([b"one", b"two"], [HEAD + b"one", b"two"]),
+        ([bytes(100_000)], [HEAD, bytes(100_000)]),  # too long to be copied
+        ([], [HEAD]),  # before the connection closes
+    ],
+)
+def test_a_head_is_sent_with_its_body(bodies: list[bytes], expected: list[bytes]) -> None:
+    async def main() -> list[bytes]:
+        recorded = RecordedTransport()
+        transport = ClientTransport(recorded)  # type: ignore[arg-type]
+        transport.write(HEAD)
+        assert (recorded.sent, transport.bytes_flushed) == ([], 0)
+        for body in bodies:
+            transport.write(body)
+        transport.close()
+        await asyncio.sleep(0)
+        assert transport.bytes_flushed == sum(map(len, recorded.sent))
+        return recorded.sent
+
+    assert asyncio.run(main()) == expected
+
+
+def test_a_head_without_a_body_waits_one_turn_of_the_loop() -> None:
+    async def main() -> list[bytes]:
+        recorded = RecordedTransport()
+        ClientTransport(recorded).write(HEAD)  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        return recorded.sent
+
+    assert asyncio.run(main()) == [HEAD]

@@ -78,16 +78,17 @@ def test_it_takes_only_so_long() -> None:
 def test_a_workers_call_is_timed_from_one_row_on() -> None:
     def tuned(curve: Callable[[int], float]) -> tuple[tuple[int, int], set[int]]:
         device = Device(curve)
-        steps = autotune_batch_size(device.run, 8, "cpu", lambda: device.now, fewest=1)
+        steps = autotune_batch_size(device.run, 8, "cpu", lambda: device.now, fewest=1, calls=(3, 6))
         while True:
             try:
                 next(steps)
             except StopIteration as end:
                 return end.value, set(device.calls)
 
-    assert tuned(lambda rows: 0.01 * rows) == ((1, 4), {1, 2, 4, 8})
-    assert tuned(lambda rows: 0.006 * rows + 0.005) == ((4, 8), {1, 2, 4, 8})
-    assert tuned(lambda rows: 1.0 * rows) == ((1, 8), {8}), "a network so slow has no use for more"
+    assert tuned(lambda rows: 0.01 * rows) == ((3, 24), {1, 2, 4, 8})
+    assert tuned(lambda rows: 0.006 * rows + 0.005) == ((12, 48), {1, 2, 4, 8})
+    assert tuned(lambda rows: 1.0 * rows) == ((3, 48), {8}), "a network so slow has no use for more"
+    assert tuned(lambda rows: 0.0) == ((24, 192), {8}), "calls that cost nothing"
 
 
 def test_what_does_not_fit_into_the_memory_is_not_allowed() -> None:

@@ -69,8 +69,12 @@ def test_each_call_has_one_thread_and_no_gradients(pool: WorkerPool) -> None:
         meeting.wait()
         return torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    with torch.inference_mode():
-        assert pool.map(call, range(3)) == 3 * [(1, True)]
+    torch.set_num_threads(2)  # of this thread, and of those to come unless they say otherwise
+    try:
+        with torch.inference_mode():
+            assert pool.map(call, range(3)).count((1, True)) >= 2, "all but this one, at least"
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_failure_is_raised_when_all_calls_have_ended(pool: WorkerPool) -> None:

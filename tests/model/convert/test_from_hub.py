@@ -105,6 +105,7 @@ def test_a_flat_repository_comes_in_as_its_folder(server: Hub, flat: Path, capsy
     server.repositories[FLAT] = HubRepository(flat)
     assert main([FLAT, "ours.safetensors"]) == 0
     assert server.fetched() == {"config.json", "scheduler_config.json", WEIGHTS}
+    assert all(f"/resolve/{COMMIT}/" in path for _, path in server.requests if "/resolve/" in path)
     warned, fetching, told = capsys.readouterr().err.splitlines()
     assert f"no commit is pinned, so {FLAT} may become another: {FLAT}@{COMMIT} is" in warned
     assert f"fetching {WEIGHTS} (0.7 MB) of {FLAT}@{COMMIT}" in fetching
@@ -413,6 +414,17 @@ def test_the_server_takes_names_of_the_hub(server: Hub, flat: Path) -> None:
     assert plain.path == named.path
     assert checkpoints.load(named).name == "mine"
     assert cache_folder() in plain.path.parents
+
+
+def test_a_path_wins_in_the_server(server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits" / "config.json").write_text("{}")
+    shutil.copy(checkpoint.PRETRAINED / "mnist.safetensors", tmp_path / "runs" / "digits" / "best.safetensors")
+    with caplog.at_level("INFO", "ddpm.models"):
+        (source,) = checkpoints.parse("runs/digits")
+    assert source.name == "digits"
+    assert "runs/digits is here, so the Hugging Face hub is not asked for it" in caplog.text
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

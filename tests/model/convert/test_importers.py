@@ -200,6 +200,12 @@ def test_what_a_file_does_not_tell_is_asked_for(file: str, flag: str, default: s
         imported(file, without=(flag,))
 
 
+@pytest.mark.parametrize("file", [DDIM, TQCH])
+def test_ends_of_betas_that_nothing_scales_are_asked_for(file: str) -> None:
+    with pytest.raises(UnsupportedCheckpointError, match=r"--schedule_low 2e-05 --schedule_high 0\.004"):
+        imported(file, num_timesteps=200)
+
+
 def test_everything_missing_is_asked_for_at_once() -> None:
     with pytest.raises(UnsupportedCheckpointError) as error:
         import_path(theirs(GUIDED), Flags())

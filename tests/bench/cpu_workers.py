@@ -1,0 +1,142 @@
+"""Servers on a CPU, in turns: this tree against another one's, on a machine that is quiet, or busy beside it.
+
+    git worktree add build/baseline COMMIT
+    python -m tests.bench.cpu_workers --baseline build/baseline [--checkpoints mnist,cifar10,ho2020] [--rows 1,2,8,32]
+        [--rounds 5] [--seconds 60] [--neighbours 1]
+
+Each contender is a server process with its defaults, or with `--threads 1`. In each round each one answers a request
+of as many images as there are rows, without guidance, and a guided one of a single image (row "guided"). Milliseconds
+of a step are medians over the rounds. `--neighbours` processes spin meanwhile. `ho2020` is a network of 35.7 million
+parameters with random weights. Ready is from the process's start to the first 200 of /readyz, one server at a time,
+beside the neighbours. Not a test: pytest does not collect it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import torch
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.diffusion import DiffusionConfig
+from tests.bench.networks import CONFIGS, ours
+from tests.bench.timing import circumstances
+
+HERE = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+class Contender:
+    """A server of a tree, with its flags. `ready` is how long it took to start, in seconds."""
+
+    def __init__(self, name: str, tree: Path, source: str, *flags: str) -> None:
+        self.name, self.times = name, dict[str, list[float]]()
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("DDPM_", "OMP_", "MKL_"))}
+        command = [sys.executable, "-m", "app", "--port", "0", "--checkpoint", source, *flags]
+        begun = time.perf_counter()
+        self.process = subprocess.Popen(
+            command, cwd=tree, env=kept | {"PYTHONPATH": str(tree)}, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if found := re.search(r"running on (http://[\d.]+:\d+)", line):
+                break
+        else:
+            raise SystemExit(f"{name} did not start")
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        self.client = httpx.Client(base_url=found[1], timeout=600)
+        while self.client.get("/readyz").status_code != 200:
+            time.sleep(0.02)
+        self.ready = time.perf_counter() - begun
+
+    def step_ms(self, rows: str, steps: int) -> None:
+        """One request; adds the milliseconds of a step to its times."""
+        body = {"n": 1, "steps": steps, "sampler": "ddim", "seed": 1, "guidance_scale": 2}
+        if rows != "guided":
+            body |= {"n": int(rows), "guidance_scale": 1}
+        begun = time.perf_counter()
+        self.client.post("/generate", json=body).raise_for_status()
+        self.times.setdefault(rows, []).append(1e3 * (time.perf_counter() - begun) / steps)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Processes that spin."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
+def large(folder: Path) -> str:
+    """A checkpoint of Ho et al.'s network, whose weights are random."""
+    config = CheckpointConfig(CONFIGS["cifar10"], DiffusionConfig(), ())
+    checkpoint.save(folder / "ho2020.safetensors", ours(CONFIGS["cifar10"], CPU), config)
+    return str(folder / "ho2020.safetensors")
+
+
+def measure(name: str, source: str, args: argparse.Namespace) -> None:
+    """Prints a table for one checkpoint."""
+    trees = {"this": HERE} | ({"baseline": Path(args.baseline).resolve()} if args.baseline else {})
+    with ExitStack() as stack:
+        stack.enter_context(neighbours(args.neighbours))
+        contenders = []
+        for tree, path in trees.items():
+            for flags in ((), ("--threads", "1")):
+                contenders.append(Contender(" ".join([tree, *flags]), path, source, *flags))
+                stack.callback(contenders[-1].close)
+        rows = [row for row in args.rows.split(",") if name != "ho2020" or row != "guided"]
+        for row in rows:
+            until = time.perf_counter() + args.seconds
+            for i in range(args.rounds + 1):
+                for contender in contenders[i % len(contenders) :] + contenders[: i % len(contenders)]:
+                    contender.step_ms(row, args.steps)
+                if time.perf_counter() > until:
+                    break
+        print(f"\n{name}: ms a step, {args.neighbours} neighbours\n")
+        print("| | ready s | " + " | ".join(rows) + " |\n|---|" + "---:|" * (len(rows) + 1))
+        for c in contenders:
+            cells = [f"{statistics.median(c.times[row][1:] or c.times[row]):.1f}" for row in rows]
+            print(f"| {c.name} | {c.ready:.1f} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--baseline", default="", help="another tree of this repository; none: this one alone")
+    parser.add_argument("--checkpoints", default="mnist,cifar10,ho2020")
+    parser.add_argument("--rows", default="1,guided,4,8,16,32")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20, help="begin no round of a number of rows after so long")
+    parser.add_argument("--neighbours", type=int, default=0)
+    args = parser.parse_args()
+    print(circumstances(CPU))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.checkpoints.split(","):
+            measure(name, large(Path(folder)) if name == "ho2020" else name, args)
+
+
+if __name__ == "__main__":
+    main()
