@@ -252,7 +252,7 @@ def test_a_part_drawn_over_is_painted_again(page: Any, server: ServerProcess) ->
     before, after = pixels(page, "#xt"), pixels(page, "#repainted")
     changed = np.abs(after.astype(int) - before) > 1
     assert changed[:, :3].any()
-    assert changed[4, 7]
+    assert changed[:, 6:10].any()  # by the keyboard; one pixel alone may come out as it was
     assert not changed[:, 10:].any()  # which nobody drew over
 
 
