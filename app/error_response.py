@@ -13,6 +13,6 @@ from app.openai import errors
 def error_response(error: ServiceError, path: str, extra: Mapping[str, str] = {}) -> JSONResponse:
     """The answer to a request for `path`, with its headers. No cache keeps it."""
     headers = {"Cache-Control": "no-store", **extra}
-    if path.startswith(errors.PREFIX):
+    if f"{path}/".startswith(errors.PREFIX):
         return JSONResponse(errors.body_of(error), errors.status_of(error), headers | errors.headers_of(error))
     return JSONResponse(error.body(), error.status, headers | error.headers())

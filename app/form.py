@@ -16,6 +16,14 @@ from app.errors import Cancelled, InvalidRequest, UnsupportedMediaType
 from app.validation import refuse_repeated
 
 MAX_FILES, MAX_FIELDS, MAX_TEXT = 4, 40, 65_536  # bytes of a field that is no file
+COMPLAINTS = {
+    "Missing boundary": "the Content-Type names no boundary; leave the header to your client",
+    "Too many files": f"the form has more than {MAX_FILES} files",
+    "Too many fields": f"the form has more than {MAX_FIELDS} fields",
+    "Part exceeded": f"a field of the form is longer than {MAX_TEXT} bytes; a picture is sent as a file",
+    "The Content-Disposition": "a part of the form has no name",
+}
+"""The parser's messages by how they begin, in our words."""
 
 
 class FormRoute(APIRoute):
@@ -50,7 +58,8 @@ class FormRequest(Request):
         try:
             form = await parser.parse()
         except MultiPartException as error:
-            raise InvalidRequest(f"the body is not a form that is taken: {error.message}") from None
+            known = (said for begin, said in COMPLAINTS.items() if error.message.startswith(begin))
+            raise InvalidRequest(next(known, "the body is no form with the boundary that its header names")) from None
         except ClientDisconnect:
             raise Cancelled("the client left before its body was read") from None
         if not parser.ended:

@@ -47,3 +47,4 @@ def configure(level: str, format: str = "auto") -> None:
     text = format == "text" or (format == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what the client is told in its answer

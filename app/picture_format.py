@@ -73,8 +73,9 @@ def enlargement(asked: str | None, shape: tuple[int, ...], n: int, max_bytes: in
         example = size_text((width * (1 + 512 // max(width, height)), height * (1 + 512 // max(width, height))))
         raise InvalidRequest(f"images are {native}: size must have that shape, such as {example}", param="size")
     if n * wide * high * channels > max_bytes:
+        images = "1 image" if n == 1 else f"{n} images"
         raise InvalidRequest(
-            f"{n} images of {wide}x{high} are {n * wide * high * channels} bytes of pixels; "
+            f"{images} of {wide}x{high} would be {n * wide * high * channels} bytes of pixels; "
             f"at most {max_bytes} are served",
             param="size",
         )

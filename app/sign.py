@@ -18,10 +18,10 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def seconds(text: str) -> int:
-    """3600, 60m, 24h or 7d. Raises ValueError."""
+    """3600, 60m, 24h or 7d. Raises ArgumentTypeError."""
     found = re.fullmatch(r"(\d{1,9})([smhd]?)", text)
     if not found:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no time: write 3600, 60m, 24h or 7d")
     return int(found[1]) * UNITS[found[2] or "s"]
 
 

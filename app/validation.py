@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from starlette.datastructures import UploadFile
+
 from app.errors import InvalidRequest
 from app.wording import Schema, in_words
 
@@ -27,6 +29,9 @@ SYNONYMS = {
     "index": ("offset", "start"),
     "frames": ("num_frames",),
     "seed": ("random_seed", "generator"),
+    "size": ("width", "height", "image_size", "resolution"),
+    "output_format": ("format", "output"),
+    "strength": ("denoising_strength", "image_strength", "prompt_strength"),
 }
 # Wishes for which there is no field.
 ELSEWHERE = {
@@ -34,6 +39,7 @@ ELSEWHERE = {
     "the Accept header chooses the format": ("format", "response_format", "output_format", "output"),
     "it is a field of GET /diffusion-sequence": ("frames", "view"),
     "GET /diffusion-sequence?format=gif animates": ("frame_count", "frame_duration_ms"),
+    "POST /v1/images/edits takes an image": ("strength", "image", "mask", "init_image", "input_image"),
     "the prompt is a class, and all else is in the checkpoint": ("style", "negative_prompt", "complexity", "svg"),
 }
 
@@ -90,5 +96,7 @@ def shown(value: Any) -> str:
         return "a list"
     if isinstance(value, dict):
         return "an object"
+    if isinstance(value, UploadFile):
+        return "a file"
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:60] + "…"

@@ -11,6 +11,7 @@ from app.request_params import class_index, folded
 MAX_PROMPT = 4000  # characters
 RANDOM = frozenset({"", "*", "random"})  # a mix of all classes, where no class is called so
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+BARE_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")  # of a class that there is, or of none: "-1" is no sentence about 1
 WORD = re.compile(r"[^\W_]+")
 
 Words = tuple[str, ...]
@@ -27,7 +28,7 @@ def class_of_prompt(prompt: str, names: tuple[str, ...]) -> int | None:
         return class_index(text, names)
     except InvalidClassLabel as error:
         unknown = error.message
-    found = sorted(classes_in(text, names))
+    found = [] if BARE_NUMBER.fullmatch(text) else sorted(classes_in(text, names))
     if len(found) > 1:
         several = " and ".join(names[i] for i in found[:5])
         raise InvalidClassLabel(

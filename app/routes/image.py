@@ -79,7 +79,7 @@ async def image(
     if path != address.segments or dict(given) != dict(address.query + signing):
         return _redirect(service, http, address, dict(signing).get(EXPIRES))
     caching["ETag"] = address.etag
-    if matches(http.headers.get("if-none-match", ""), address.etag):
+    if matches(",".join(http.headers.getlist("if-none-match")), address.etag):
         return Response(status_code=304, headers=caching)
     media_type, job = f"image/{asked.extension}", address.job
     extra = {**headers(job.provenance()), **caching}

@@ -7,6 +7,7 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
 
 from app import encoders
 from app.errors import InvalidRequest, NotReady
@@ -14,6 +15,7 @@ from app.request_context import context_of
 from app.request_params import LARGEST_JSON_INTEGER, build_request, headers
 from app.routes.state import ERRORS, StateDep, in_flight
 from app.schemas import InterpolateQuery
+from app.streaming import nothing
 from app.validation import refuse_repeated
 from model.images import Image, grid
 from model.sampling.edit import Edit
@@ -59,7 +61,7 @@ async def interpolate(query: Annotated[InterpolateQuery, Query()], http: Request
     if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)
-        return Response(media_type=MEDIA_TYPES[query.format], headers=extra)
+        return StreamingResponse(nothing(), media_type=MEDIA_TYPES[query.format], headers=extra)
     async with in_flight(service, http, job):
         pictures = await job.request.output.images()
     content = await service.encode(job, _encode, pictures, query.format, query.columns, provenance)

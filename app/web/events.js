@@ -6,7 +6,7 @@ el.entrance.addEventListener("submit", async event => {
     el.key.focus();
     return complain("This cannot be a key: a key has at least 16 letters, digits or signs (- . _ ~ + /) and no blanks.");
   }
-  sessionStorage.setItem("key", key);
+  keep(key);
   el.key.value = "";
   el.entrance.hidden = true;
   el.form.hidden = false;

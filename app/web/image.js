@@ -85,12 +85,12 @@ function json(request) {  // by hand: a seed may be above 2^53
 
 function curl() {
   const quote = text => "'" + text.replaceAll("'", "'\\''") + "'";
-  const key = sessionStorage.getItem("key") ? ' -H "authorization: Bearer $KEY"' : "";
+  const key = apiKey ? ' -H "authorization: Bearer $KEY"' : "";
   return `curl -X POST ${quote(new URL("generate", location.href).href)}${key} -H 'content-type: application/json' -d ${quote(json(shown.fields))} -o image.png`;
 }
 
 function python() {
-  const key = sessionStorage.getItem("key") ? ', headers={"authorization": "Bearer " + os.environ["KEY"]}' : "";
+  const key = apiKey ? ', headers={"authorization": "Bearer " + os.environ["KEY"]}' : "";
   return [
     "import io" + (key && ", os"), "", "import httpx", "from PIL import Image", "",
     `request = ${json(shown.fields)}`,

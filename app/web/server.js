@@ -4,19 +4,28 @@ const el = Object.fromEntries([...document.querySelectorAll("[id]")].map(node =>
 const MOST_FRAMES = 50;
 let models = [], model;
 
+// In the tab's memory, and in its storage, which outlives a reload and which a browser may deny.
+let apiKey = null;
+try { apiKey = sessionStorage.getItem("key"); } catch { /* denied */ }
+
+function keep(key) {
+  apiKey = key;
+  try { key ? sessionStorage.setItem("key", key) : sessionStorage.removeItem("key"); } catch { /* denied, or full */ }
+}
+
 async function ask(path, options = {}) {
   let response;
   try {
-    const key = sessionStorage.getItem("key");  // in a header, never in an address: addresses are logged
-    response = await fetch(path, {...options, headers: {...options.headers, ...(key && {authorization: `Bearer ${key}`})}});
+    // In a header, never in an address: addresses are logged.
+    response = await fetch(path, {...options, headers: {...options.headers, ...(apiKey && {authorization: `Bearer ${apiKey}`})}});
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server cannot be reached.");
   }
   if (response.ok) return response;
   if (response.status === 401) {
-    const tried = sessionStorage.getItem("key");
-    sessionStorage.removeItem("key");
+    const tried = apiKey;
+    keep(null);
     if (el.detail.open) el.detail.close();
     el.form.hidden = true;
     el.entrance.hidden = false;

@@ -39,7 +39,7 @@ CURVES = {
     "cosine": DiffusionConfig(schedule="cosine"),
     "linear, zero terminal SNR": DiffusionConfig(schedule="linear", prediction="v", zero_terminal_snr=True),
 }
-PLANS = {"ddpm": 1.0, "ddim": 1.0, "dpmpp_2m": 1.5}  # sampler → guidance scale in the chapter's table
+PLANS = {"ddpm": 1.0, "dpmpp_2m": 1.5}  # sampler → guidance scale in the chapter's table
 GUIDANCE = (1.0, 1.5, 3.0, 6.0)
 STEPS = (5, 10, 20, 50)
 
@@ -48,7 +48,7 @@ STEPS = (5, 10, 20, 50)
 
 
 def schedule_table(steps: int = 3) -> str:
-    """The rows of three schedules over the cosine schedule for a network that predicts v, as a Markdown table.
+    """The rows of two schedules over the cosine schedule for a network that predicts v, as a Markdown table.
 
     Columns that are the same in all rows are left out.
     """

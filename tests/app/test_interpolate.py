@@ -111,6 +111,7 @@ def test_head_takes_no_step(client: TestClient) -> None:
     steps = metric(client.get("/metrics").text, "ddpm_image_steps_total")
     head = client.head("/interpolate", params=ASKED)
     assert (head.status_code, head.content, head.headers["x-ddpm-to-seed"]) == (200, b"", "2")
+    assert "content-length" not in head.headers  # nobody knows it
     assert metric(client.get("/metrics").text, "ddpm_image_steps_total") == steps
 
 

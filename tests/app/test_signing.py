@@ -145,7 +145,7 @@ def test_the_command_signs_with_the_servers_key(tmp_path: Path, capsys: pytest.C
         ([SHORT], "there is no signing key"),
         ([SHORT, "--signing-key-file", "/nowhere"], "cannot be read"),
         (["/models", "--signing-key-file", "KEY"], "is not the address of an image"),
-        ([SHORT, "--valid", "soon"], "invalid seconds value: 'soon'"),
+        ([SHORT, "--valid", "soon"], "'soon' is no time: write 3600, 60m, 24h or 7d"),
     ],
 )
 def test_the_command_refuses_in_a_sentence(

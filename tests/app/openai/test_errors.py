@@ -32,6 +32,9 @@ def ai(server: ServerProcess) -> Iterator[OpenAI]:
         ({"prompt": 7}, "invalid_type", "prompt", "must be a text of at most 4000 characters, not 7"),
         ({"prompt": "x" * 4001}, "invalid_value", "prompt", "4000"),
         ({}, "missing_required_parameter", "prompt", "prompt is missing"),
+        ({"width": 64}, "unknown_parameter", "width", "did you mean size?"),
+        ({"format": "png"}, "unknown_parameter", "format", "did you mean output_format?"),
+        ({"strength": 0.5}, "unknown_parameter", "strength", "POST /v1/images/edits takes an image"),
         ({"n": 65}, "invalid_value", "n", "n must not be more than 64"),
         ({"n": 0}, "invalid_value", "n", "n must be a whole number from 1 to 64"),
         ({"partial_images": 99, "stream": True}, "invalid_value", "partial_images", "from 0 to 3"),
@@ -40,8 +43,13 @@ def ai(server: ServerProcess) -> Iterator[OpenAI]:
         ({"size": "8x12"}, "invalid_value", "size", "images are 12x8"),
         ({"size": "24x24"}, "invalid_value", "size", "must have that shape, such as 516x344"),
         ({"size": "big"}, "invalid_value", "size", "must be auto or WIDTHxHEIGHT, such as 12x8"),
-        ({"size": "99999x66666"}, "invalid_value", "size", "bytes of pixels; at most 33554432 are served"),
-        ({"size": "1200x800", "n": 64}, "invalid_value", "size", "64 images of 1200x800 are 61440000 bytes"),
+        (
+            {"size": "99999x66666"},
+            "invalid_value",
+            "size",
+            "1 image of 99999x66666 would be 6666533334 bytes of pixels",
+        ),
+        ({"size": "1200x800", "n": 64}, "invalid_value", "size", "64 images of 1200x800 would be 61440000 bytes"),
         ({"quality": "xhigh"}, "invalid_value", "quality", "one of low, medium, high, auto, standard, hd"),
         ({"quality": "low", "steps": 3}, "invalid_value", "quality", "send one of the two"),
         ({"output_format": "gif"}, "invalid_value", "output_format", "one of png, webp, jpeg"),
@@ -160,3 +168,8 @@ def test_keys_and_limits_are_as_openai_has_them(grey_checkpoint: Path) -> None:
         assert limited.value.response.headers["retry-after"] == "1"
         with client(KEY, retries=2) as alice:
             assert alice.models.list().data[0].id == "grey", "it waits as Retry-After says, and tries again"
+
+
+def test_the_root_of_v1_has_the_shape_of_v1(server: ServerProcess) -> None:
+    for path in ("/v1", "/v1/"):
+        assert server.client.get(path).json()["error"]["code"] == "unknown_url"

@@ -42,6 +42,12 @@ def test_digits_have_their_english_words(prompt: str, digit: int) -> None:
     assert class_of_prompt(prompt, DIGITS) == digit
 
 
+@pytest.mark.parametrize("prompt", ["-1", "+1", "3.5", "10"])
+def test_a_number_of_no_class_is_not_taken_apart(prompt: str) -> None:
+    with pytest.raises(InvalidClassLabel, match="no class"):
+        class_of_prompt(prompt, DIGITS)
+
+
 @pytest.mark.parametrize("prompt", ["", " ", "*", "random", "RANDOM"])
 def test_random_is_a_mix(prompt: str) -> None:
     assert class_of_prompt(prompt, DIGITS) is None
