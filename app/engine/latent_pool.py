@@ -121,7 +121,7 @@ class LatentPool:
     def scale(self, slots: NDArray[np.int64], scales: NDArray[np.float64]) -> None:
         """Multiplies x_T in these slots; a GPU has work only where a scale isn't 1."""
         if len(others := np.flatnonzero(scales != 1)):
-            rows = torch.from_numpy(x_row(slots[others], np.int64(0))).to(self.x.device)
+            rows = torch.from_numpy(x_row(slots[others], 0 * others)).to(self.x.device)
             by = torch.from_numpy(scales[others].astype(np.float32)).to(self.x.device)
             self.x[rows] *= by.reshape(-1, 1, 1, 1)
 
