@@ -57,6 +57,15 @@ class Sigmas:
         past = sigma - self.sigma_min if consistency else sigma
         return self.sigma_data**2 / (past**2 + self.sigma_data**2) * total, -past * self.sigma_data / total
 
+    def in_image_units(self, columns: Mapping[str, Table | float], steps: int) -> dict[str, Table]:
+        """Columns of a DDPM's schedule of so many steps: its states are those of images over sigma_data; x_0, and what
+        the last step leaves, are images."""
+        changed = {}
+        for name in ("a", "b", "c", "d", "s"):
+            column = np.broadcast_to(columns[name], steps) / (1 if name in "as" else self.sigma_data)
+            changed[name] = np.append(column[:-1], column[-1] * self.sigma_data)
+        return changed
+
     def timesteps(self, sigma: Table) -> Table:
         """What the network is told of σ."""
         timesteps: Table = self.time_scale * np.log(sigma) / 4

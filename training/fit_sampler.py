@@ -66,6 +66,8 @@ def check(source: Checkpoint, out: Path, args: argparse.Namespace) -> None:
     """Raises ValueError where this checkpoint cannot be fitted so, before anything is written."""
     if source.config.distilled:
         raise ValueError(f"{source.name} is distilled, and has its own few steps: fit its teacher")
+    if source.config.diffusion.sigmas is not None:
+        raise ValueError(f"{source.name} has EDM's levels of noise, to which no table can be fitted here")
     last = source.config.diffusion.num_timesteps
     for steps in args.steps:
         if not FEWEST <= steps < last:

@@ -87,10 +87,11 @@ class CUDAGraphRunner:
         most_rows = 2 if batch.guided.any() else 1
         return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.dynamic.any()
 
-    def init_latents(self, slots: Ints, words: Ints) -> None:
-        """Puts x_T of these words there, and zeros for x_0."""
+    def init_latents(self, slots: Ints, words: Ints, scales: NDArray[np.float64] | float = 1.0) -> None:
+        """Puts x_T of these words there, of these scales, and zeros for x_0."""
         batch = dummy_batch(len(slots))
         self._run(START, slots, np.full(len(slots), -1), Batch(batch.t, batch.y, batch.coefficients, words))
+        self.slots.scale(slots, np.broadcast_to(scales, len(slots)))
 
     def step(self, slots: Ints, steps: Ints, batch: Batch) -> Bools:
         """Steps number `steps` of what is in `slots`, which stays there, beside what comes of it. Whose x is finite."""

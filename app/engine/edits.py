@@ -13,17 +13,15 @@ Kept = tuple[Tensor, Tensor]
 
 
 def first_states(samples: list[Sample], noise: Tensor) -> list[tuple[Tensor, Edit | None]]:
-    """x [C, H, W] of each before its first step, and what it keeps of its image: noise [N, C, H, W], or the reference
-    with it. On the device of the noise."""
+    """x [C, H, W] of each before its first step, and what it keeps of its image: noise [N, C, H, W] of the schedule's
+    scale, or the reference with it. On the device of the noise."""
     requests = {sample.request for sample in samples}
     edits = {request: request.edit.to(noise.device) for request in requests if request.edit is not None}
     states: list[tuple[Tensor, Edit | None]] = []
     for sample, z in zip(samples, noise.unbind(), strict=True):
-        if (edit := edits.get(sample.request)) is None:
-            states.append((z, None))
-        else:
-            x = start_from(edit.image_of(sample.i), z, sample.request.schedule)
-            states.append((x, None if edit.mask is None else edit))
+        edit = edits.get(sample.request)
+        x = start_from(None if edit is None else edit.image_of(sample.i), z, sample.request.schedule)
+        states.append((x, None if edit is None or edit.mask is None else edit))
     return states
 
 

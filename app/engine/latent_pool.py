@@ -118,6 +118,13 @@ class LatentPool:
             assert sample.slot is not None
             self._used[sample.slot] = self._clock
 
+    def scale(self, slots: NDArray[np.int64], scales: NDArray[np.float64]) -> None:
+        """Multiplies x_T in these slots; a GPU has work only where a scale isn't 1."""
+        if len(others := np.flatnonzero(scales != 1)):
+            rows = torch.from_numpy(x_row(slots[others], 0 * others)).to(self.x.device)
+            by = torch.from_numpy(scales[others].astype(np.float32)).to(self.x.device)
+            self.x[rows] *= by.reshape(-1, 1, 1, 1)
+
     def evict(self, samples: list[Sample]) -> None:
         """Their states are tensors of their own after it."""
         inside = [sample for sample in samples if sample.slot is not None]

@@ -77,11 +77,11 @@ class ModelRunner:
         states = first_states(others, self._noise(rng_counters(others, [0] * len(others)))) if others else []
         if graphs is not None and drawn:
             slots = graphs.slots.allocate(len(drawn), drawn)
-            graphs.init_latents(np.array(slots), rng_counters(drawn, [0] * len(drawn)))
+            scales = np.array([sample.request.schedule.start[1] for sample in drawn])
+            graphs.init_latents(np.array(slots), rng_counters(drawn, [0] * len(drawn)), scales)
             graphs.slots.assign(drawn, slots)
         for sample, (x, kept) in zip(others, states, strict=True):
-            sample.x, sample.x0, sample.x0_prev = x, torch.zeros_like(x), torch.zeros_like(x)
-            sample.kept = kept
+            sample.x, sample.x0, sample.x0_prev, sample.kept = x, torch.zeros_like(x), torch.zeros_like(x), kept
 
     @torch.inference_mode()
     def step(self, samples: list[Sample]) -> list[Sample]:

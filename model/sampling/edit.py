@@ -30,12 +30,14 @@ class Edit:
         return Edit(self.image.to(device, dtype), None if self.mask is None else self.mask.to(device, dtype))
 
 
-def start_from(image: Tensor, noise: Tensor, schedule: SamplingSchedule) -> Tensor:
+def start_from(image: Tensor | None, noise: Tensor, schedule: SamplingSchedule) -> Tensor:
     """The reference with the noise of the schedule's first timestep (Meng et al. 2022, SDEdit), as `noise`'s shape.
 
-    A schedule of strength 1 begins from noise alone.
+    A schedule of strength 1 begins from noise alone, as all do without a reference: of the schedule's own scale.
     """
     alpha, sigma = schedule.start
+    if image is None:
+        return noise if sigma == 1 else sigma * noise
     return alpha * image + sigma * noise
 
 

@@ -31,6 +31,7 @@ from model.sigmas import Sigmas
 
 COEFFICIENTS = ("g", "p", "q", "limit", "a", "b", "c", "d", "k", "s")
 THRESHOLDING = ("none", "clamp", "dynamic")  # of x0; the column holds the place in this list
+NOISE_ALONE = 0.0, 1.0  # what x begins as: the parts of a reference and of the noise
 FITTED = "fitted"  # the sampler whose rows no formula has: the checkpoint does, see `model.sampling.fitted`
 
 
@@ -140,14 +141,14 @@ class SamplingSchedule:
     `timesteps` [S], descending, is what the network sees: int64, or float64 where they were fitted. `table` float64
     [S, 10] holds the scalars of `COEFFICIENTS`. `draws` int64 [S] is the number of each step's noise z: 1 … S, or 0,
     which is x_T's, drawn again. None is 1 … S. x begins as start[0] · reference + start[1] · noise: noise alone, unless
-    it begins midway.
+    it begins midway. Its scale, diffusers' `init_noise_sigma`, is 1 but for levels of noise, which end at sigma_max.
     """
 
     sampler: str
     timesteps: Timesteps | Table
     table: Table
     draws: Timesteps | None = None
-    start: tuple[float, float] = (0.0, 1.0)
+    start: tuple[float, float] = NOISE_ALONE
 
     def draw(self, step: int) -> int:
         """The number of the noise of step `step` (from 0)."""
@@ -157,13 +158,14 @@ class SamplingSchedule:
         return len(self.timesteps)
 
     def from_latents(self) -> SamplingSchedule:
-        """The same for a reference that is x_T already."""
-        return replace(self, start=(1.0, 0.0))
+        """The same for a reference that is the noise already."""
+        return replace(self, start=(self.start[1], 0.0))
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that it does."""
         draws = b"" if self.draws is None else self.draws.tobytes()
-        return hashlib.sha256(self.timesteps.tobytes() + self.table.tobytes() + draws).hexdigest()
+        start = b"" if self.start == NOISE_ALONE else np.array(self.start).tobytes()
+        return hashlib.sha256(self.timesteps.tobytes() + self.table.tobytes() + draws + start).hexdigest()
 
     @cached_property
     def nfe(self) -> NDArray[np.int64]:
@@ -221,13 +223,10 @@ def make_schedule(
             "spacing",
             f"{params.spacing} starts at timestep {timesteps[0]}: zero terminal SNR needs {num_timesteps - 1}",
         )
-    start = (0.0, 1.0)
     if not 0 < strength <= 1:
         raise InvalidSamplingParams("strength", f"must be above 0 and at most 1, not {strength}")
     if strength < 1:
         timesteps = timesteps[np.abs(timesteps - strength * (diffusion.num_timesteps - 1)).argmin() :]
-        alpha_bar = float(diffusion.alphas_cumprod[timesteps[0]])
-        start = (math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
     low, high = params.guidance_interval
     p, q = diffusion.x0_coefficients(timesteps)
     place = timesteps / (diffusion.num_timesteps - 1)
@@ -244,12 +243,20 @@ def make_schedule(
     solver = consistency if sampler == CONSISTENCY else SAMPLERS[sampler]
     columns |= solver(diffusion, timesteps, params.eta, _checked_variance(diffusion, sampler, steps, variance))
     if diffusion.config.sigmas is not None:
-        sigma_data = diffusion.config.sigmas.sigma_data
-        start = (start[0] / sigma_data, start[1])
-        _in_image_units(columns, sigma_data, len(timesteps))
+        columns |= diffusion.config.sigmas.in_image_units(columns, len(timesteps))
     table = np.stack([np.broadcast_to(columns[name], len(timesteps)) for name in COEFFICIENTS], axis=1)
     seen = timesteps if told is None else told[-len(timesteps) :]
+    start = _start(diffusion, int(timesteps[0]), strength < 1)
     return SamplingSchedule(sampler, seen, table.astype(np.float64), start=start)
+
+
+def _start(diffusion: GaussianDiffusion, timestep: int, midway: bool) -> tuple[float, float]:
+    """What x begins as. A DDPM's x_T is standard normal, levels of noise have σ·ε, over √(σ² + sigma_data²)."""
+    sigmas, alpha_bar = diffusion.config.sigmas, float(diffusion.alphas_cumprod[timestep])
+    if not midway and sigmas is None:
+        return NOISE_ALONE
+    alpha = math.sqrt(alpha_bar) / (1 if sigmas is None else sigmas.sigma_data)
+    return alpha * midway, math.sqrt(1 - alpha_bar)
 
 
 def _of_levels(
@@ -267,13 +274,6 @@ def _of_levels(
     timesteps = np.arange(count - 1, count - 1 - params.steps, -1)
     told = sigmas.timesteps(sigmas.levels(count)[timesteps])
     return GaussianDiffusion(replace(config, num_timesteps=count)), timesteps, told
-
-
-def _in_image_units(columns: dict[str, Any], sigma_data: float, steps: int) -> None:
-    """States are those of images over sigma_data; x_0, and what the last step leaves, are images."""
-    for name in ("a", "b", "c", "d", "s"):
-        column = np.broadcast_to(columns[name], steps) / (1 if name in "as" else sigma_data)
-        columns[name] = np.append(column[:-1], column[-1] * sigma_data)
 
 
 def usable_variance(diffusion: GaussianDiffusion, steps: int) -> str:

@@ -106,11 +106,9 @@ def sample(
     its mask says so. `on_step(i, x_next, x0)` is called after step i = 1 … S.
     """
     x = normals(seeds, indices, [0] * len(seeds), shape, device).to(dtype)
-    kept = None
-    if edit is not None:
-        edit = edit.to(device, dtype)
-        x = start_from(edit.image, x, schedule)
-        kept = None if edit.mask is None else (edit.image, edit.mask)
+    edit = None if edit is None else edit.to(device, dtype)
+    x = start_from(None if edit is None else edit.image, x, schedule)
+    kept = None if edit is None or edit.mask is None else (edit.image, edit.mask)
     x0 = x0_prev = torch.zeros_like(x)
     y = None if classes is None else torch.tensor(classes, device=device)
     for step, (timestep, row) in enumerate(zip(schedule.timesteps, schedule.table, strict=True)):

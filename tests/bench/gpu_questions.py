@@ -1,4 +1,4 @@
-"""What cannot be settled without a GPU: the bench prints what decides it. See "Limitations" in docs/operations.md."""
+"""What cannot be settled without a GPU: the bench prints what decides it. See "On a GPU" in docs/benchmarks.md."""
 
 from __future__ import annotations
 

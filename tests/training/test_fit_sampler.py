@@ -21,6 +21,7 @@ from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, SamplingParams, make_schedule
 from model.sampling.step import sample
+from model.sigmas import Sigmas
 from tests.networks import randomised
 from training import fit_sampler
 from training.fitting import fit as fitting
@@ -242,6 +243,18 @@ def test_a_student_is_not_fitted(
     checkpoint.save(tmp_path / "student.safetensors", source.network.state_dict(), config)
     assert fit_sampler.main([str(tmp_path / "student.safetensors"), *FEW, "--steps", "3"]) == 2
     assert "student is distilled, and has its own few steps: fit its teacher" in capsys.readouterr().err
+
+
+def test_levels_of_noise_are_not_fitted(
+    save_checkpoint: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint.load(save_checkpoint())
+    diffusion = DiffusionConfig(schedule="karras", prediction="edm", sigmas=Sigmas())
+    checkpoint.save(
+        tmp_path / "edm.safetensors", source.network.state_dict(), replace(source.config, diffusion=diffusion)
+    )
+    assert fit_sampler.main([str(tmp_path / "edm.safetensors"), *FEW, "--steps", "3"]) == 2
+    assert "edm has EDM's levels of noise, to which no table can be fitted here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.atomic_write import atomic_write
 from model.images import Image, grid, to_uint8
 from model.nn.unet import UNet
+from model.sampling.edit import start_from
 from model.sampling.noise import normals
 from model.sampling.schedule import SamplingSchedule
 from model.sampling.step import sample
@@ -57,7 +58,8 @@ def sequence(
         raise ValueError(f"a sequence has at least 2 frames, not {frames}")
     shown = set(np.linspace(0, len(schedule), min(frames, len(schedule) + 1)).round().astype(int).tolist())
     device = next(network.parameters()).device
-    x = normals([seed] * len(indices), list(indices), [0] * len(indices), network.config.image_shape, device)
+    noise = normals([seed] * len(indices), list(indices), [0] * len(indices), network.config.image_shape, device)
+    x = start_from(None, noise, schedule)
     pairs: list[tuple[Tensor, Tensor]] = []
 
     def keep(step: int, x_next: Tensor, x0: Tensor) -> None:

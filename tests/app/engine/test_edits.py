@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from app.engine.runner import ModelRunner
 from model.checkpoint import Checkpoint
 from model.images import from_uint8, to_uint8
 from model.sampling.edit import Edit
+from model.sampling.noise import normal
 from model.sampling.solvers import SAMPLERS
 from model.sampling.step import sample
-from tests.app.engine.conftest import HeldRunner, Metrics, TestedEngine, equal, finish, graphed
+from tests.app.engine.conftest import HeldRunner, Metrics, TestedEngine, equal, finish, graphed, state
 
 CPU = torch.device("cpu")
 Ask = Callable[..., Request]
@@ -82,6 +84,31 @@ def test_alone_among_strangers_and_by_graphs_the_bits_are_the_same(
     assert equal(finish(by_graphs, everything(edit, samples)), alone)
     for one, found in zip(everything(edit, samples), alone, strict=True):
         torch.testing.assert_close(found, naive(checkpoint, one), rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_noise_of_other_scales_is_mixed_with_the_rest(
+    checkpoint: Checkpoint, ask: Ask, edit: Edited, samples: Callable[[], list[Sample]]
+) -> None:
+    """As levels of noise have it: x_T is shorter, whoever draws it."""
+    loop = asyncio.new_event_loop()
+
+    def mixed() -> list[Sample]:
+        plain, given = ask(loop, seed=9, n=2), edit("ddim", "inpainting", n=1)
+        for request, scale in ((plain, 0.75), (given, 0.5)):
+            request.schedule = replace(request.schedule, start=(0.0, scale))
+        given.schedule = given.schedule.from_latents()
+        return [*samples()[:2], *plain.samples, *given.samples, *samples()[3:5]]
+
+    eager, by_graphs = ModelRunner(checkpoint, CPU, 4), graphed(checkpoint, 4)
+    by_graphs.warm_up(4)
+    found = finish(eager, mixed())
+    assert equal(finish(by_graphs, mixed()), found)
+    for one, x in zip(mixed(), found, strict=True):
+        torch.testing.assert_close(x, naive(checkpoint, one), rtol=0, atol=2e-5)
+    by_graphs.init_latents(both := mixed())
+    assert torch.equal(state(by_graphs, both[3]), 0.75 * normal(9, 1, 0, (1, 8, 8)))
+    loop.close()
 
 
 @pytest.mark.parametrize("kind", EDITS)

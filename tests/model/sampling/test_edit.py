@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.images import from_uint8, to_uint8
-from model.sampling.edit import Edit, keep
+from model.sampling.edit import Edit, keep, start_from
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, InvalidSamplingParams, make_schedule
 from model.sampling.solvers import SAMPLERS
@@ -184,3 +185,15 @@ def test_levels_of_noise_begin_midway_too() -> None:
     scale = math.sqrt(sigma**2 + sigmas.sigma_data**2)
     assert begun.start == pytest.approx((1 / scale, sigma / scale), rel=1e-6)
     assert begun.table[-1].tolist() == pytest.approx(whole.table[-1].tolist())
+
+
+def test_levels_of_noise_begin_at_sigma_max() -> None:
+    """Of noise alone, x is c_in·σ_max·z, and so is x_T that is given; elsewhere it is z itself."""
+    config = DiffusionConfig(schedule="karras", prediction="edm", sigmas=Sigmas(sigma_max=1.0))
+    levels, z = make_schedule(GaussianDiffusion(config), "ddim", 5), torch.randn(1, 3, 4, 4)
+    scale = 1 / math.sqrt(1 + 0.5**2)
+    torch.testing.assert_close(start_from(None, z, levels), scale * z)
+    torch.testing.assert_close(start_from(torch.zeros_like(z), z, levels), scale * z)
+    torch.testing.assert_close(start_from(z, 0 * z, levels.from_latents()), scale * z)
+    assert start_from(None, z, make_schedule(LINEAR, "ddim", 5)) is z
+    assert levels.digest() != replace(levels, start=(0.0, 1.0)).digest()
