@@ -33,6 +33,7 @@ function choose(asked = new URLSearchParams()) {
   namePlan();
   el.seed.value = asked.get("seed") ?? el.seed.value;
   el.paint_class.replaceChildren(...model.class_names.map((name, i) => node("option", name, {value: i})));
+  el.paint_class.parentElement.hidden = !model.class_names.length;
   el.go.textContent = model.class_names.length ? "Denoise all classes" : "Denoise";
   el.go.disabled = el.dice.disabled = false;
   lay(0);
@@ -72,7 +73,10 @@ async function begin() {
   el.model.value = Math.max(0, models.findIndex(({name}) => name === asked.get("model")));
   el.models.hidden = models.length < 2;
   choose(asked);
-  if (asked.has("image")) enlarge(Number(asked.get("image")) || 0, asked.get("class") ?? undefined);
+  const [name, sampler] = [asked.get("model"), asked.get("sampler")];
+  const missing = name !== null && name !== model.name ? `model ${name}` : sampler !== null && sampler !== el.sampler.value ? `sampler ${sampler}` : "";
+  if (missing) complain(`This link names the ${missing}, which is not served here. Its images would be others.`);
+  else if (asked.has("image")) enlarge(Number(asked.get("image")) || 0, asked.get("class") ?? undefined);
   else if (asked.has("seed")) fill();
   return true;
 }
@@ -124,7 +128,7 @@ async function fill() {
     el.status.textContent = "Choose an image to see it large.";
   } catch (error) {
     const kept = last === null ? "" : ` The images are as they were after step ${last}; the seed is kept.`;
-    el.status.textContent = error.name === "AbortError" ? "Stopped." + kept : "";
+    el.status.textContent = (error.name === "AbortError" ? "Stopped." : "") + kept;
     if (error.name !== "AbortError") complain(error.message);
   } finally {
     running.abort();

@@ -36,7 +36,7 @@ async function enlarge(image, label) {
   } catch (error) {
     if (mine !== watching) return;  // another image was chosen
     const came = shown.xt.length;
-    el.detail_status.textContent = error.name === "AbortError" ? `Stopped.${came ? " What came is kept: drag the slider." : ""}` : "";
+    el.detail_status.textContent = (error.name === "AbortError" ? "Stopped." : "") + (came ? " What came is kept: drag the slider." : "");
     if (error.name !== "AbortError") complain(error.message, el.detail_alert);
   } finally {
     if (mine === watching) {

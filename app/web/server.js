@@ -46,7 +46,9 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const {done, value} = await reader.read();
+    const {done, value} = await reader.read().catch(error => {
+      throw error.name === "AbortError" ? error : new Error("The connection to the server broke.");
+    });
     if (done) return;
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();

@@ -256,6 +256,39 @@ def test_a_part_drawn_over_is_painted_again(page: Any, server: ServerProcess) ->
     assert not changed[:, 10:].any()  # which nobody drew over
 
 
+@pytest.mark.parametrize("missing", ["model", "sampler"])
+def test_a_link_to_what_is_not_served_says_so(page: Any, server: ServerProcess, missing: str) -> None:
+    page.goto(f"{server.url}/#{missing}=other&seed=1&image=0")
+    page.wait_for_selector(f"text=This link names the {missing} other, which is not served here.")
+    assert not page.locator("#detail").is_visible()
+    page.click("#go")
+    page.wait_for_selector("text=Choose an image to see it large.")
+    assert page.inner_text("#alert") == ""
+
+
+def test_an_unconditional_model_asks_for_no_class(page: Any, colour_checkpoint: Path) -> None:
+    with ServerProcess("app", "--checkpoint", str(colour_checkpoint)) as server:
+        page.goto(server.url + "/#seed=8&image=2")
+        finished(page)
+        page.click("#repaint summary")
+        assert not page.locator("#paint_class").is_visible()
+        page.click("#mask")
+        page.click("#paint")
+        page.wait_for_selector("text=Repainted.")
+
+
+def test_what_came_is_kept_where_the_server_dies(page: Any, colour_checkpoint: Path) -> None:
+    with ServerProcess("app", "--checkpoint", str(colour_checkpoint)) as server:
+        page.goto(server.url)
+        page.select_option("#sampler", "ddpm")
+        page.fill("#steps", "1000")
+        page.click("#go")
+        page.wait_for_selector("text=/Step [0-9]+ of 1000/")
+        server.process.kill()
+        page.wait_for_selector("text=The connection to the server broke.")
+        assert "The images are as they were after step" in page.inner_text("#status")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_has_no_faults_of_accessibility(browser: Any, server: ServerProcess, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
