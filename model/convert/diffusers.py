@@ -27,9 +27,11 @@ from model.diffusion import DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock
 from model.nn.unet import UNet
+from model.sampling.solvers import CONSISTENCY
 
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+CONSISTENCY_PIPELINE = "ConsistencyModelPipeline"
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", CONSISTENCY_PIPELINE)
 DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True, "ResnetDownsampleBlock2D": False}
 UP = {"UpBlock2D": False, "AttnUpBlock2D": True, "ResnetUpsampleBlock2D": False}
 
@@ -106,6 +108,7 @@ def import_folder(source: Path, flags: Flags) -> Imported:
         folder.assumed,
         folder.limit,
         frozenset({"weights"} if has_average else ()),
+        {"sampler": CONSISTENCY, "steps": 1} if folder.diffusion.prediction == CONSISTENCY else {},
     )
 
 

@@ -18,14 +18,15 @@ from torch import Tensor
 from model import checkpoint
 from model.atomic_write import atomic_write
 from model.checkpoint import Checkpoint
-from model.convert.diffusers import DIFFUSERS
+from model.convert.diffusers import CONSISTENCY_PIPELINE, DIFFUSERS
 from model.convert.layout import Weights, norm_groups
-from model.convert.scheduler import PREDICTIONS, UNLIMITED
+from model.convert.scheduler import CM_SCHEDULER, CM_SIGMAS, CM_TIME_SCALE, PREDICTIONS, UNLIMITED
 from model.diffusion import SCHEDULES, DiffusionConfig
 from model.nn.config import UNetConfig
 from model.nn.layers import ResBlock, time_embedding
 from model.nn.unet import UNet
 from model.safetensors_io import write_tensors
+from model.sampling.solvers import CONSISTENCY
 from model.sampling.step import DYNAMIC_QUANTILE
 
 
@@ -34,7 +35,7 @@ class UnsupportedExportError(ValueError):
 
 
 def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> None:
-    """Writes the folder. Raises UnsupportedExportError.
+    """Writes the folder, of a ConsistencyModelPipeline for such models. Raises UnsupportedExportError.
 
     Where classes act in every block, `class_label` says which class the exported network, unconditional then, makes.
     Scaled timesteps become a learned table of embeddings, of the same numbers.
@@ -44,8 +45,8 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         raise UnsupportedExportError(
             f"diffusers' UNet2DModel cannot express this network: it is {config.network}', with linear attention"
         )
-    if source.config.diffusion.sigmas is not None:
-        raise UnsupportedExportError("a DDPMPipeline cannot express its diffusion: it has EDM's levels of noise")
+    is_consistency = source.config.diffusion.prediction == CONSISTENCY
+    scheduler = scheduler_json(source.config.diffusion, source.config.sampling.limit)
     if config.num_classes is not None and config.class_conditioning != "embedding":
         if class_label is None:
             raise UnsupportedExportError(
@@ -69,6 +70,7 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         "it has another number of heads on the way up": config.num_heads_upsample and not config.head_channels,
         "it pads its images": config.initial_pad != 0,
         f"its norms have different numbers of groups, {sorted(norm_groups(config))}": len(norm_groups(config)) > 1,
+        "consistency models have square images there": is_consistency and len(set(config.image_size)) > 1,
         "its image size does not divide by its resolutions": any(side % config.multiple for side in config.image_size),
         f"it folds squares of {config.patch_size} × {config.patch_size} pixels": config.patch_size != 1,
     }.items():
@@ -78,14 +80,16 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
     (folder / "scheduler").mkdir(exist_ok=True)
     files = {
         "model_index.json": {
-            "_class_name": "DDPMPipeline",
+            "_class_name": CONSISTENCY_PIPELINE if is_consistency else "DDPMPipeline",
             "_diffusers_version": "0.31.0",
-            "scheduler": ["diffusers", "DDPMScheduler"],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
             "unet": ["diffusers", "UNet2DModel"],
         },
         "unet/config.json": unet_json(config),
-        "scheduler/scheduler_config.json": scheduler_json(source.config.diffusion, source.config.sampling.limit),
+        "scheduler/scheduler_config.json": scheduler,
     }
+    if is_consistency:  # its pipeline takes one number
+        files["unet/config.json"]["sample_size"] = config.image_size[0]
     write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", renamed(config, weights), {"format": "pt"})
     for name, content in files.items():
         with atomic_write(folder / name) as part:
@@ -204,7 +208,17 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
 
 
 def scheduler_json(config: DiffusionConfig, limit: str) -> dict[str, Any]:
-    """DDPMScheduler's configuration, with the `limit` of x0 that the checkpoint is sampled with."""
+    """DDPMScheduler's configuration, with the `limit` of x0 that the checkpoint is sampled with.
+
+    Consistency models have CMStochasticIterativeScheduler's. Raises UnsupportedExportError for other levels of noise.
+    """
+    if (sigmas := config.sigmas) is not None:
+        if config.prediction != CONSISTENCY:
+            raise UnsupportedExportError("no pipeline of diffusers can express its diffusion: EDM's levels of noise")
+        if limit == "dynamic" or sigmas.time_scale != CM_TIME_SCALE:
+            raise UnsupportedExportError(f"{CM_SCHEDULER} cannot express its limit of x0, or its time_scale")
+        told = {name: getattr(sigmas, name) for name in CM_SIGMAS} | {"clip_denoised": limit == "clamp"}
+        return {"_class_name": CM_SCHEDULER, "_diffusers_version": "0.31.0", **told}
     scale = 1000 / config.num_timesteps  # theirs does not scale its betas
     betas = list(config.trained_betas) or None
     if config.schedule == "sigmoid":  # theirs of that name is another

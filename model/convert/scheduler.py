@@ -11,7 +11,9 @@ import numpy as np
 
 from model.convert.betas import SCHEDULES, betas_of, diffusion_of
 from model.convert.layout import UnsupportedCheckpointError
-from model.diffusion import DiffusionConfig, Table
+from model.diffusion import KARRAS, DiffusionConfig, Table
+from model.sampling.solvers import CONSISTENCY
+from model.sigmas import Sigmas
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
@@ -21,6 +23,9 @@ VARIANCES = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
 }
+CM_SCHEDULER = "CMStochasticIterativeScheduler"
+CM_SIGMAS = ("sigma_min", "sigma_max", "sigma_data", "rho")
+CM_TIME_SCALE = 1000.0
 CLIPS = ("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler")  # unless told not to
 SCHEDULERS = (
     *CLIPS,
@@ -33,6 +38,7 @@ SCHEDULERS = (
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "DPMSolverSDEScheduler",
+    CM_SCHEDULER,
 )
 STABLE_DIFFUSIONS = ("HeunDiscreteScheduler", "DPMSolverSDEScheduler")  # betas 0.00085 to 0.012 where none are given
 UNLIMITED = 1000.0  # a sample_max_value that no prediction of x0 reaches
@@ -74,6 +80,8 @@ def read(theirs: dict[str, Any], learned_variance: bool) -> tuple[DiffusionConfi
         raise UnsupportedCheckpointError(
             f"its scheduler is {kind}; those that can be imported are {', '.join(SCHEDULERS)}"
         )
+    if name == CM_SCHEDULER:
+        return _of_consistency(theirs, learned_variance)
     for field in ("use_flow_sigmas", "use_dynamic_shifting"):
         if theirs.get(field):
             raise UnsupportedCheckpointError(f"its scheduler's {field} is true, which cannot be expressed here")
@@ -98,6 +106,20 @@ def read(theirs: dict[str, Any], learned_variance: bool) -> tuple[DiffusionConfi
             "its scheduler's rescale_betas_zero_snr needs a prediction_type other than epsilon"
         )
     return replace(plain, zero_terminal_snr=rescaled), _limit(theirs), assumed
+
+
+def _of_consistency(theirs: dict[str, Any], learned_variance: bool) -> tuple[DiffusionConfig, str, tuple[str, ...]]:
+    if learned_variance:
+        raise UnsupportedCheckpointError("it is a consistency model with a learned variance, which cannot be sampled")
+    _value(theirs, "s_noise", 1.0, lambda v: v == 1)
+    usual = Sigmas()
+    told = {
+        name: float(_value(theirs, name, getattr(usual, name), lambda v: type(v) in REAL and v > 0))
+        for name in CM_SIGMAS
+    }
+    sigmas = Sigmas(**told, time_scale=CM_TIME_SCALE)
+    limit = "clamp" if _value(theirs, "clip_denoised", True, lambda v: isinstance(v, bool)) else "none"
+    return DiffusionConfig(schedule=KARRAS, prediction=CONSISTENCY, sigmas=sigmas), limit, ()
 
 
 def _betas(theirs: dict[str, Any]) -> Table:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import ConsistencyModelPipeline
 from torch import Tensor
 
 from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.convert.conversion import config_of
+from model.convert.exporter import export
+from model.convert.exporter import main as export_main
 from model.convert.importer import import_path, main
 from model.convert.layout import Flags, Imported, UnsupportedCheckpointError
 from model.diffusion import DiffusionConfig, GaussianDiffusion
@@ -19,11 +26,13 @@ from model.nn.unet import UNet
 from model.sampling.noise import normals
 from model.sampling.schedule import COEFFICIENTS, InvalidSamplingParams, SamplingParams, make_schedule
 from model.sampling.step import sample
+from model.sigmas import Sigmas
 from tests.fixtures import expected, theirs
 from tests.model.convert.test_edm import relative_error
 
 FILE = "consistency/small.pt"
 FLAGS: dict[str, Any] = {"head_channels": 16, "image_size": (8, 8), "prediction": "consistency"}
+WORDS = ["--head_channels", "16", "--image_size", "8,8", "--prediction", "consistency"]
 LABELS = [1, 4]
 
 
@@ -95,13 +104,51 @@ def test_no_other_sampler_belongs_to_them() -> None:
 
 def test_a_checkpoint_of_one_loads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.safetensors"
-    flags = ["--head_channels", "16", "--image_size", "8,8", "--prediction", "consistency"]
-    assert main([str(theirs(FILE)), str(path), *flags]) == 0
+    assert main([str(theirs(FILE)), str(path), *WORDS]) == 0
     assert "prediction consistency, x0 clamped to ±1 (their KarrasDenoiser)" in capsys.readouterr().err
     config = checkpoint.load(path).config
     assert config.diffusion == imported().diffusion
     assert (config.sampling.sampler, config.sampling.steps) == ("consistency", 1)
     assert config.sampling_params(steps=2).steps == 2
+
+
+def test_diffusers_gets_it_and_gives_it_back(tmp_path: Path) -> None:
+    main([str(theirs(FILE)), str(tmp_path / "mine.safetensors"), *WORDS])
+    assert export_main([str(tmp_path / "mine.safetensors"), str(tmp_path / "folder")]) == 0
+    pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.set_progress_bar_config(disable=True)
+    noise = normals([5, 5], [0, 1], [0, 0], (3, 8, 8))
+    images = pipeline(2, LABELS, num_inference_steps=1, latents=noise, output_type="np").images
+    made = 2 * torch.from_numpy(images).permute(0, 3, 1, 2) - 1
+    assert relative_error(made, theirs_out("steps_1")) <= 1e-5
+    back, here = import_path(tmp_path / "folder", Flags()), imported()
+    assert (back.diffusion, back.limit, back.sampling) == (here.diffusion, here.limit, here.sampling)
+    assert all(torch.equal(back.weights[name], tensor) for name, tensor in here.weights.items())
+
+
+def test_its_own_levels_go_out_and_come_back(tmp_path: Path) -> None:
+    own = replace(imported().diffusion, sigmas=Sigmas(0.01, 40.0, 5.0, 0.6, 1000.0))
+    found = replace(imported(), diffusion=own, limit="none")
+    export(Checkpoint("it", "", config_of(found, Flags(), "x"), network_of(found)), tmp_path)
+    back = import_path(tmp_path, Flags())
+    assert (back.diffusion, back.limit) == (own, "none")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"s_noise": 1.1}, "its scheduler's s_noise is 1.1"),
+        ({"sigma_max": -1}, "its scheduler's sigma_max is -1"),
+        ({"clip_denoised": "yes"}, "its scheduler's clip_denoised is 'yes'"),
+        ({"sigma_min": 100}, "sigmas are out of range"),
+    ],
+)
+def test_a_scheduler_that_makes_no_sense_is_refused(fields: dict[str, Any], why: str, tmp_path: Path) -> None:
+    export(Checkpoint("it", "", config_of(found := imported(), Flags(), "x"), network_of(found)), tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(UnsupportedCheckpointError, match=why):
+        import_path(tmp_path, Flags())
 
 
 @pytest.mark.parametrize(
