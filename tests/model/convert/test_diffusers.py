@@ -248,7 +248,7 @@ def test_a_variance_that_is_not_named_is_told(kind: Any, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     "kind",
     [
-        "CMStochasticIterativeScheduler",
+        "EDMEulerScheduler",
         "FlowMatchEulerDiscreteScheduler",
         "ScoreSdeVeScheduler",
         "EDMEulerScheduler",
