@@ -256,6 +256,17 @@ def test_a_part_drawn_over_is_painted_again(page: Any, server: ServerProcess) ->
     assert not changed[:, 10:].any()  # which nobody drew over
 
 
+def test_an_image_stands_on_any_page_and_costs_once(page: Any, server: ServerProcess) -> None:
+    shown = "() => document.images[0].naturalWidth === 12"
+    steps = []
+    for _ in range(2):
+        page.goto("about:blank")  # another origin than the server's
+        page.set_content(f'<img src="{server.url}/images/grey/{CLASSES[0]}/1/6.png">')
+        page.wait_for_function(shown)
+        steps.append(server.metric("ddpm_image_steps_total"))
+    assert steps[0] == steps[1]
+
+
 @pytest.mark.parametrize("missing", ["model", "sampler"])
 def test_a_link_to_what_is_not_served_says_so(page: Any, server: ServerProcess, missing: str) -> None:
     page.goto(f"{server.url}/#{missing}=other&seed=1&image=0")
