@@ -123,6 +123,13 @@ ROWS: dict[str, list[Graph]] = {
             stacked=True,
         ),
         Graph(
+            "Network rows",
+            "What the network computes: one row for each image and step, two where guidance acts.",
+            "ops",
+            [(rate("ddpm_nfe_total", "instance, model"), "{{model}} {{instance}}")],
+            stacked=True,
+        ),
+        Graph(
             "Batch fill",
             "Rows of a mean batch over its room for them. Low under load: requests come one by one.",
             "percentunit",

@@ -50,20 +50,20 @@ def from_hub(name: HubName, flags: Flags, say: Say, warn: Say | None = None, all
     warn = warn or say
     folder = cache_folder() / name.repo.replace("/", "--")
     key = hashlib.sha256(json.dumps([CONVERSION, flags.given()], sort_keys=True).encode()).hexdigest()[:12]
-    if name.is_pinned and (kept := folder / f"{name.revision}-{key}.safetensors").is_file():
+    if name.is_pinned and _is_kept(kept := folder / f"{name.revision}-{key}.safetensors", warn):
         return _said(kept, say)
     try:
         repository = hub.look(name)
     except HubUnreachableError as error:
         commit = _commits(folder).get(name.revision or "main")
-        if commit is None or not (kept := folder / f"{commit}-{key}.safetensors").is_file():
+        if commit is None or not _is_kept(kept := folder / f"{commit}-{key}.safetensors", warn):
             raise
         warn(f"{error.why}; using commit {commit}, which was converted before")
         return _said(kept, say)
     if len(name.revision or "") < 7 or not repository.commit.startswith(str(name.revision)):
         warn(f"no commit is pinned, so {name} may become another: {name.repo}@{repository.commit} is what it is now")
     path = folder / f"{repository.commit}-{key}.safetensors"
-    if not path.is_file():
+    if not _is_kept(path, warn):
         path.parent.mkdir(parents=True, exist_ok=True)
         _convert(repository, flags, allow_bin, path, say)
     if not name.is_pinned:
@@ -80,6 +80,19 @@ def _commits(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_kept(path: Path, warn: Say) -> bool:
+    """Whether it was converted before, and is still good. A damaged one is removed."""
+    if not path.is_file():
+        return False
+    try:
+        checkpoint.load(path)
+    except checkpoint.CheckpointError as error:
+        warn(f"{error}; it was converted before, and is removed to be converted again")
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _said(path: Path, say: Say) -> Path:

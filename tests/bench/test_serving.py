@@ -169,7 +169,7 @@ def test_tables_give_medians_and_name_what_was_not_measured(tmp_path: Path) -> N
     text = (tmp_path / "README.md").read_text()
     assert "`python -m it --simulated-step-ms 1:20,8:47.5` made this page" in text
     assert "1: 20, 8: 47.5.\n  Of 400 calls of servers 5.00% took longer" in text
-    assert "which made them 3.75%\n  longer in all, and for the candidate that fared worst in a round 10.00%" in text
+    assert "which made them 3.75%\n  longer in all, and for the server that fared worst in a round 10.00%" in text
     assert (tmp_path / "latency.png").stat().st_size > 10_000
 
 

@@ -34,7 +34,7 @@ FAULTS = {
     RAISES: {"step_failed"},
     RAISES_ONCE: {"ok", "step_failed"},  # once by every runner: with new weights it may be in a replay, which is alone
     NOT_FINITE: {"step_failed"},
-    CRASHES_TWICE: {"ok"},
+    CRASHES_TWICE: {"ok", "step_failed"},  # just after another fault it is read alone at once, and failed
     CRASHES: {"step_failed"},
     TOO_MANY: {"ok"},
     TOO_LARGE: {"out_of_memory"},

@@ -380,6 +380,36 @@ def test_a_damaged_table_of_commits_is_no_trouble(server: Hub, flat: Path) -> No
     assert json.loads(table.read_bytes()) == {"main": COMMIT}
 
 
+@pytest.mark.parametrize("name", [FLAT, f"{FLAT}@{COMMIT}"])
+@pytest.mark.parametrize("how", ["a bit", "cut"])
+def test_a_damaged_conversion_is_made_again(name: str, how: str, server: Hub, flat: Path) -> None:
+    server.repositories[FLAT] = HubRepository(flat)
+    first = converted(name)
+    (kept,) = cache_folder().rglob("*.safetensors")
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1
+    kept.write_bytes(content[:-100] if how == "cut" else content)
+    lines: list[str] = []
+    found = hub.parse(name)
+    assert found is not None
+    assert checkpoint.load(from_hub(found, Flags(), lines.append)).sha256 == first.sha256
+    (line,) = [line for line in lines if "damaged" in line]
+    assert "it was converted before, and is removed to be converted again" in line
+
+
+def test_a_damaged_conversion_is_named_without_the_hub(server: Hub, flat: Path) -> None:
+    server.repositories[FLAT] = HubRepository(flat)
+    converted(FLAT)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    (kept,) = cache_folder().rglob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:1000])
+    server.stop()
+    lines: list[str] = []
+    with pytest.raises(HubUnreachableError):
+        from_hub(HubName(FLAT), Flags(), lines.append)
+    assert "is removed to be converted again" in "".join(lines)
+
+
 # The command and the server
 
 
