@@ -7,7 +7,10 @@ import io
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -256,14 +259,16 @@ def test_a_part_drawn_over_is_painted_again(page: Any, server: ServerProcess) ->
     assert not changed[:, 10:].any()  # which nobody drew over
 
 
-def test_an_image_stands_on_any_page_and_costs_once(page: Any, server: ServerProcess) -> None:
-    shown = "() => document.images[0].naturalWidth === 12"
+def test_an_image_stands_on_any_page_and_costs_once(page: Any, server: ServerProcess, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text(f'<img src="{server.url}/images/grey/{CLASSES[0]}/1/6.png">')
     steps = []
-    for _ in range(2):
-        page.goto("about:blank")  # another origin than the server's
-        page.set_content(f'<img src="{server.url}/images/grey/{CLASSES[0]}/1/6.png">')
-        page.wait_for_function(shown)
-        steps.append(server.metric("ddpm_image_steps_total"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        for _ in range(2):
+            page.goto(f"http://127.0.0.1:{site.server_port}")
+            page.wait_for_function("() => document.images[0].naturalWidth === 12")
+            steps.append(server.metric("ddpm_image_steps_total"))
+        site.shutdown()
     assert steps[0] == steps[1]
 
 
