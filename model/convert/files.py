@@ -33,12 +33,12 @@ GREEDY = (  # what torch would call, with any size that the file likes
     "torch._utils _rebuild_device_tensor_from_cpu_tensor",
     "torch._utils _rebuild_device_tensor_from_numpy",
 )
+STATE_DICT_OF_EDM = (
+    "in their repository, if you trust the file, `net = pickle.load(open('network.pkl', 'rb'))['ema']` and "
+    "`torch.save(net.state_dict(), 'network.pt')` make one that can be imported"
+)
 OBJECTS = {  # in a pickle that holds more than tensors: what it is then
-    "torch_utils.persistence": (
-        "one of NVlabs' (EDM), which holds the code of its network; in their repository, if you trust the file, "
-        "`net = pickle.load(open('network.pkl', 'rb'))['ema']` and `torch.save(net.state_dict(), 'network.pt')` "
-        "make one that can be imported"
-    ),
+    "torch_utils.persistence": f"one of NVlabs' (EDM), which holds the code of its network; {STATE_DICT_OF_EDM}",
     "x_embedder.proj.weight": "of a diffusion transformer (DiT), another architecture",
     "pytorch_lightning": "PyTorch Lightning's; save its state_dict alone",
 }

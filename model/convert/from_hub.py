@@ -21,7 +21,7 @@ from model import checkpoint, hub
 from model.atomic_write import atomic_write
 from model.convert.conversion import config_of, import_path, told
 from model.convert.diffusers import check_folder
-from model.convert.files import STEM, read_json
+from model.convert.files import STATE_DICT_OF_EDM, STEM, read_json
 from model.convert.layout import Flags, UnsupportedCheckpointError
 from model.hub import HubName, HubUnreachableError, Repository
 
@@ -209,7 +209,7 @@ def _what_it_is(repository: Repository) -> str:
     if any(file.endswith(".gguf") for file in files):
         return "it has weights in GGUF, as language models do"
     if any(file.endswith(".pkl") for file in files):
-        return "its weights are in pickles that may hold code (.pkl, as EDM's), which is never run"
+        return f"its weights are in .pkl, as EDM's are, which hold code, and that is never run; {STATE_DICT_OF_EDM}"
     if repository.library not in (None, "diffusers"):
         return f"it is of the library {repository.library}, and has no weights that can be imported"
     return "it has no weights that can be imported: neither .safetensors, nor .bin, .pt, .pth or .ckpt"

@@ -23,6 +23,7 @@ Weights = dict[str, Tensor]
 
 HO: dict[str, Any] = {"norm_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0, "time_freq_shift": 1}
 """The conventions of Ho et al.'s code, which projects after it have for granted."""
+NOT_OF_LEVELS = ("num_timesteps", "variance", "trained_betas", "time_scale")  # flags of schedules of betas alone
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -136,6 +137,8 @@ class Imported:
         for name, value in flags.given().items():
             if name in self.used or name == "class_names":
                 continue
+            if name in NOT_OF_LEVELS and self.diffusion.sigmas is not None:
+                raise UnsupportedCheckpointError(f"--{name} means nothing for levels of noise: leave it out")
             if name == "trained_betas" and value != has[name]:
                 raise UnsupportedCheckpointError("--trained_betas contradict the file, which has betas: leave them out")
             if name not in has or (name.startswith("schedule_") and not is_linear):

@@ -113,6 +113,7 @@ def test_a_checkpoint_of_one_loads_again(tmp_path: Path, capsys: pytest.CaptureF
         ({"num_heads": 2}, "leave out --num_heads"),
         ({"prediction": "eps"}, "prediction must be one of edm, consistency"),
         ({"schedule": "linear"}, "--schedule linear contradicts the file, which has karras"),
+        ({"time_scale": 1.0}, "--time_scale means nothing for levels of noise"),
         ({"new_attention_order": True}, "--new_attention_order means nothing"),
     ],
 )

@@ -137,6 +137,9 @@ def test_a_checkpoint_of_it_loads_again(found: Imported, tmp_path: Path, capsys:
         (None, {"image_size": (16, 16)}, "--image_size 16,16 contradicts"),
         (None, {"num_heads": 2}, "--num_heads 2 contradicts"),
         (None, {"weights": "raw"}, "--weights means nothing"),
+        (None, {"num_timesteps": 1000}, "--num_timesteps means nothing for levels of noise"),
+        (None, {"variance": "fixed_small"}, "--variance means nothing for levels of noise"),
+        (None, {"trained_betas": (0.1, 0.2)}, "--trained_betas means nothing for levels of noise"),
     ],
 )
 def test_other_files_are_refused_by_name(change: Any, flags: dict[str, Any], why: str, tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ OTHERS: dict[str, tuple[list[Change], str]] = {
     "lora": ([network("pytorch_lora_weights.safetensors")], "a LoRA"),
     "adapter": ([wrote("adapter_config.json", {}), network("adapter_model.safetensors")], "a LoRA or another adapter"),
     "gguf": ([wrote("model-q4.gguf", {})], "GGUF"),
-    "pickle": ([wrote("edm-cifar10-32x32-cond-vp.pkl", {})], "pickles that may hold code"),
+    "pickle": ([wrote("edm-cifar10-32x32-cond-vp.pkl", {})], "`torch.save(net.state_dict(), 'network.pt')`"),
     "empty": ([wrote("README.md", {})], "it has no weights that can be imported"),
     "several": ([network("a.safetensors"), network("b.safetensors")], "several files of weights, a.safetensors, b"),
     "scheduler": (
