@@ -77,7 +77,7 @@ async def image(
     signing = [pair for pair in given if pair[0] in (EXPIRES, SIGNATURE)]
     path = (model, class_label, str(seed), f"{index}.{extension}")
     if path != address.segments or dict(given) != dict(address.query + signing):
-        return _redirect(service, http, address, dict(signing).get(EXPIRES))
+        return _redirect(service, http, address, dict(signing).get(EXPIRES), caching)
     caching["ETag"] = address.etag
     if matches(",".join(http.headers.getlist("if-none-match")), address.etag):
         return Response(status_code=304, headers=caching)
@@ -139,14 +139,16 @@ def _caching(service: AppState, http: Request) -> dict[str, str]:
     return {"Cache-Control": control, **anywhere}
 
 
-def _redirect(service: AppState, http: Request, address: ImageAddress, expires: str | None) -> Response:
+def _redirect(
+    service: AppState, http: Request, address: ImageAddress, expires: str | None, caching: dict[str, str]
+) -> Response:
     """To the address in full, relative, so that it works behind a proxy that adds a prefix; signed if this one was."""
     query = address.query
     if expires is not None and service.images.signer:
         query = service.images.signer.signed("/images/" + "/".join(address.segments), query, int(expires))
     after = http.scope["raw_path"].partition(b"/images/")[2]
     location = "../" * after.count(b"/") + f"{address.path}?{encoded(query)}"
-    return Response(status_code=307, headers={"Location": location, "Cache-Control": "no-cache"})
+    return Response(status_code=307, headers={**caching, "Location": location, "Cache-Control": "no-cache"})
 
 
 def _animation(frames: Sequence[Image], format: str, size: Size | None) -> bytes:

@@ -69,6 +69,7 @@ def test_a_short_address_leads_to_hash_and_every_parameter(site: TestClient) -> 
     answer = site.get(address)
     assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
     assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+    assert site.get(SHORT).headers["cross-origin-resource-policy"] == "cross-origin", "the way there, too"
     assert re.fullmatch(r'W/"[0-9a-f]{32}"', answer.headers["etag"])
     made = site.post("/generate", json={"class_label": "plain", "seed": 1, "index": 6})
     assert answer.content == made.content
@@ -293,7 +294,8 @@ def test_with_keys_images_need_one_and_are_private(guarded: TestClient) -> None:
     address = full(guarded, SHORT, **BEARER)
     answer = guarded.get(address, headers=BEARER)
     assert answer.headers["cache-control"] == "private, max-age=31536000, immutable"
-    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    for shown in (answer, guarded.get(SHORT, headers=BEARER)):
+        assert shown.headers["cross-origin-resource-policy"] == "same-origin"
     assert guarded.get(address, headers={"If-None-Match": answer.headers["etag"]}).status_code == 401
 
 

@@ -7,7 +7,10 @@ import io
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,19 @@ def test_a_part_drawn_over_is_painted_again(page: Any, server: ServerProcess) ->
     assert changed[:, :3].any()
     assert changed[:, 6:10].any()  # by the keyboard; one pixel alone may come out as it was
     assert not changed[:, 10:].any()  # which nobody drew over
+
+
+def test_an_image_stands_on_any_page_and_costs_once(page: Any, server: ServerProcess, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text(f'<img src="{server.url}/images/grey/{CLASSES[0]}/1/6.png">')
+    steps = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        for _ in range(2):
+            page.goto(f"http://127.0.0.1:{site.server_port}")
+            page.wait_for_function("() => document.images[0].naturalWidth === 12")
+            steps.append(server.metric("ddpm_image_steps_total"))
+        site.shutdown()
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("missing", ["model", "sampler"])
