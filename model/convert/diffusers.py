@@ -119,9 +119,8 @@ def check_folder(source: Path, flags: Flags) -> None:
 
 def _described(source: Path, flags: Flags) -> _Folder:
     path = _network(source, flags)
-    for above in (source, path.parent):
-        if (above / "model_index.json").exists():
-            _check_pipeline(read_json(above / "model_index.json"))
+    indices = [above / "model_index.json" for above in (source, path.parent)]
+    pipelines = [_checked_pipeline(read_json(index)) for index in indices if index.exists()]
     if not (path / "config.json").exists():
         if any(TENSORFLOW.search(file.name) for file in source.iterdir()):
             raise UnsupportedCheckpointError(TENSORFLOW_SAYS)
@@ -132,6 +131,9 @@ def _described(source: Path, flags: Flags) -> _Folder:
     if path.name == "unet" and flags.weights is None and (path.parent / "unet_ema").is_dir():
         assumed.append("the raw weights are meant, though there is unet_ema")
     configuration = scheduler.find_scheduler(source, path)
+    told = {} if configuration is None else read_json(configuration)
+    if CONSISTENCY_PIPELINE in pipelines and told.get("_class_name") != scheduler.CM_SCHEDULER:
+        raise UnsupportedCheckpointError(f"it is a {CONSISTENCY_PIPELINE}, but without a {scheduler.CM_SCHEDULER}")
     if configuration is None:
         flags.need(num_timesteps=1000, schedule="linear", prediction="eps")
         if not unet.learned_variance:
@@ -140,7 +142,6 @@ def _described(source: Path, flags: Flags) -> _Folder:
         variance = "learned_range" if unet.learned_variance else "fixed_small"
         diffusion, limit = diffusion_by_flags(flags, variance=variance), "clamp"
         return _Folder(path, theirs, unet, diffusion, "by flags, since there is no scheduler", tuple(assumed), limit)
-    told = read_json(configuration)
     diffusion, limit, more = scheduler.read(told, unet.learned_variance)
     origin = f"from {told['_class_name']} in {configuration}"
     return _Folder(path, theirs, unet, diffusion, origin, (*assumed, *more), limit)
@@ -158,8 +159,8 @@ def _network(source: Path, flags: Flags) -> Path:
     return source
 
 
-def _check_pipeline(index: dict[str, Any]) -> None:
-    """Raises UnsupportedCheckpointError for a pipeline that does not make images from a UNet2DModel's noise alone."""
+def _checked_pipeline(index: dict[str, Any]) -> str:
+    """Its name. Raises UnsupportedCheckpointError for a pipeline that does not make images from a UNet2DModel's noise alone."""
     name = index.get("_class_name")
     if latent := [part for part in ("vae", "vqvae", "movq", "image_encoder") if part in index]:
         raise UnsupportedCheckpointError(
@@ -169,6 +170,7 @@ def _check_pipeline(index: dict[str, Any]) -> None:
         raise UnsupportedCheckpointError(
             f"it is a {name}; the pipelines that can be imported are {', '.join(PIPELINES)}"
         )
+    return str(name)
 
 
 def _converted(state: Weights, theirs: dict[str, Any], config: UNetConfig) -> Weights:

@@ -248,7 +248,6 @@ def test_a_variance_that_is_not_named_is_told(kind: Any, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     "kind",
     [
-        "EDMEulerScheduler",
         "FlowMatchEulerDiscreteScheduler",
         "ScoreSdeVeScheduler",
         "EDMEulerScheduler",
