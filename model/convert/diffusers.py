@@ -160,7 +160,7 @@ def _network(source: Path, flags: Flags) -> Path:
 
 
 def _checked_pipeline(index: dict[str, Any]) -> str:
-    """Its name. Raises UnsupportedCheckpointError for a pipeline that does not make images from a UNet2DModel's noise alone."""
+    """Its name. Raises UnsupportedCheckpointError where it does not make images from a UNet2DModel's noise alone."""
     name = index.get("_class_name")
     if latent := [part for part in ("vae", "vqvae", "movq", "image_encoder") if part in index]:
         raise UnsupportedCheckpointError(
