@@ -45,6 +45,7 @@ def elsewhere(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_digits_and_page_are_served_from_a_wheel(installed: Path, elsewhere: Path) -> None:
     words = [str(installed), "serve", "--port", "0", "--threads", "1", "--device", "cpu"]
     process = subprocess.Popen(words, cwd=elsewhere, stderr=subprocess.PIPE, text=True)
@@ -64,6 +65,7 @@ def test_digits_and_page_are_served_from_a_wheel(installed: Path, elsewhere: Pat
         process.communicate()
 
 
+@pytest.mark.slow
 def test_other_commands_run_beside_a_users_modules(installed: Path, elsewhere: Path) -> None:
     ran = subprocess.run(
         [str(installed), "export", "--help"], cwd=elsewhere, capture_output=True, text=True, check=True

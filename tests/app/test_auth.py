@@ -40,12 +40,14 @@ def table(name: str, *keys: str, **more: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/livez", "/readyz", "/health"])
 def test_what_tells_nothing_needs_no_key(grey_checkpoint: Path, path: str) -> None:
     with serving(grey_checkpoint, api_keys=BOTH) as client:
         assert client.get(path).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [None, WRONG, ALICE[:-1], ALICE + "0", ALICE.upper(), "", "é" * 20])
 def test_everything_else_needs_one(grey_checkpoint: Path, key: str | None) -> None:
     headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
@@ -64,6 +66,7 @@ def test_everything_else_needs_one(grey_checkpoint: Path, key: str | None) -> No
             assert not key or key not in answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "name"), [(ALICE, "alice"), (BOB, "bob")])
 def test_a_key_opens_and_its_name_is_logged_and_counted(
     grey_checkpoint: Path, caplog: pytest.LogCaptureFixture, key: str, name: str
@@ -157,6 +160,7 @@ def test_a_minute_holds_as_many_requests_as_it_says() -> None:
         keys.admit(alice)
 
 
+@pytest.mark.slow
 def test_a_key_has_only_so_many_requests_under_way(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held, api_keys=BOTH, key_concurrency=1) as client:
         worker = threading.Thread(target=lambda: client.post("/generate", json={"steps": 100}, headers=bearer(ALICE)))

@@ -395,6 +395,7 @@ def test_a_time_out_that_cannot_be_kept_is_504_at_once(client: TestClient) -> No
     assert metric(client.get("/metrics").text, "ddpm_image_steps_total") == steps
 
 
+@pytest.mark.slow
 def test_a_time_out_that_passes_is_504_and_frees_the_place(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held) as client:
         answer = client.post("/generate", json={"steps": 100, "timeout_s": 1})

@@ -101,6 +101,7 @@ def test_json_zip_and_grid_hold_the_same_images(client: TestClient, label: int |
         np.testing.assert_array_equal(picture(data), tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i", [0, 3])
 def test_one_image_of_a_grid_can_be_had_again_alone(client: TestClient, i: int) -> None:
     grid = generate(client, n=4, seed=6, class_label=2, sampler="ddpm")
@@ -282,6 +283,7 @@ def test_the_class_of_a_json_image_can_be_sent_again(tmp_path: Path) -> None:
             assert generate(client, JSON, **place).json()["images"] == [image]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [2, 2.0, "2", "2.0", "02"])
 def test_a_number_means_one_class_in_json_and_query(tmp_path: Path, asked: int | float | str) -> None:
     with serving(write_checkpoint(tmp_path / "numbers.safetensors", GREY, ("10", "2", "0"))) as client:

@@ -226,6 +226,7 @@ def test_a_key_added_to_the_file_opens_after_a_while(guarded: ServerProcess, key
     assert not [line for line in guarded.lines if dave in line or ALICE in line or CAROL in line]
 
 
+@pytest.mark.slow
 def test_slow_senders_are_cut_off_and_delay_nobody(guarded: ServerProcess) -> None:
     slow = [connect(guarded) for _ in range(60)]  # more than there are connections
     for number, connection in enumerate(slow):
@@ -240,6 +241,7 @@ def test_slow_senders_are_cut_off_and_delay_nobody(guarded: ServerProcess) -> No
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_come_is_408(guarded: ServerProcess) -> None:
     lines = [AUTH, "Content-Type: application/json", "Content-Length: 10"]
     answer = raw(guarded, *lines, body=b"{", path="/generate", method="POST")
@@ -251,6 +253,7 @@ def test_a_body_that_does_not_come_is_408(guarded: ServerProcess) -> None:
         assert status(ended(connection)) == 401
 
 
+@pytest.mark.slow
 def test_who_takes_nothing_of_an_answer_is_cut_off(guarded: ServerProcess) -> None:
     many = f"GET /openapi.json HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode() * 5000
 
@@ -312,6 +315,7 @@ def test_requests_that_come_before_an_answer_do_not_pile_up(guarded: ServerProce
             flood.shutdown(socket.SHUT_RDWR)  # for the one who takes
 
 
+@pytest.mark.slow
 def test_an_idle_connection_is_kept_for_the_time_of_the_setting(guarded: ServerProcess) -> None:
     with connect(guarded) as connection:
         connection.sendall(f"GET /livez HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n\r\n".encode())
@@ -339,6 +343,7 @@ def offering(server: ServerProcess, offer: list[str], *parts: bytes, declared: s
         return ended(connection).split(b"HTTP/1.1 ")[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
 def test_an_offer_to_upgrade_is_ignored(guarded: ServerProcess, offer: list[str]) -> None:
     length, chunk = f"Content-Length: {len(BODY)}", b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)

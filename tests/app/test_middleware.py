@@ -160,6 +160,7 @@ def test_a_traceback_is_readable_at_a_terminal() -> None:
     assert last == "ValueError: a"
 
 
+@pytest.mark.slow
 def test_a_long_warm_up_is_told_again_and_again(
     held: SlowRunner, grey_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

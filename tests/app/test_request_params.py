@@ -166,6 +166,7 @@ def with_sampling(checkpoint: Checkpoint, **values: object) -> Checkpoint:
     return replace(checkpoint, config=replace(checkpoint.config, sampling=SamplingParams(**values)))
 
 
+@pytest.mark.slow
 def test_another_sampler_takes_its_own_number_of_steps(grey: Checkpoint) -> None:
     for sampler, steps in DEFAULT_STEPS.items():
         expected = 6 if sampler == "ddim" else steps  # ddim is the checkpoint's

@@ -52,6 +52,7 @@ def images(server: ServerProcess, asked: dict[str, Any]) -> list[bytes]:
     return [base64.b64decode(image["png"]) for image in answer.json()["images"]]
 
 
+@pytest.mark.slow
 def test_an_image_is_the_same_in_any_batch_and_process(
     servers: tuple[ServerProcess, ServerProcess],
 ) -> None:

@@ -146,6 +146,7 @@ def test_multipart_is_framed_for_an_img_tag(client: TestClient) -> None:
     np.testing.assert_array_equal(parts[-1], finished(client, n=2, seed=5, class_label=1, steps=5))
 
 
+@pytest.mark.slow
 def test_a_stream_without_news_sends_heartbeats(held: SlowRunner, grey_checkpoint: Path) -> None:
     with serving(grey_checkpoint, held, stream_heartbeat_s=0.1) as client:
         text = watch(client, steps=50, frames=2, seed=1).text  # a second between the two
@@ -223,6 +224,7 @@ def test_nothing_acceptable_is_406_unless_a_format_is_named(client: TestClient) 
     assert watch(client, "text/html", format="sse", steps=1).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["sse", "multipart", "gif"])
 def test_a_timeout_ends_a_stream_by_an_event_and_a_file_by_504(
     held: SlowRunner, grey_checkpoint: Path, format: str

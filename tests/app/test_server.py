@@ -61,6 +61,7 @@ def test_a_wrong_setting_stops_the_start_with_one_sentence(
     assert ended.stdout == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_start_is_one_line(grey_checkpoint: Path) -> None:
     """While it imports, and while it loads. The signal may be ignored in the process that runs the tests."""
     script = (
@@ -211,6 +212,7 @@ def refused(server: ServerProcess) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_finishes_what_was_admitted(grey_checkpoint: Path) -> None:
     with ServerProcess("tests.app.faulty_server", "--checkpoint", str(grey_checkpoint)) as server:
         answers, threads = slow_work(server, steps=40)

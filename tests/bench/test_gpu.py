@@ -21,6 +21,7 @@ def test_a_timed_turn_begins_where_its_candidate_was(monkeypatch: pytest.MonkeyP
     assert all(called[i - 1] == called[i + 1] != "timed" for i in turns)
 
 
+@pytest.mark.slow
 def test_the_bench_prints_what_only_a_gpu_can_decide(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

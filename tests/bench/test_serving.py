@@ -65,6 +65,7 @@ def test_answers_are_read_and_those_cut_off_are_none(answer: bytes, expected: tu
         assert generator.parse(answer) == expected
 
 
+@pytest.mark.slow
 def test_a_slow_server_delays_no_sending_and_clients_give_up() -> None:
     first, gone, second, overdue, begun = asyncio.run(four_clients())
     assert first["status"] == second["status"] == 200
@@ -240,6 +241,7 @@ def test_the_peers_make_the_pictures_of_the_naive_loop(tmp_path: Path) -> None:
             assert np.abs(tile.astype(int) - right[i, 0]).mean() < 1  # of 255; another class or seed is 20 off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_serves_everybody(policy: str) -> None:
     """No image twice in a step, none beyond the cap (`replay` asserts it), and nothing is faster than alone."""

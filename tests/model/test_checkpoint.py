@@ -207,6 +207,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(path: Path) -> None:
     assert not trace.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_is_refused(tiny: UNet, config: CheckpointConfig, path: Path, case: str) -> None:
     save(path, tiny.state_dict(), config)

@@ -149,6 +149,7 @@ def test_a_run_that_had_no_checkpoint_yet_knows_its_data_too(
     assert "29 images, and here are 28" in refused(run, capsys)
 
 
+@pytest.mark.slow
 def test_a_relative_folder_is_found_from_elsewhere(
     tiny_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

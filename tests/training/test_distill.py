@@ -128,6 +128,7 @@ def test_trajectories_are_the_guided_teachers(teacher: str, tmp_path: Path) -> N
     assert torch.allclose(fresh.states(which), kept.states(which), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_without_kept_trajectories_leaves_none(words: list[str], tmp_path: Path) -> None:
     assert distill.main([*words, "--trajectories", "0", "--iterations", "2"]) == 0
     assert not list((tmp_path / "runs").glob("*.features"))

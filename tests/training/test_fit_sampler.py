@@ -195,6 +195,7 @@ def test_a_fit_by_features_uses_the_classifier(
     assert report["fits"][0]["before"] != pixels["fits"][0]["before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

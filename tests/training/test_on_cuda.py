@@ -69,6 +69,7 @@ def test_a_process_of_torchrun_uses_no_gpu_but_its_own(
     assert distributed.own_device("cpu") == torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_attention_gets_what_fused_kernels_take(

@@ -97,6 +97,7 @@ WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 4])
 @pytest.mark.parametrize("how", ["raises", "has no memory", "does nothing", *WRONG])
 def test_without_graphs_all_runs_as_ever_and_says_so_once(

@@ -314,6 +314,7 @@ def test_what_a_drain_does_not_finish_in_time_is_answered(engine: Engine, runner
     assert engine.join(10)
 
 
+@pytest.mark.slow
 def test_readiness_drops_while_a_step_is_overdue_and_returns(engine: Engine, runner: HeldRunner, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         runner.hold()
@@ -330,6 +331,7 @@ def test_readiness_drops_while_a_step_is_overdue_and_returns(engine: Engine, run
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", ["xt", "x0"])
 def test_frames_are_the_states_of_the_naive_loop(
     engine: Engine, runner: HeldRunner, checkpoint: Checkpoint, ask: Ask, view: str

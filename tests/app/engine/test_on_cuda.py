@@ -73,6 +73,7 @@ def served(
     return runner, Asked(checkpoint, runner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), [*zip(GRID, ("bf16", "fp32", "bf16"), strict=True)])
 def test_a_server_runs_on_a_gpu_and_waits_for_its_event_only(
     gpu: FakeCuda,

@@ -267,6 +267,7 @@ def test_other_schedulers_are_refused_by_name(kind: str, tmp_path: Path) -> None
         import_path(tmp_path, Flags())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "limit"),
     [
@@ -357,6 +358,7 @@ def test_flags_that_contradict_the_folder_are_refused(flags: dict[str, Any], mes
 # Which weights
 
 
+@pytest.mark.slow
 def test_the_average_beside_is_preferred(tmp_path: Path) -> None:
     raw, average = theirs(seed=1), theirs(seed=2)
     raw.save_pretrained(tmp_path / "checkpoint-5" / "unet")
@@ -374,6 +376,7 @@ def test_the_average_beside_is_preferred(tmp_path: Path) -> None:
     assert any("unet_ema" in text for text in import_path(tmp_path / "checkpoint-5/unet", Flags()).assumed)
 
 
+@pytest.mark.slow
 def test_sharded_weights_and_variants_are_read(tmp_path: Path) -> None:
     model = theirs()
     for safe in (True, False):

@@ -125,6 +125,7 @@ def test_a_checkpoint_of_it_loads_again(found: Imported, tmp_path: Path, capsys:
     assert "EDM's levels of noise" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "flags", "why"),
     [

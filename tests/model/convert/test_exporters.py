@@ -52,6 +52,7 @@ def outputs(source: Any, folder: Path, theirs_y: torch.Tensor | None, ours_y: to
         return pipeline, source.network(x, t, ours_y), pipeline.unet(x, t, theirs_y).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -96,6 +97,7 @@ def test_trained_betas_go_out_and_come_back(tmp_path: Path) -> None:
     assert import_path(tmp_path / "theirs", Flags()).diffusion == source.config.diffusion
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("null_class", [False, True])
 def test_classes_by_embedding_go_whole(null_class: bool, tmp_path: Path) -> None:
     values = {"num_classes": 4, "null_class": null_class, "class_conditioning": "embedding"}
@@ -106,6 +108,7 @@ def test_classes_by_embedding_go_whole(null_class: bool, tmp_path: Path) -> None
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [{"num_heads": 2}, {"time_scale": 0.25}, {"time_scale": 2.5, "time_freq_shift": 1}])
 def test_what_diffusers_has_otherwise_gives_the_same(values: dict[str, Any], tmp_path: Path) -> None:
     source = checkpoint_of(tmp_path / "ours.safetensors", **values)
@@ -114,6 +117,7 @@ def test_what_diffusers_has_otherwise_gives_the_same(values: dict[str, Any], tmp
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditioning", ["bias", "both"])
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_classes_in_every_block_go_one_at_a_time(scale_shift: bool, conditioning: str, tmp_path: Path) -> None:
@@ -124,6 +128,7 @@ def test_classes_in_every_block_go_one_at_a_time(scale_shift: bool, conditioning
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "diffusion",
     [

@@ -223,6 +223,7 @@ TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of quantised tensors
 def test_tensors_of_other_kinds_are_refused(kind: str, tmp_path: Path) -> None:

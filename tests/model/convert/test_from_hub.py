@@ -143,6 +143,7 @@ def test_a_commit_needs_no_hub_once_it_was_converted(
     assert "500 timesteps, cosine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["offline", "stopped", "failing"])
 def test_without_the_hub_the_converted_one_is_used(
     how: str, server: Hub, flat: Path, monkeypatch: pytest.MonkeyPatch
@@ -204,6 +205,7 @@ def test_a_moved_branch_is_converted_again(server: Hub, flat: Path) -> None:
     assert converted(FLAT).config.provenance["imported_from"] == f"{FLAT}@{'f' * 40}"
 
 
+@pytest.mark.slow
 def test_other_flags_make_another_checkpoint(server: Hub, tmp_path: Path) -> None:
     unet_of_diffusers("classes").save_pretrained(tmp_path / "repo" / "unet")
     DDPMScheduler().save_pretrained(tmp_path / "repo" / "scheduler")
@@ -273,6 +275,7 @@ def test_a_file_of_another_project_comes_in(server: Hub, tmp_path: Path) -> None
     assert found.config.provenance["flags"]["image_size"] == [8, 8]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ours_is_taken_as_it_is(server: Hub, tmp_path: Path) -> None:
     (tmp_path / "repo").mkdir()
     shutil.copy(checkpoint.PRETRAINED / "mnist.safetensors", tmp_path / "repo" / "best.safetensors")
@@ -380,6 +383,7 @@ def test_a_damaged_table_of_commits_is_no_trouble(server: Hub, flat: Path) -> No
     assert json.loads(table.read_bytes()) == {"main": COMMIT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [FLAT, f"{FLAT}@{COMMIT}"])
 @pytest.mark.parametrize("how", ["a bit", "cut"])
 def test_a_damaged_conversion_is_made_again(name: str, how: str, server: Hub, flat: Path) -> None:

@@ -172,6 +172,7 @@ def test_only_ancestral_sampling_of_all_steps_is_unlimited() -> None:
 # What the files do not tell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "flag", "default"),
     [
@@ -341,6 +342,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_wrapped_weights_are_the_same(form: str, tmp_path: Path) -> None:
     name, change = FORMS[form]
@@ -402,6 +404,7 @@ def test_the_originals_network_alone_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(found.weights[key], whole.weights[key]) for key in whole.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [LABELS, PLAIN])
 def test_half_precision_betas_are_recognised(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_their_own_sampling_is_reproduced() -> None:
 OBJECTIVES = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("half", [False, True])
 def test_the_objective_is_read_from_the_loss_weight(objective: str, half: bool, tmp_path: Path) -> None:

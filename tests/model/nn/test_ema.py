@@ -157,6 +157,7 @@ def test_decays_that_are_none_are_refused(tiny: UNet, decays: tuple[float, ...])
         EMA(tiny, *decays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.15])
 def test_a_power_profile_has_the_width_it_is_named_after(width: float) -> None:
     """What weighs how much is seen by averaging the moment, and its square: their deviation is the profile's."""

@@ -127,6 +127,7 @@ def test_ddpm_is_that_of_diffusers(
     torch.testing.assert_close(our_trajectory(diffusion, schedule), theirs, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("betas", "prediction"), KINDS)
 @pytest.mark.parametrize(

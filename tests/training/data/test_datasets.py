@@ -214,6 +214,7 @@ def test_what_cannot_be_read_is_told(image_folder: ImageFolder, tmp_path: Path) 
     assert "bad/cat/003.png is not a readable image" in why(folder)
 
 
+@pytest.mark.slow
 def test_a_name_that_the_hub_cannot_give_ends_in_one_sentence(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -154,6 +154,7 @@ def photo(dataset: Path, orientation: int = 1) -> None:
         Image.fromarray(pixels).save(dataset / f"{i:02d}.jpg", exif=exif)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("orientation", "red"), [(1, (4, 1)), (6, (1, 4)), (3, (4, 6))])
 def test_photos_are_decoded_small_and_upright(
     orientation: int, red: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

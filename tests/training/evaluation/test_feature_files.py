@@ -68,6 +68,7 @@ def test_more_images_begin_with_those_that_are_there(
     assert counter.done == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [

@@ -49,6 +49,7 @@ def test_the_originals_file_is_sampled_by_either_of_its_weights(weights: str, tm
     assert np.abs(images(tmp_path)["1.png"] - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_originals_own_sampling_can_be_asked_for(tmp_path: Path) -> None:
     words = f"--model_path {PLAIN} --save_dir {tmp_path} --num_images 1 --sampler ddpm --steps 40 --limit none"
     assert main([*words.split(), "--device", "cpu"]) == 0

@@ -239,6 +239,7 @@ def test_a_second_ctrl_c_ends_at_once(
     assert not list(TrainConfig(**tiny_options).run_dir.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(
     read_log: ReadLog, command_line: list[str], tiny_options: Options, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -150,6 +150,7 @@ def test_classes_that_get_another_name_are_told(
     assert "the classes cat, dog become ant, cat, in this order" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_so_has_their_loss_at_once(
     tiny_options: dict[str, Any], read_log: Callable[[Path], list[dict[str, Any]]], command_line: list[str]
 ) -> None:
