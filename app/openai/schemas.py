@@ -33,7 +33,9 @@ class _Asked(BaseModel):
         None, description='"auto", the checkpoint\'s own size, or a larger one of its shape, WIDTHxHEIGHT: enlarged'
     )
     quality: Quality | None = Field(
-        None, description="low halves the checkpoint's steps, high and hd double them, the others leave them"
+        None,
+        description="low, medium and high are the plans fast, balanced and exact, where the checkpoint has them; "
+        "else low halves its steps and high doubles them. hd is high, standard medium, auto the checkpoint's default",
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="url: an address that makes the image when it is fetched; left out, b64_json"

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Depends, Request
 from app.body import JSONRoute
 from app.engine.instance import ModelInstance
 from app.errors import Forbidden
+from app.plans import plans
 from app.request_context import context_of
 from app.routes.state import ERRORS, AppState, StateDep
 from app.schemas import ErrorResponse, LoadBody, LoadedModel, ModelCard, ModelList
-from model.checkpoint import SOLVER, CheckpointConfig
 from model.sampling.schedule import FITTED
 from model.sampling.solvers import SAMPLERS
 
@@ -68,28 +68,6 @@ async def remove(name: str, service: StateDep) -> ModelList:
     `admin = true`."""
     service.models.remove(name)
     return await models(service)
-
-
-def plans(config: CheckpointConfig, max_steps: int) -> dict[str, dict[str, Any]]:
-    """What to ask for, by name: the fewest and the most fitted steps, and what they were fitted to come near to.
-
-    Empty where there are no fitted tables, or of a student. `nfe` is the network rows of an image.
-    """
-    if config.distilled or not any(table.steps <= max_steps for table in config.fitted):
-        return {}
-    guidance = config.sampling_params(max_steps, sampler=FITTED).guidance_scale
-    tables = [table for table in config.fitted if table.guidance_scale == guidance and table.steps <= max_steps]
-    tables.sort(key=lambda table: table.nfe)
-    found = [config.sampling_params(sampler=FITTED, steps=table.steps) for table in tables[:1] + tables[1:][-1:]]
-    names = ("fast", "balanced")[: len(found)]
-    chosen = dict(zip(names, found, strict=True)) | {"exact": config.sampling_params(max_steps, sampler=SOLVER)}
-    return {
-        name: {
-            **{setting: getattr(params, setting) for setting in ("sampler", "steps", "guidance_scale")},
-            "nfe": int(config.schedule(params).nfe.sum()),
-        }
-        for name, params in chosen.items()
-    }
 
 
 def model_card(service: AppState, served: ModelInstance) -> dict[str, Any]:
