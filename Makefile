@@ -18,9 +18,9 @@ check: $(VENV)/.test
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile
 
-# All tests: the fast ones side by side, then those that wait for processes of their own.
-test: $(VENV)/.test lint types fast
-	$(BIN)/python -m pytest -m slow
+# All tests, also those that wait for processes of their own.
+test: $(VENV)/.test lint types
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
