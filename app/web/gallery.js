@@ -35,7 +35,7 @@ function choose(asked = new URLSearchParams()) {
   el.paint_class.replaceChildren(...model.class_names.map((name, i) => node("option", name, {value: i})));
   el.paint_class.parentElement.hidden = !model.class_names.length;
   el.go.textContent = model.class_names.length ? "Denoise all classes" : "Denoise";
-  el.go.disabled = el.dice.disabled = false;
+  el.controls.disabled = false;  // what you type before would be lost
   lay(0);
 }
 

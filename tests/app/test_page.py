@@ -195,11 +195,23 @@ def test_a_seed_too_large_is_told_before_it_is_sent(page: Any, server: ServerPro
 
 def test_an_error_of_the_server_is_shown(page: Any, server: ServerProcess) -> None:
     page.goto(server.url)
+    page.fill("#steps", "5000")  # waits until the page knows its models
     page.evaluate("document.getElementById('steps').max = 99999")
-    page.fill("#steps", "5000")
     page.click("#go")
     page.wait_for_selector("#alert.alert")
     assert "422 invalid_request: steps" in page.inner_text("#alert")
+
+
+def test_nothing_is_typed_before_the_models_are_known(page: Any, server: ServerProcess) -> None:
+    held: list[Any] = []
+    page.route("**/models", lambda route: held.append(route))
+    page.goto(server.url)
+    page.wait_for_function("document.readyState === 'complete'")
+    assert page.locator("#steps").is_disabled()
+    assert page.locator("#go").is_disabled()
+    held[0].continue_()
+    page.fill("#steps", "3")
+    assert page.input_value("#steps") == "3"
 
 
 def test_a_part_is_drawn_over_and_repainted(page: Any, server: ServerProcess) -> None:

@@ -1,4 +1,4 @@
-"""Beloads server processes, part by part, and says what became of them. Exit code 1 if anything is wrong.
+"""Loads server processes, part by part, and says what became of them. Exit code 1 if anything is wrong.
 
 make stress                                 all parts; the mixed load lasts ten minutes
 make stress ARGS="--minutes 60"
@@ -36,7 +36,7 @@ from tests.stress.slow_readers import SEND_BUFFER, run_slow_readers
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """What to run, and how much of it."""
-    parser = argparse.ArgumentParser(prog="python -m tests.stress", description="beloads server processes")
+    parser = argparse.ArgumentParser(prog="python -m tests.stress", description="loads server processes until something breaks")
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     add("--minutes", type=float, default=10, help="of mixed load with recoverable faults (default: 10)")
