@@ -30,7 +30,6 @@ import torch
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.convert.exporter import export
-from tests.app.processes import metric
 from tests.bench.timing import circumstances
 from tests.bench.tree_server import TreeServer, post
 
@@ -71,12 +70,10 @@ class Served(Contender):
         super().__init__(name, data, int(told.get("X-DDPM-NFE", self.steps * (1 + guided))))
 
     def turn(self, seconds: float) -> None:
-        lone = self.server.load(1, seconds / 2, post("/generate", self.body))
-        load = self.server.load(CLIENTS, seconds, post("/generate", self.body | {"n": N}), LEAD_S)
-        before, after = (
-            metric(text, "ddpm_image_steps_total", model=self.body["model"]) for text in (load.before, load.after)
-        )
-        self.times.append(((after - before) / self.steps / load.seconds, statistics.median(lone.latencies)))
+        lone = self.server.load(1, seconds / 2, post("/generate", self.body), fewest=3)
+        load = self.server.load(CLIENTS, seconds, post("/generate", self.body | {"n": N}), LEAD_S, fewest=0)
+        steps = load.rate("ddpm_image_steps_total", model=self.body["model"])
+        self.times.append((steps / self.steps, statistics.median(lone.latencies)))
 
 
 class Loop:
