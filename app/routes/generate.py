@@ -21,7 +21,7 @@ router = APIRouter(tags=["images"], route_class=JSONRoute)
 PNG, JSON, ZIP, NPY = "image/png", "application/json", "application/zip", "application/x-npy"
 CONTENT: dict[str, Any] = {PNG: {"schema": {"type": "string", "format": "binary"}}}
 CONTENT[ZIP] = CONTENT[NPY] = CONTENT[PNG]
-INLINE_PIXELS = 16_384  # values of images that the event loop encodes itself, in less than a millisecond
+INLINE_PIXELS = encoders.SMALL  # values of images that the event loop encodes itself
 EMPTY = GenerateBody()  # what a request without a body asks for; FastAPI copies it
 
 
