@@ -82,7 +82,7 @@ async def image(
     if matches(",".join(http.headers.getlist("if-none-match")), address.etag):
         return Response(status_code=304, headers=caching)
     media_type, job = f"image/{asked.extension}", address.job
-    extra = {**headers(job.provenance()), **caching}
+    extra = {**headers(job.provenance), **caching}
     if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)
