@@ -14,19 +14,15 @@ beside the neighbours. Not a test: pytest does not collect it.
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import httpx
 import torch
 
 from model import checkpoint
@@ -34,33 +30,17 @@ from model.checkpoint import CheckpointConfig
 from model.diffusion import DiffusionConfig
 from tests.bench.networks import CONFIGS, ours
 from tests.bench.timing import circumstances
+from tests.bench.tree_server import TreeServer, trees
 
-HERE = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 class Contender:
-    """A server of a tree, with its flags. `ready` is how long it took to start, in seconds."""
+    """A server of a tree, with its flags."""
 
     def __init__(self, name: str, tree: Path, source: str, *flags: str) -> None:
         self.name, self.times = name, dict[str, list[float]]()
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("DDPM_", "OMP_", "MKL_"))}
-        command = [sys.executable, "-m", "app", "--port", "0", "--checkpoint", source, *flags]
-        begun = time.perf_counter()
-        self.process = subprocess.Popen(
-            command, cwd=tree, env=kept | {"PYTHONPATH": str(tree)}, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if found := re.search(r"running on (http://[\d.]+:\d+)", line):
-                break
-        else:
-            raise SystemExit(f"{name} did not start")
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
-        self.client = httpx.Client(base_url=found[1], timeout=600)
-        while self.client.get("/readyz").status_code != 200:
-            time.sleep(0.02)
-        self.ready = time.perf_counter() - begun
+        self.server = TreeServer(tree, "-m", "app", "--checkpoint", source, *flags)
 
     def step_ms(self, rows: str, steps: int) -> None:
         """One request; adds the milliseconds of a step to its times."""
@@ -68,14 +48,8 @@ class Contender:
         if rows != "guided":
             body |= {"n": int(rows), "guidance_scale": 1}
         begun = time.perf_counter()
-        self.client.post("/generate", json=body).raise_for_status()
+        self.server.client.post("/generate", json=body).raise_for_status()
         self.times.setdefault(rows, []).append(1e3 * (time.perf_counter() - begun) / steps)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.client.close()
-        self.process.kill()
-        self.process.wait()
 
 
 @contextmanager
@@ -99,14 +73,13 @@ def large(folder: Path) -> str:
 
 def measure(name: str, source: str, args: argparse.Namespace) -> None:
     """Prints a table for one checkpoint."""
-    trees = {"this": HERE} | ({"baseline": Path(args.baseline).resolve()} if args.baseline else {})
     with ExitStack() as stack:
         stack.enter_context(neighbours(args.neighbours))
         contenders = []
-        for tree, path in trees.items():
+        for tree, path in trees(args.baseline).items():
             for flags in ((), ("--threads", "1")):
                 contenders.append(Contender(" ".join([tree, *flags]), path, source, *flags))
-                stack.callback(contenders[-1].close)
+                stack.callback(contenders[-1].server.close)
         rows = [row for row in args.rows.split(",") if name != "ho2020" or row != "guided"]
         for row in rows:
             until = time.perf_counter() + args.seconds
@@ -119,7 +92,7 @@ def measure(name: str, source: str, args: argparse.Namespace) -> None:
         print("| | ready s | " + " | ".join(rows) + " |\n|---|" + "---:|" * (len(rows) + 1))
         for c in contenders:
             cells = [f"{statistics.median(c.times[row][1:] or c.times[row]):.1f}" for row in rows]
-            print(f"| {c.name} | {c.ready:.1f} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {c.name} | {c.server.ready_s:.1f} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.sampling.noise import draw_class, normal, normals, philox
+from model.sampling.noise import draw_class, draws_on_host, normal, normals, philox
 
 MASK = 2**32 - 1
 
@@ -62,6 +62,15 @@ def test_philox_gives_the_published_vectors(
     found = philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
     assert tuple(int(word) for word in found) == words
     assert tuple(reference_philox(counter, key)) == words
+
+
+def test_host_draws_the_words_of_other_devices() -> None:
+    words = torch.tensor([[1, 2, 3, 4], [MASK, 0, MASK, 7], [0, MASK, 0, MASK]])
+    low, high, index, step = words[:, :, None].unbind(1)
+    draws = philox((torch.arange(50).expand(3, -1), step, index, torch.zeros_like(index)), (low, high))
+    even, odd = draws_on_host(words.numpy(), 50)
+    for word, drawn in zip(draws, (even[0], odd[0], even[1], odd[1]), strict=True):
+        np.testing.assert_array_equal(drawn, word.numpy())
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 5, 7), (1, 1, 1)])
