@@ -96,6 +96,16 @@ def test_a_state_of_other_steps_or_options_is_said(tmp_path: Path, capsys: pytes
     assert "is not the state of a fit of 4 steps: this fit begins anew" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"^cannot save .*3-0\.pt \(is the disk full\?\)"):
+        run(fit_of(3), tmp_path / "3-0.pt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_fit_on_other_images_begins_anew(fit: Callable[..., str]) -> None:
     fit()

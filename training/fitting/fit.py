@@ -110,7 +110,10 @@ class Fit:
         state = {"solver": self.solver.state_dict(), "average": self.average.state_dict()}
         state |= {"optimizer": self._optimizer.state_dict(), "done": (self.iteration, self.seconds), "key": key}
         with atomic_write(path) as part:
-            torch.save(state, part)
+            try:
+                torch.save(state, part)
+            except RuntimeError as error:  # torch's for a full disk
+                raise OSError(f"cannot save {path} (is the disk full?): {error}") from error
 
     def _load(self, path: Path, key: str) -> None:
         if not path.exists():
