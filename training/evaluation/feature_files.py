@@ -49,12 +49,10 @@ class FeatureFile:
     def append(self, rows: Tensor) -> None:
         """Adds rows [batch_size, columns]. Raises OSError where the file is not as this object left it."""
         data = rows.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             if file.tell() != self._end:
                 raise OSError(f"{self.path} has changed: is the same command running twice?")
-            with naming(self.path):
-                file.write(data)
-                file.flush()
+            file.write(data)
         self.count += len(rows)
 
     def read(self) -> Tensor:
