@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from app.plans import plans
 from model import checkpoint
 from model.images import to_uint8
 from model.sampling.schedule import SamplingParams
@@ -85,3 +87,13 @@ def test_a_server_of_few_steps_takes_the_tables_that_fit(fitted_checkpoint: Path
 def test_frames_of_a_fitted_sequence_are_its_steps(fitted: TestClient) -> None:
     answer = fitted.get("/diffusion-sequence", params={"frames": 4, "seed": 1, "format": "gif"})
     assert Image.open(io.BytesIO(answer.content)).n_frames == 4
+
+
+def test_plans_are_of_one_guidance_and_limit(fitted_checkpoint: Path) -> None:
+    config = checkpoint.load(fitted_checkpoint).config
+    three, five = config.fitted
+    for change in ({"guidance_interval": (0.0, 0.5)}, {"guidance_scale": 2.0}):
+        several = replace(config, fitted=(three, replace(five, **change), five))
+        assert plans(several, 1000) == plans(config, 1000)
+        alone = plans(replace(config, fitted=(three, replace(five, **change))), 1000)
+        assert {name: plan["steps"] for name, plan in alone.items()} == {"fast": 3, "exact": 20}
