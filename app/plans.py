@@ -22,7 +22,8 @@ def plans(config: CheckpointConfig, max_steps: int) -> dict[str, dict[str, Any]]
     tables.sort(key=lambda table: table.nfe)
     found = [config.sampling_params(sampler=FITTED, steps=table.steps) for table in tables[:1] + tables[1:][-1:]]
     names = ("fast", "balanced")[: len(found)]
-    chosen = dict(zip(names, found, strict=True)) | {"exact": config.sampling_params(max_steps, sampler=SOLVER)}
+    exact = config.sampling_params(max_steps, sampler=SOLVER, guidance_scale=usual.guidance_scale)
+    chosen = dict(zip(names, found, strict=True)) | {"exact": exact}
     return {
         name: {
             **{setting: getattr(params, setting) for setting in ("sampler", "steps", "guidance_scale")},
