@@ -71,9 +71,9 @@ class GenerationJob:
         """Network rows that each image costs (number of function evaluations)."""
         return sum(self.request.schedule.nfe_of_steps)
 
-    def headers(self) -> dict[str, str]:
-        """X-DDPM-… headers: what to send again, and what an image cost."""
-        return {**headers(self.provenance), "X-DDPM-NFE": str(self.nfe)}
+    def headers(self, **more: str) -> dict[str, str]:
+        """X-DDPM-… headers: what to send again, whatever `more` there is to say, and what an image cost."""
+        return {**headers({**self.provenance, **more}), "X-DDPM-NFE": str(self.nfe)}
 
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""

@@ -80,6 +80,8 @@ class CheckpointConfig:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
         if self.distilled and self.distilled.guidance_scale != self.sampling.guidance_scale:
             raise ValueError("its guidance_scale is not the one that it was distilled with")
+        if self.distilled and self.distilled.has_fixed_steps and self.distilled.steps != self.sampling.steps:
+            raise ValueError("its steps are not those that it was distilled to")
 
     def schedule(
         self,

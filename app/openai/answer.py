@@ -16,7 +16,7 @@ from app.openai.errors import body_of
 from app.openai.schemas import ImageData, ImagesResponse, TokensDetails, Usage
 from app.picture_format import PictureFormat, size_text
 from app.request_context import context_of
-from app.request_params import GenerationJob, headers
+from app.request_params import GenerationJob
 from app.routes.state import AppState, in_flight
 from app.streaming import JobStream, sse_event
 from model.images import Image, grid
@@ -52,7 +52,7 @@ class ImagesAnswer:
         """X-DDPM-…, with the size that an image was enlarged from."""
         enlarged = {"enlarged_from": self.native_size} if self.picture.size else {}
         note = {"note": self.note} if self.note else {}
-        return headers({**self.job.provenance, **enlarged, **note})
+        return self.job.headers(**enlarged, **note)
 
     def encode(self, pictures: Image) -> list[str]:
         """Each image's file in base64."""

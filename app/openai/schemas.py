@@ -160,13 +160,13 @@ class ImagesResponse(BaseModel):
     model: str
     background: Literal["opaque"]
     output_format: str
-    quality: str | None = Field(description="low, medium or high; null where the request chose the steps")
+    quality: str | None = Field(None, description="low, medium or high; absent where the request chose the steps")
     size: str
-    enlarged_from: str | None = Field(description="the checkpoint's own size where `size` is another")
+    enlarged_from: str | None = Field(None, description="the checkpoint's own size where `size` is another")
     safety_identifier: str | None = None
     note: str | None = Field(None, description="what was done otherwise than asked")
     data: list[ImageData]
-    usage: Usage | None = Field(None, description="null for response_format url: nothing was made yet")
+    usage: Usage | None = Field(None, description="absent for response_format url: nothing was made yet")
 
 
 class ModelObject(BaseModel):

@@ -289,6 +289,12 @@ def guarded(grey_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 BEARER = {"Authorization": f"Bearer {KEY}"}
 
 
+def test_other_methods_are_refused_whatever_the_signature(site: TestClient) -> None:
+    for method in ("TRACE", "POST"):
+        answer = site.request(method, SHORT + "?signature=x")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
 def test_with_keys_images_need_one_and_are_private(guarded: TestClient) -> None:
     assert guarded.get(SHORT, headers={"If-None-Match": "*"}).status_code == 401
     address = full(guarded, SHORT, **BEARER)

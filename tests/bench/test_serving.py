@@ -127,7 +127,8 @@ def test_goodput_and_recovery() -> None:
 def test_tables_give_medians_and_name_what_was_not_measured(tmp_path: Path) -> None:
     """Three rounds of ours at 1, 2 and 9 s, of a peer at 4 s; the loop that they are compared with ran as fast as it
     was told before, twice as fast, and half as fast."""
-    plan = Plan({"capacity": 100.0, "alone_s": {"1x10": 0.5, "1x20": 1, "1x50": 1, "1x200": 1, "16x20": 1}}, seconds=9)
+    alone = {"1x10": 0.5, "1x20": 1, "1x50": 1, "1x200": 1, "16x20": 1}
+    plan = Plan({"capacity": 100.0, "alone_s": alone}, seconds=9, loads=(0.25,))
     baseline = plan.baseline | {"step_s": {"1": 0.01}, "knee": 1, "precision": "bf16", "checkpoint": "0" * 64}
     traces = {name: trace for name, trace in plan.traces.items() if name.startswith(("mixed", "overload"))}
     workloads.save(plan.traces, tmp_path / "traces.json")
@@ -155,6 +156,8 @@ def test_tables_give_medians_and_name_what_was_not_measured(tmp_path: Path) -> N
     count = 3 * len(traces["mixed steps"])
     assert f"| 2000 | 2000 | 2000 | 2 | 4 | 0 of {count} |" in text
     assert "| mosec (8, 5 ms) |" in text
+    assert "| mixed n at 0.25, ms | p50 | p95 | 1 image: p50 | p95 | 16 images: p50 | p95 |" in text
+    assert "| **python -m app** | 2000 | 2000 | 2000 | 2000 | 2000 | 2000 |" in text
     assert "| BentoML | a / reason |" in text
     assert "| LitServe" not in text, "it had no turn"
     assert "## Overload" in text
@@ -179,12 +182,13 @@ def test_only_the_workloads_that_were_asked_for_are_run(monkeypatch: pytest.Monk
     went: list[tuple[int, int]] = []
     monkeypatch.setattr(Course, "go", lambda self, told, tasks: went.append((told.queue, len(tasks))))
     told = Settings(0, "mnist", 1, rows=2, batch=4, wait_ms=0, queue=1000, deadline_s=600, counter="")
-    plan = Plan({"capacity": 100.0, "alone_s": {"1x20": 1.0}}, seconds=9)
+    plan = Plan({"capacity": 100.0, "alone_s": {"1x20": 1.0}}, seconds=9, loads=(0.1, 1))
     course = Course(SERVERS["ours"], sys.executable, told, plan, print)
     course.run(False, ["mixed n", "backlog uniform"])
     course.run(False, ["mixed n", "overload 2", "cancels"])
     course.run(False)
-    assert went == [(1000, 3), (1000, 2), (plan.queue, 3), (1000, 12), (plan.queue, 6)]
+    course.run(False, ["mixed n at 0.1"])
+    assert went == [(1000, 3), (1000, 2), (plan.queue, 3), (1000, 14), (plan.queue, 6), (1000, 2)]
 
 
 def test_a_held_network_takes_its_time_and_counts_overruns(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx
 
+from tests.app.processes import metric
+
 HERE = Path(__file__).parents[2]
 
 
@@ -42,13 +44,17 @@ def get(path: str) -> bytes:
 @dataclass(frozen=True)
 class Load:
     """What a server did under a load: seconds of the window, latencies (in seconds) of the answers that came in it,
-    the server's processor seconds, and its metrics before and after."""
+    and the server's processor seconds. `scrapes` are its metrics before and after, and when they were read."""
 
     seconds: float
     latencies: list[float]
     cpu_s: float
-    before: str
-    after: str
+    scrapes: tuple[tuple[float, str], tuple[float, str]]
+
+    def rate(self, counter: str, **labels: str) -> float:
+        """By how much a counter grew in a second."""
+        (begun, before), (ended, after) = self.scrapes
+        return (metric(after, counter, **labels) - metric(before, counter, **labels)) / (ended - begun)
 
 
 class TreeServer:
@@ -83,30 +89,36 @@ class TreeServer:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def load(self, clients: int, seconds: float, request: bytes, lead_s: float = 0) -> Load:
+    def load(self, clients: int, seconds: float, request: bytes, lead_s: float = 0, fewest: int = 1) -> Load:
         """So many clients send the request again and again. The window begins after `lead_s`; at its end they leave.
 
-        Raises SystemExit with an answer that is not 200.
+        It is longer than `seconds` where there would be fewer than `fewest` answers. Raises SystemExit with an answer
+        that is not 200.
         """
-        return asyncio.run(self._load(clients, seconds, request, lead_s))
+        return asyncio.run(self._load(clients, seconds, request, lead_s, fewest))
 
-    async def _load(self, clients: int, seconds: float, request: bytes, lead_s: float) -> Load:
+    async def _load(self, clients: int, seconds: float, request: bytes, lead_s: float, fewest: int) -> Load:
         latencies: list[float] = []
         tasks = [asyncio.create_task(self._ask(request, latencies)) for _ in range(clients)]
         await asyncio.wait(tasks, timeout=lead_s, return_when=asyncio.FIRST_EXCEPTION)
-        before, cpu, begun, already = self._metrics(), self.cpu_seconds(), time.perf_counter(), len(latencies)
+        before, cpu, already = self._scrape(), self.cpu_seconds(), len(latencies)
+        begun = time.perf_counter()
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-        took, cpu, until = time.perf_counter() - begun, self.cpu_seconds() - cpu, len(latencies)
-        after = self._metrics()
+        while len(latencies) < already + fewest and not any(task.done() for task in tasks):
+            await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_EXCEPTION)
+        took, until = time.perf_counter() - begun, len(latencies)
+        cpu = self.cpu_seconds() - cpu
+        after = self._scrape()
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if not isinstance(outcome, asyncio.CancelledError):
                 raise SystemExit(str(outcome))
-        return Load(took, latencies[already:until], cpu, before, after)
+        return Load(took, latencies[already:until], cpu, (before, after))
 
-    def _metrics(self) -> str:
-        return self.client.get("/metrics").text
+    def _scrape(self) -> tuple[float, str]:
+        text = self.client.get("/metrics").text
+        return time.perf_counter(), text
 
     async def _ask(self, request: bytes, latencies: list[float]) -> None:
         reader, writer = await asyncio.open_connection(self.host, self.port)

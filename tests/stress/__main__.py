@@ -36,7 +36,7 @@ from tests.stress.slow_readers import SEND_BUFFER, run_slow_readers
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """What to run, and how much of it."""
-    parser = argparse.ArgumentParser(prog="python -m tests.stress", description="loads server processes until something breaks")
+    parser = argparse.ArgumentParser(prog="python -m tests.stress", description="loads servers, and says what broke")
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     add("--minutes", type=float, default=10, help="of mixed load with recoverable faults (default: 10)")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from model import checkpoint
 from tests.app.processes import ServerProcess
 from tests.stress.checkpoint_changes import PICKLE
 from tests.stress.load_generator import CANARY
@@ -145,6 +146,13 @@ def settings(folder: Path) -> list[str]:
     return ["--models-dir", str(folder / "models"), "--api-keys-file", str(keys)]
 
 
+def _same(one: Path, other: Path) -> bool:
+    """Whether nothing of it is lost: a flipped bit in the name of the digest's field does no harm by itself."""
+    a, b = checkpoint.load(one), checkpoint.load(other)
+    ours, theirs = a.network.state_dict(), b.network.state_dict()
+    return a.config == b.config and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def fuzz_checkpoints(server: ServerProcess, folder: Path, good: Path, number: int, seed: int = 0) -> Findings:
     """So many files, one after another, to a server with `settings(folder)`: refused with a sentence, and the model
     that is served goes on. What is a whole checkpoint in spite of all is loaded, used and taken away."""
@@ -178,7 +186,7 @@ def fuzz_checkpoints(server: ServerProcess, folder: Path, good: Path, number: in
                 findings.wrong.append(
                     f"{i} ({kind}) was loaded: {used.status_code} {used.text[:99]}, {listed.text[:99]}"
                 )
-            if kind != "wrong_config":
+            if kind != "wrong_config" and not _same(path, good):
                 findings.wrong.append(f"{i} ({kind}) was loaded")
             client.delete(f"/models/{MODEL}")
         else:

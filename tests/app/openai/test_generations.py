@@ -184,6 +184,13 @@ def test_null_is_the_default_of_every_field(ai: OpenAI) -> None:
     assert len(made.data or []) == 1
 
 
+@pytest.mark.parametrize("fields", [{"steps": 3}, {"size": "24x16"}, {"response_format": "url"}])
+def test_answers_have_what_the_schema_requires(server: ServerProcess, fields: dict[str, Any]) -> None:
+    schema = server.client.get("/openapi.json").json()["components"]["schemas"]["ImagesResponse"]
+    answer = server.client.post("/v1/images/generations", json={"prompt": "plain", **fields}).json()
+    assert set(schema["required"]) <= set(answer) <= set(schema["properties"])
+
+
 def test_openais_own_models_are_the_default(ai: OpenAI) -> None:
     for name in ("dall-e-3", "gpt-image-1.5", "chatgpt-image-latest"):
         made = ai.images.generate(prompt="plain", model=name, moderation="low", background="opaque")

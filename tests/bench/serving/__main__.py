@@ -91,12 +91,16 @@ def options() -> argparse.Namespace:
     )
     add("--venvs", type=Path, help="folder of virtual environments, one for each peer")
     add("--settings", type=Path, help="a sweep.json, for the peers' settings (default: that in --out)")
+    add(
+        "--loads", default="", help="of mixed n, more of them, as fractions of capacity: 0.1,0.33 adds 'mixed n at 0.1'"
+    )
     add("--simulated-step-ms", type=read, default=(), help="ROWS:MS,…: what the network's calls take, at least")
     add("--sweep", action="store_true", help="only the sweep: batch size × wait of each peer")
     add("--quick", action="store_true", help="only: right images, and a few seconds of load")
     add("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
     args.only = args.only.split(",")
+    args.loads = [float(load) for load in args.loads.split(",") if load]
     args.workloads = args.workloads and args.workloads.split(",")
     if unknown := set(args.only) - set(SERVERS):
         parser.error(f"no server {', '.join(sorted(unknown))}; there are {', '.join(SERVERS)}")
@@ -132,7 +136,7 @@ def main() -> None:
         f"capacity {baseline['capacity']:.0f} image-steps/s at the knee, {baseline['knee']} images; "
         f"{baseline['precision']}"
     )
-    plan = Plan(baseline, 4.0 if args.quick else args.seconds)
+    plan = Plan(baseline, 4.0 if args.quick else args.seconds, loads=args.loads)
     if unknown := set(args.workloads or ()) - {"idle", *plan.traces}:
         sys.exit(f"no workload {', '.join(sorted(unknown))}; there are idle, {', '.join(plan.traces)}")
     circumstances = {

@@ -33,11 +33,13 @@ Task = Callable[[Server], bool]
 
 @dataclass
 class Plan:
-    """Of a run: capacity (image-steps a second), what requests take alone, and the traces of every workload."""
+    """Of a run: capacity (image-steps a second), what requests take alone, and the traces of every workload. `loads`,
+    fractions of capacity, are more of them for mixed n, up to four times as long where few come."""
 
     baseline: dict[str, Any]
     seconds: float
     levels: Sequence[float] = LEVELS
+    loads: Sequence[float] = ()
     traces: dict[str, list[Arrival]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class Plan:
         for i, level in enumerate(self.levels):
             over = poisson("uniform", level * c, self.overload_s, 20 + i)
             self.traces[f"overload {level:g}"] = over + poisson("uniform", 0.5 * c, s / 9, 40 + i, self.overload_s)
+        for i, load in enumerate(self.loads):
+            self.traces[f"mixed n at {load:g}"] = poisson("mixed n", load * c, s / min(max(load, 0.25), 1), 60 + i)
         self.traces["cancels"] = impatient(poisson("mixed steps", 0.5 * c, s / 4, 11), 0.02, self.deadline_s / 2, 12)
 
     @property
@@ -85,6 +89,7 @@ class Course:
             late = self.plan.deadline_s
             loads = {"idle": self.idle} | {f"backlog {kind}": self.capacity(kind) for kind in KINDS}
             loads |= {name: self.of(name) for name in ("uniform", "mixed steps", "mixed n", "bursts")}
+            loads |= {name: self.of(name) for name in self.plan.traces if name.startswith("mixed n at ")}
             loads |= {"frames": self.of("frames", streamed=True)}
             loads |= {f"own {kind}": self.own(kind) for kind in ("mixed steps", "mixed n")}
             levels = [f"overload {x:g}" for x in self.plan.levels]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.bench.serving import plots
 from tests.bench.serving.numbers import (
     first_pictures,
@@ -42,6 +44,7 @@ def write(results: Results, swept: Results, out: Path) -> None:
     plots.latency(results, traces, out / "latency.png")
     plots.overload(results, traces, out / "overload.png")
     sections = {name: f"## {TITLES[name]}\n\n{_workload(results, traces, name)}" for name in ("uniform", *MIXED)}
+    sections |= {"mixed n at ": _loads(results, traces)}
     sections |= {"own ": _own(results, traces), "bursts": _bursts(results, traces)}
     sections |= {"overload ": _overload(results, traces), "frames": _frames(results), "cancels": _cancels(results)}
     sections |= {"idle_s": _idle(results)}
@@ -217,6 +220,26 @@ def _workload(results: Results, traces: TracingMiddleware, name: str) -> str:
 
     head = ["75 % of capacity", "images/s", "p50 ms", "p95 ms", "p99 ms", "p50 slowdown", "p95 slowdown", "unanswered"]
     return table(head, rows(results, name, cells, 7))
+
+
+def _loads(results: Results, traces: TracingMiddleware) -> str:
+    parts = []
+    for name in (name for name in traces if name.startswith("mixed n at ")):
+
+        def cells(_: str, found: list[Results], name: str = name) -> list[str]:
+            kinds = [(1, 16), (1,), (16,)]
+            ran = [[_of_sizes(traces[name], turn[name], sizes) for sizes in kinds] for turn in found]
+            times = [[1e3 * percentile(of, p) for of in turn for p in (50, 95)] for turn in ran]
+            return [number(statistics.median(column)) for column in zip(*times, strict=True)]
+
+        head = [f"{name}, ms", "p50", "p95", "1 image: p50", "p95", "16 images: p50", "p95"]
+        parts.append(table(head, rows(results, name, cells, 6)))
+    return "\n\n".join(["## Mixed n by load", *parts])
+
+
+def _of_sizes(trace: Sequence[Arrival], records: Sequence[Sequence[Any]], sizes: Sequence[int]) -> np.ndarray:
+    """Latencies of the requests for so many images."""
+    return latencies([record for arrival, record in zip(trace, records, strict=True) if arrival.n in sizes])
 
 
 def _own(results: Results, traces: TracingMiddleware) -> str:

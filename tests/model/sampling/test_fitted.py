@@ -155,6 +155,10 @@ DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
     "words": ({"rows": [["x"] * 10] * 4}, "damaged"),
     "null": ({"timesteps": None}, "damaged"),
     "nan": ({"timesteps": [9.0, 8.0, 7.0, float("nan")]}, "not all finite"),
+    "huge": ({"rows": [[1.0] * 9 + [-3.5e38]] * 4}, "not all finite"),  # as float32
+    "numbers in words": ({"timesteps": ["9", "8", "7", "1"]}, "not of their types"),
+    "truths": ({"timesteps": [True, True, False, False]}, "not of their types"),
+    "many digits": ({"rows": [[10**400] * 10] * 4}, "not of their types"),
     "negative": ({"timesteps": [9.0, 8.0, 7.0, -1.0]}, "timesteps below 0"),
     "late": ({"timesteps": [399.5, 8.0, 7.0, 1.0]}, "has timestep 399.5: the last is 399"),
     "noise": ({"draws": [0, 0, 0, 3]}, "its own"),
