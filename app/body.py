@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
@@ -11,6 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from app.errors import Cancelled, InvalidRequest, UnsupportedMediaType
+from app.shortcut import Handler, shortcut_to
 
 # What json says, and what a person is told. The first that the message begins with holds.
 EXPECTED = {
@@ -29,14 +29,15 @@ EXPECTED = {
 class JSONRoute(APIRoute):
     """A route whose body is read here, and not by FastAPI, which says less about one that is wrong."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Handler:
         """As FastAPI's, for a request whose body is JSON."""
-        handle = super().get_route_handler()
+        handle, shortcut = super().get_route_handler(), shortcut_to(self.endpoint, "body")
 
         async def handle_json(request: Request) -> Response:
             read = JSONRequest(request.scope, request.receive)
             await read.load()
-            return await handle(read)
+            answer = shortcut(read, read.value) if shortcut and isinstance(read.value, dict) else None
+            return await (answer or handle(read))
 
         return handle_json
 
@@ -45,7 +46,7 @@ class JSONRequest(Request):
     """Its body is empty, or JSON."""
 
     _data: bytes = b""
-    _value: Any = None
+    value: Any = None
 
     async def load(self) -> None:
         """Reads the body. Raises UnsupportedMediaType, InvalidRequest, or Cancelled where the client leaves."""
@@ -62,7 +63,7 @@ class JSONRequest(Request):
         ):
             found = f"not {media_type:.80}" if media_type else "which is missing"
             raise UnsupportedMediaType(f"the body must be JSON: send Content-Type: application/json, {found}")
-        self._data, self._value = data, parse(data)
+        self._data, self.value = data, parse(data)
 
     async def body(self) -> bytes:
         """What was sent; nothing where that is blank."""
@@ -70,7 +71,7 @@ class JSONRequest(Request):
 
     async def json(self) -> Any:
         """What the body says."""
-        return self._value
+        return self.value
 
 
 def refuse_compressed(request: Request) -> None:

@@ -120,7 +120,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
-        app.include_router(router)
+        app.router.routes += router.routes  # FastAPI looks for a route twice in a router that is included
     handle_errors(app)
     app.add_middleware(HeadAsGetMiddleware)
     app.add_middleware(

@@ -18,7 +18,7 @@ from app.picture_format import PictureFormat, size_text
 from app.request_context import context_of
 from app.request_params import GenerationJob
 from app.routes.state import AppState, in_flight
-from app.streaming import JobStream, sse_event, with_heartbeats
+from app.streaming import JobStream, sse_event
 from model.images import Image, grid
 
 HEARTBEAT = b": keepalive\n\n"
@@ -107,9 +107,9 @@ async def send(service: AppState, http: Request, answer: ImagesAnswer, stream: b
         return json_response(answer.response(data, answer.usage(len(data))), answer)
     stack = AsyncExitStack()
     await stack.enter_async_context(in_flight(service, http, job))  # errors of admission are ordinary responses
-    content = with_heartbeats(_events(service, http, answer), service.settings.stream_heartbeat_s, HEARTBEAT)
     extra = {**answer.headers(), "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return JobStream(stack, content, media_type="text/event-stream", headers=extra)
+    pieces, seconds = _events(service, http, answer), service.settings.stream_heartbeat_s
+    return JobStream(stack, pieces, HEARTBEAT, seconds, media_type="text/event-stream", headers=extra)
 
 
 def json_response(response: ImagesResponse, answer: ImagesAnswer) -> Response:

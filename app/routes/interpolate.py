@@ -56,7 +56,7 @@ async def interpolate(query: Annotated[InterpolateQuery, Query()], http: Request
     job = build_request(query, served, service.settings, edit=Edit(latents))
     if job.request.schedule.table[:, COEFFICIENTS.index("s")].any():
         raise InvalidRequest(f"sampler {job.sampling.sampler} adds noise on its way: {ALTERNATIVES}", param="sampler")
-    provenance = {**job.provenance(), "to_seed": str(to_seed)}
+    provenance = {**job.provenance, "to_seed": str(to_seed)}
     extra = {**job.headers(to_seed=str(to_seed)), "Cache-Control": "no-store"}
     if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
