@@ -298,3 +298,17 @@ def test_a_foreign_state_is_passed_over(words: list[str], tmp_path: Path, capsys
     torch.save([1, 2], tmp_path / "runs/run/state-0000002.pt")
     assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "2"]) == 0
     assert "state-0000002.pt cannot be read, so an older one is tried" in capsys.readouterr().err
+
+
+def test_a_resume_needs_no_more_what_it_began_with(words: list[str], student: str, tmp_path: Path) -> None:
+    assert distill.main([*words, "--iterations", "1", "--student", student]) == 0
+    Path(student).unlink()
+    assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "2"]) == 0
+
+
+def test_a_student_begins_with_the_same_network(
+    words: list[str], save_checkpoint: Callable[..., str], tiny: UNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_checkpoint(replace(tiny.config, base_channels=24))
+    assert distill.main([*words, "--student", other]) == 2
+    assert f"--student {other} is another network than the teacher's" in capsys.readouterr().err
