@@ -312,3 +312,10 @@ def test_a_student_begins_with_the_same_network(
     other = save_checkpoint(replace(tiny.config, base_channels=24))
     assert distill.main([*words, "--student", other]) == 2
     assert f"--student {other} is another network than the teacher's" in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_images_is_refused(
+    words: list[str], save_extractor: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main([*words, "--features", save_extractor(channels=3)]) == 2
+    assert "takes images of (channels, height, width) (3, 8, 8), the teacher makes (1, 8, 8)" in capsys.readouterr().err

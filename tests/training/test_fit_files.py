@@ -191,3 +191,8 @@ def test_a_learning_rate_is_between_0_and_1(rate: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         fit_sampler.parse(["some", *FEW, "--learning_rate", rate])
     assert "--learning_rate must be between 0 and 1, not " in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_images_is_refused(fit: Callable[..., str], save_extractor: Callable[..., str]) -> None:
+    said = fit("--features", save_extractor(channels=3), status=2)
+    assert said.endswith("has images of (channels, height, width) (3, 8, 8), the checkpoint (1, 8, 8)\n")
