@@ -45,8 +45,11 @@ def distill(config: DistillConfig, resume: bool = False) -> Path:
     with RunDir(config, resume) as run:
         saved = run.load_state() if resume else None
         done = saved["iteration"] if saved else 0
-        if done >= config.iterations:
+        if done > config.iterations:
             raise ValueError(f"--iterations {config.iterations}: {config.run_dir} has done {done} already; give more")
+        if done == config.iterations:
+            print(f"Nothing to do: {run.path} has done its {done} iterations; give more --iterations to go on")
+            return config.run_dir
         with memory_for("the student", "give a smaller --batch_size"):
             trainer = DistillTrainer(config, teacher, student, params, judge, device, run, saved)
         trainer.fit()
