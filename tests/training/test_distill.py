@@ -298,3 +298,43 @@ def test_a_foreign_state_is_passed_over(words: list[str], tmp_path: Path, capsys
     torch.save([1, 2], tmp_path / "runs/run/state-0000002.pt")
     assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "2"]) == 0
     assert "state-0000002.pt cannot be read, so an older one is tried" in capsys.readouterr().err
+
+
+def test_a_resume_needs_no_more_what_it_began_with(words: list[str], student: str, tmp_path: Path) -> None:
+    assert distill.main([*words, "--iterations", "1", "--student", student]) == 0
+    Path(student).unlink()
+    assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "2"]) == 0
+
+
+def test_a_student_begins_with_the_same_network(
+    words: list[str], save_checkpoint: Callable[..., str], tiny: UNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_checkpoint(replace(tiny.config, base_channels=24))
+    assert distill.main([*words, "--student", other]) == 2
+    assert f"--student {other} is another network than the teacher's" in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_images_is_refused(
+    words: list[str], save_extractor: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main([*words, "--features", save_extractor(channels=3)]) == 2
+    assert "takes images of (channels, height, width) (3, 8, 8), the teacher makes (1, 8, 8)" in capsys.readouterr().err
+
+
+def test_a_resume_of_a_run_that_is_done_has_nothing_to_do(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs/run"
+    assert distill.main([*words, "--iterations", "2"]) == 0
+    assert distill.main(["--resume", str(run)]) == 0
+    assert f"Nothing to do: {run} has done its 2 iterations; give more --iterations to go on" in capsys.readouterr().out
+    assert distill.main(["--resume", str(run), "--iterations", "1"]) == 2
+    assert f"--iterations 1: {run} has done 2 already; give more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"teacher": 7}', '{"teacher": "a", "steps": "2"}', '{"colour": 1}'])
+def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit):
+        distill.main(["--resume", str(tmp_path)])
+    assert f"--resume {tmp_path}: its config.json is not that of a distillation: " in capsys.readouterr().err

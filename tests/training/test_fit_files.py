@@ -17,7 +17,7 @@ from model.sampling.noise import normals
 from model.sampling.schedule import SamplingParams, make_schedule
 from tests.networks import randomised
 from training import fit_sampler
-from training.fitting import teacher
+from training.fitting import tables, teacher
 from training.fitting.distance import pixel_distance
 from training.fitting.fit import Fit, FitOptions, Pairs, read_state
 from training.fitting.solver import LearnedSolver, Target, guided_rows
@@ -107,7 +107,8 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_a_fit_on_other_images_begins_anew(fit: Callable[..., str]) -> None:
+def test_a_fit_on_other_images_begins_anew(fit: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "SPACINGS", ("trailing",))  # or the best may be another, of other held-out images
     fit()
     assert "3-0.pt is of other options: this fit begins anew" in fit("--images", "6")
 
@@ -190,3 +191,8 @@ def test_a_learning_rate_is_between_0_and_1(rate: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         fit_sampler.parse(["some", *FEW, "--learning_rate", rate])
     assert "--learning_rate must be between 0 and 1, not " in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_images_is_refused(fit: Callable[..., str], save_extractor: Callable[..., str]) -> None:
+    said = fit("--features", save_extractor(channels=3), status=2)
+    assert said.endswith("has images of (channels, height, width) (3, 8, 8), the checkpoint (1, 8, 8)\n")

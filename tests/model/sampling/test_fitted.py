@@ -97,6 +97,12 @@ def test_what_is_not_asked_for_is_the_default_table(config: CheckpointConfig) ->
     assert vars(config.sampling_params(**sent_back)) == sent_back
 
 
+def test_a_named_solver_is_that_of_an_unnamed_one(config: CheckpointConfig) -> None:
+    assert config.sampling_params(sampler="dpmpp_2m", limit="none") == config.sampling_params(limit="none")
+    assert config.sampling_params(sampler="dpmpp_2m", spacing="leading").spacing == "leading"
+    assert config.sampling_params(sampler="ddim").spacing == "trailing", "which nobody has measured"
+
+
 def test_another_default_sampler_has_the_most_fitted_steps(config: CheckpointConfig) -> None:
     other = replace(config, sampling=SamplingParams("ddim", 4, 0.0, 1.0))
     assert other.sampling_params(sampler=FITTED) == SamplingParams(FITTED, 6, 0.0, 2.5)
