@@ -58,6 +58,11 @@ class Batch:
         return bool(self.coefficients[:, COEFFICIENTS.index(name)].any())
 
     @property
+    def all_clamped(self) -> bool:
+        """Whether the limit of every x_0 is clamp."""
+        return bool((self.coefficients[:, LIMIT] == THRESHOLDING.index("clamp")).all())
+
+    @property
     def noisy(self) -> NDArray[np.bool_]:
         """Whose step adds noise [N]."""
         return np.not_equal(self.coefficients[:, S], 0)

@@ -146,7 +146,7 @@ class ModelRunner:
         else:
             out = self.forward(x, t, y)
         z = self._noise_of_step(batch, x) if batch.uses("s") else None
-        return apply_step(x, out, x0_prev, x0_prev2, table, z, bool(batch.dynamic.any()), kept)
+        return apply_step(x, out, x0_prev, x0_prev2, table, z, bool(batch.dynamic.any()), kept, batch.all_clamped)
 
     def _noise_of_step(self, batch: Batch, x: Tensor) -> Tensor:
         """Of the rows that add some; zeros for the others."""

@@ -25,19 +25,20 @@ def apply_step(
     z: Tensor | None,
     dynamic: bool = True,
     kept: tuple[Tensor, Tensor] | None = None,
+    clamped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One update of a batch, whatever its samplers: (x_next, x0).
 
     x, x0_prev, x0_prev2 and z are [N, C, H, W], out (guidance applied) too, or [N, 2C, H, W] with learned variance;
     `rows` [N, 10] holds a row of each sample's schedule. Of the last three one may be None whose column is zero in
     all rows. `dynamic` False: the limit of none of them is, and nobody has to wait for the device to say so. `kept`
-    are image and mask of `model.sampling.edit.keep`, where some keep a part.
+    are image and mask of `model.sampling.edit.keep`, where some keep a part. `clamped`: the limit of all is clamp.
     """
     _, p, q, limit, a, b, c, d, k, s = rows.reshape(*rows.shape, 1, 1, 1).unbind(1)
     channels = x.shape[1]
     x0 = p * x
     x0 -= q * out[:, :channels]
-    x0 = torch.where(limit > 0, _limited(x0, limit, dynamic), x0)
+    x0 = x0.clamp(-1, 1) if clamped else torch.where(limit > 0, _limited(x0, limit, dynamic), x0)
     if kept is not None:
         x0 = keep(x0, *kept)
     x_next = a * x
