@@ -11,11 +11,12 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 
 class JobStream(StreamingResponse):
-    """A streaming response that gives up its place in the engine however it ends.
+    """A streaming response that gives up its place in the engine however it ends. `in_flight` ends it for a client that
+    leaves.
 
     It sends `heartbeat` after every `seconds` without a piece: proxies cut what is silent.
     """
@@ -27,9 +28,9 @@ class JobStream(StreamingResponse):
         self._place, self._heartbeat, self._seconds = place, heartbeat, seconds
         self._silent_since = math.inf
 
-    async def __call__(self, *args: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._place:
-            await super().__call__(*args)
+            await self.stream_response(send)
 
     async def stream_response(self, send: Send) -> None:
         """As Starlette's."""

@@ -27,6 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_DECODERS = 2
+WATCH_AFTER_S = 0.02  # after which a client that leaves is noticed
 INLINE_PIXELS = encoders.SMALL  # values of images that the event loop encodes itself
 
 STATUSES = {
@@ -105,11 +106,17 @@ async def in_flight(service: AppState, http: Request, job: GenerationJob) -> Asy
     context.job = job
     service.engine.submit(job.checkpoint, job.request)
     context.admitted = True
-    watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
+    watches: list[asyncio.Task[None]] = []
+    # Most answers are there before it would pay to look for who leaves.
+    later = asyncio.get_running_loop().call_later(
+        WATCH_AFTER_S, lambda: watches.append(asyncio.create_task(_cancel_on_disconnect(service, http, job)))
+    )
     try:
         yield
     finally:
-        watch.cancel()
+        later.cancel()
+        for watch in watches:
+            watch.cancel()
         service.engine.cancel(job.request)
 
 

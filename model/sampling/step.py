@@ -35,11 +35,13 @@ def apply_step(
     """
     _, p, q, limit, a, b, c, d, k, s = rows.reshape(*rows.shape, 1, 1, 1).unbind(1)
     channels = x.shape[1]
-    x0 = p * x - q * out[:, :channels]
+    x0 = p * x
+    x0 -= q * out[:, :channels]
     x0 = torch.where(limit > 0, _limited(x0, limit, dynamic), x0)
     if kept is not None:
         x0 = keep(x0, *kept)
-    x_next = a * x + b * x0
+    x_next = a * x
+    x_next += b * x0
     if x0_prev is not None:
         x_next += c * x0_prev
     if x0_prev2 is not None:
