@@ -9,8 +9,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from app.errors import Cancelled, InvalidRequest, UnsupportedMediaType
+from app.shortcut import shortcut_to
 
 # What json says, and what a person is told. The first that the message begins with holds.
 EXPECTED = {
@@ -29,6 +31,21 @@ EXPECTED = {
 class JSONRoute(APIRoute):
     """A route whose body is read here, and not by FastAPI, which says less about one that is wrong."""
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        app, shortcut = self.app, shortcut_to(endpoint, "body")
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            read = JSONRequest(scope, receive)
+            await read.load()
+            found = shortcut(read, read.value) if shortcut and isinstance(read.value, dict) else None
+            if found is None:
+                await app(scope, read.again, send)
+            else:
+                await (await found)(scope, receive, send)
+
+        self.app = answer
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """As FastAPI's, for a request whose body is JSON."""
         handle = super().get_route_handler()
@@ -45,7 +62,8 @@ class JSONRequest(Request):
     """Its body is empty, or JSON."""
 
     _data: bytes = b""
-    _value: Any = None
+    _is_repeated = False
+    value: Any = None
 
     async def load(self) -> None:
         """Reads the body. Raises UnsupportedMediaType, InvalidRequest, or Cancelled where the client leaves."""
@@ -62,7 +80,14 @@ class JSONRequest(Request):
         ):
             found = f"not {media_type:.80}" if media_type else "which is missing"
             raise UnsupportedMediaType(f"the body must be JSON: send Content-Type: application/json, {found}")
-        self._data, self._value = data, parse(data)
+        self._data, self.value = data, parse(data)
+
+    async def again(self) -> Message:
+        """`receive` of one who reads the body another time."""
+        if self._is_repeated:
+            return await self.receive()
+        self._is_repeated = True
+        return {"type": "http.request", "body": self._data, "more_body": False}
 
     async def body(self) -> bytes:
         """What was sent; nothing where that is blank."""
@@ -70,7 +95,7 @@ class JSONRequest(Request):
 
     async def json(self) -> Any:
         """What the body says."""
-        return self._value
+        return self.value
 
 
 def refuse_compressed(request: Request) -> None:

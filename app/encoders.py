@@ -3,26 +3,61 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL.PngImagePlugin import PngInfo
 
 from model.images import Image
 
 LAST_FRAME_MS = 1500
+SMALL = 16_384  # values of images that are encoded in less than a millisecond
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+LEVEL = 4  # of deflate: 6, which is usual, takes up to six times as long for 2 % of the bytes
 
 
 def png(image: Image, text: Mapping[str, str]) -> bytes:
     """A PNG with `text` in its text chunks."""
+    if image.shape[2] == 1 and image.size <= SMALL:
+        return _unfiltered_png(image[:, :, 0], text)
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
     out = io.BytesIO()
     _pillow(image).save(out, "PNG", pnginfo=info)
     return out.getvalue()
+
+
+def _unfiltered_png(image: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
+    """A grey picture [H, W]. Pillow takes up to eight times as long, most of it to filter each line; digits are smaller
+    without."""
+    height, width = image.shape
+    lines = np.zeros((height, 1 + width), np.uint8)  # each begins with its filter, 0 for none
+    lines[:, 1:] = image
+    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    texts = [_text_chunk(key, value) for key, value in text.items()]
+    return b"".join(
+        [PNG_SIGNATURE, head, *texts, _chunk(b"IDAT", zlib.compress(lines.tobytes(), LEVEL)), _chunk(b"IEND", b"")]
+    )
+
+
+@lru_cache(1024)
+def _text_chunk(key: str, value: str) -> bytes:
+    name = key.encode("latin-1")
+    try:
+        return _chunk(b"tEXt", name + b"\0" + value.encode("latin-1"))
+    except UnicodeEncodeError:
+        return _chunk(b"iTXt", name + b"\0\0\0\0\0" + value.encode())  # not compressed, of no language
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return b"".join([len(data).to_bytes(4, "big"), kind, data, zlib.crc32(data, zlib.crc32(kind)).to_bytes(4, "big")])
 
 
 def animation(frames: Sequence[Image], format: str, seconds: float = 3.0) -> bytes:

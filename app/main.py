@@ -19,6 +19,7 @@ from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.memory import tune_malloc
 from app.engine.runner import ModelRunner
+from app.engine.workers import usable_cores
 from app.error_handler import handle_errors
 from app.event_loop_monitor import EventLoopMonitor
 from app.metrics import Metrics
@@ -62,7 +63,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     tracer = Tracer(settings.otlp_endpoint, VERSION) if settings.otlp_endpoint else None
     # OpenMP keeps a team of threads for every thread that used it, and all of them would want the same cores. So this
     # thread gets none, as those that come, and the engine shares out its work itself: see `app.engine.workers`.
-    threads = settings.threads or torch.get_num_threads()
+    threads = settings.threads or usable_cores()
     torch.set_num_threads(1)
     device = settings.torch_device()
     if device.type == "cpu":
@@ -120,7 +121,7 @@ def create_app(settings: Settings, make_runner: MakeRunner = ModelRunner) -> Fas
     if settings.metrics_port < 0:
         routers.append(health.operations)
     for router in routers:
-        app.include_router(router)
+        app.router.routes += router.routes  # FastAPI looks for a route twice in a router that is included
     handle_errors(app)
     app.add_middleware(HeadAsGetMiddleware)
     app.add_middleware(

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
@@ -231,6 +232,12 @@ class Metrics:
             "ddpm_build_info", "1, with the running versions.", ["version", "python", "torch"], registry=r
         )
 
+        @lru_cache(1024)
+        def of_requests(labels: tuple[str, ...]) -> tuple[Counter, Histogram]:
+            return self.requests.labels(*labels), self.request_latency.labels(*labels)
+
+        self._of_requests = of_requests
+
     def bind_engine(self, status: Callable[[], EngineStatus]) -> None:
         """Lets every scrape ask the engine."""
         self.registry.register(EngineCollector(status))
@@ -242,6 +249,12 @@ class Metrics:
             self.model_loads.labels(model, outcome)
         for labelled in (self.frames_sent, self.frames_dropped, self.time_to_first_frame):
             labelled.labels(model)
+
+    def count_request(self, *labels: str, seconds: float) -> None:
+        """One that has its answer after `seconds`; `labels` are endpoint, model and outcome."""
+        count, latency = self._of_requests(labels)
+        count.inc()
+        latency.observe(seconds)
 
     def count_frame(self, model: str, arrival_time: float, first: bool) -> None:
         """A frame that is ready to be sent, of a request that came at `arrival_time` (`time.monotonic`)."""

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,6 +44,7 @@ class RequestLogMiddleware:
         request_id = offered if _REQUEST_ID.fullmatch(offered) else f"{random.getrandbits(128):032x}"
         context = context_of(scope)
         context.request_id = request_id
+        own_header = [(b"x-request-id", request_id.encode())]
         status = 0
         sent = 0
 
@@ -51,7 +52,7 @@ class RequestLogMiddleware:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                _add_headers(message, own_header)
             else:
                 sent += len(message.get("body", b""))
             await send(message)
@@ -64,11 +65,9 @@ class RequestLogMiddleware:
             raise
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"  # where it was refused before its route
-            endpoint = getattr(scope.get("route"), "path", path)
+            endpoint = str(getattr(scope.get("route"), "path", path))
             seconds = time.perf_counter() - started
-            labels = endpoint, context.model, context.outcome
-            self.metrics.requests.labels(*labels).inc()
-            self.metrics.request_latency.labels(*labels).observe(seconds)
+            self.metrics.count_request(endpoint, context.model, context.outcome, seconds=seconds)
             if context.key:
                 self.metrics.key_requests.labels(context.key.name, context.outcome).inc()
             quiet = scope["path"] in PROBED and context.outcome in ("ok", "not_ready")
@@ -138,17 +137,23 @@ class SecurityHeadersMiddleware:
     """Adds `headers` to every answer that does not have them."""
 
     def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
-        self.app, self.headers = app, headers
+        self.app = app
+        self.headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in self.headers.items():
-                    headers.setdefault(name, value)
+                _add_headers(message, self.headers)
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+
+def _add_headers(message: Message, headers: list[tuple[bytes, bytes]]) -> None:
+    """Those of `headers` (names in small letters) that the start of an answer does not have."""
+    raw = message["headers"] = list(message.get("headers", ()))
+    names = {name for name, _ in raw}
+    raw += [header for header in headers if header[0] not in names]
 
 
 class TrailingSlashMiddleware:

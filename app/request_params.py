@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import math
 import random
 import re
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from urllib.parse import quote
 
 import numpy as np
@@ -41,7 +43,8 @@ class GenerationJob:
     strength: float | None = None  # of an edit
     encodings: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each, by time.monotonic
 
-    def provenance(self) -> dict[str, str]:
+    @cached_property
+    def provenance(self) -> Mapping[str, str]:
         """For response headers and PNG text: what to send again for the same images."""
         names = self.checkpoint.config.class_names
         # A mix is what a request without a class label gives: there is no word for it to send back.
@@ -66,17 +69,17 @@ class GenerationJob:
     @property
     def nfe(self) -> int:
         """Network rows that each image costs (number of function evaluations)."""
-        return int(self.request.schedule.nfe.sum())
+        return sum(self.request.schedule.nfe_of_steps)
 
-    def headers(self) -> dict[str, str]:
-        """X-DDPM-… headers: what to send again, and what an image cost."""
-        return {**headers(self.provenance()), "X-DDPM-NFE": str(self.nfe)}
+    def headers(self, **more: str) -> dict[str, str]:
+        """X-DDPM-… headers: what to send again, whatever `more` there is to say, and what an image cost."""
+        return {**headers({**self.provenance, **more}), "X-DDPM-NFE": str(self.nfe)}
 
     def provenance_of(self, i: int) -> dict[str, str]:
         """The same for image i alone."""
         name = self.class_of(i)[1]
         own = {"index": str(self.request.index + i)} | ({} if name is None else {"class_label": name})
-        return replace(self, each_class=False).provenance() | own
+        return {key: value for key, value in self.provenance.items() if key != "each_class"} | own
 
     def class_of(self, i: int) -> tuple[int | str | None, str | None]:
         """What to send for image i's class, and its name; None for an unconditional checkpoint.
@@ -91,10 +94,17 @@ class GenerationJob:
 
 def headers(provenance: Mapping[str, str]) -> dict[str, str]:
     """X-DDPM-… headers; values are percent-encoded where they are not plain ASCII."""
-    return {
-        f"X-DDPM-{key.replace('_', '-').title()}": quote(value, safe=" !#$&'()*+,/:;=?@[]~")
-        for key, value in provenance.items()
-    }
+    return {_header_name(key): _header_value(value) for key, value in provenance.items()}
+
+
+@lru_cache(256)
+def _header_name(key: str) -> str:
+    return f"X-DDPM-{key.replace('_', '-').title()}"
+
+
+@lru_cache(256)
+def _header_value(value: str) -> str:
+    return quote(value, safe=" !#$&'()*+,/:;=?@[]~")
 
 
 def build_request(
@@ -111,8 +121,11 @@ def build_request(
     """
     asked.check(settings)
     unet, diffusion = checkpoint.config.unet, checkpoint.diffusion
-    config = checkpoint.config if edit is None else editing_config(checkpoint.config)
-    sampling = resolve_sampling_params(asked, config, settings)
+    resolve = checkpoint.sampling_params if edit is None else editing_config(checkpoint.config).sampling_params
+    try:
+        sampling = resolve(settings.max_steps, **asked.overrides())  # asked.check has refused more
+    except InvalidSamplingParams as error:
+        raise InvalidRequest(str(error), param=error.field) from error
     variance = usable_variance(diffusion, sampling.steps) if sampling.sampler == "ddpm" else None
     try:
         schedule = checkpoint.schedule(sampling, variance, strength or 1.0)
@@ -133,7 +146,7 @@ def build_request(
             classes = tuple(draw_class(seed, i, unet.num_classes) if label is None else label for i in places)
 
     view, steps_shown, keep = shown_frames(asked, len(schedule))
-    size = asked.n * len(steps_shown) * int(np.prod(unet.image_shape))
+    size = asked.n * len(steps_shown) * math.prod(unet.image_shape)
     if size > settings.max_sequence_bytes:
         raise InvalidRequest(
             f"{len(steps_shown)} frames of {asked.n} images are {size} bytes of pixels; "
@@ -165,14 +178,6 @@ def editing_config(config: CheckpointConfig) -> CheckpointConfig:
             "this checkpoint cannot begin from an image or between two seeds: its steps were distilled, from noise"
         )
     return config.without_tables()
-
-
-def resolve_sampling_params(asked: Sampling, config: CheckpointConfig, settings: Settings) -> SamplingParams:
-    """The checkpoint's settings with what a client asked for in their place. Raises InvalidRequest."""
-    try:
-        return config.sampling_params(settings.max_steps, **asked.overrides())  # asked.check has refused more
-    except InvalidSamplingParams as error:
-        raise InvalidRequest(str(error), param=error.field) from error
 
 
 def class_index(label: int | str | None, names: tuple[str, ...]) -> int | None:
@@ -228,6 +233,7 @@ def shown_frames(asked: Sampling, steps: int) -> tuple[View, frozenset[int], int
     return "x0" if partials else "xt", partial_steps(partials, steps), max(1, partials)
 
 
+@lru_cache(256)
 def frame_steps(frames: int, steps: int, view: View) -> frozenset[int]:
     """`frames` steps spread evenly from the noise (step 0; for x0 from step 1) to the last, which is always shown."""
     first = 1 if view == "x0" else 0

@@ -94,7 +94,9 @@ class Sampling(_WithSettings):
 
     def overrides(self) -> dict[str, Any]:
         """The sampler's settings, for `SamplingParams.with_overrides`; None where the checkpoint's own are wanted."""
-        return {setting.name: getattr(self, setting.name) for setting in SETTINGS}
+        given = {name: getattr(self, name) for name in OPTIONAL}
+        interval = given["guidance_interval"]
+        return {**given, "guidance_interval": None if interval is None else tuple(interval)}  # which has a hash
 
     def check(self, settings: Settings) -> None:
         """Raises InvalidRequest where a configured limit is passed."""

@@ -51,7 +51,11 @@ class Settings(BaseSettings):
         "auto", description="where the network runs; auto uses the GPU if there is one"
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="number of network calls at once on a CPU, each on one thread; 0: one per core"
+        0,
+        ge=0,
+        le=1024,
+        description="number of network calls at once on a CPU, each on one thread; "
+        "0: one per core, of a container one per core of its limit",
     )
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto",

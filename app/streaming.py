@@ -4,23 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 
 class JobStream(StreamingResponse):
-    """A streaming response that gives up its place in the engine however it ends."""
+    """A streaming response that gives up its place in the engine however it ends. `in_flight` ends it for a client that
+    leaves.
 
-    def __init__(self, place: AsyncExitStack, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._place = place
+    It sends `heartbeat` after every `seconds` without a piece: proxies cut what is silent.
+    """
 
-    async def __call__(self, *args: Any) -> None:
+    def __init__(
+        self, place: AsyncExitStack, pieces: AsyncIterator[bytes], heartbeat: bytes, seconds: float, **options: Any
+    ):
+        super().__init__(pieces, **options)
+        self._place, self._heartbeat, self._seconds = place, heartbeat, seconds
+        self._silent_since = math.inf
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._place:
-            await super().__call__(*args)
+            await self.stream_response(send)
+
+    async def stream_response(self, send: Send) -> None:
+        """As Starlette's."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        beat = asyncio.create_task(self._beat(send))
+        try:
+            self._silent_since = time.monotonic()
+            async for piece in self.body_iterator:
+                self._silent_since = math.inf  # until it is sent
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                self._silent_since = time.monotonic()
+        finally:
+            beat.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _beat(self, send: Send) -> None:
+        while True:
+            left = min(self._seconds, self._silent_since + self._seconds - time.monotonic())
+            if left > 0:
+                await asyncio.sleep(left)
+            else:
+                await send({"type": "http.response.body", "body": self._heartbeat, "more_body": True})
+                self._silent_since = max(self._silent_since, time.monotonic())
 
 
 async def nothing() -> AsyncIterator[bytes]:
@@ -34,23 +67,3 @@ def sse_event(name: str, data: object, id: int | None = None) -> bytes:
     """A server-sent event whose data is JSON."""
     line = "" if id is None else f"id: {id}\n"
     return f"event: {name}\n{line}data: {json.dumps(data)}\n\n".encode()
-
-
-async def with_heartbeats(pieces: AsyncIterator[bytes], seconds: float, heartbeat: bytes) -> AsyncIterator[bytes]:
-    """The pieces as they come, and `heartbeat` after every `seconds` without one: proxies cut what is silent."""
-    upcoming = asyncio.ensure_future(anext(pieces))
-    try:
-        while True:
-            done, _ = await asyncio.wait([upcoming], timeout=seconds)
-            if not done:
-                yield heartbeat
-                continue
-            try:
-                piece = upcoming.result()
-            except StopAsyncIteration:
-                return
-            yield piece
-            upcoming = asyncio.ensure_future(anext(pieces))
-    finally:
-        upcoming.cancel()
-        await asyncio.wait([upcoming])  # or its last words would be lost

@@ -26,12 +26,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
     part.touch(exist_ok=False)
     mode = part.stat().st_mode
     try:
-        yield part
+        with naming(path):
+            yield part
         if part.stat().st_mode != mode:
             part.chmod(mode)
         put_in_place(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it an OSError that names no file names this one: what writes to a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def put_in_place(part: Path, path: Path) -> None:

@@ -80,6 +80,8 @@ class CheckpointConfig:
             raise ValueError("a guidance_scale other than 1 needs a network with a null class")
         if self.distilled and self.distilled.guidance_scale != self.sampling.guidance_scale:
             raise ValueError("its guidance_scale is not the one that it was distilled with")
+        if self.distilled and self.distilled.has_fixed_steps and self.distilled.steps != self.sampling.steps:
+            raise ValueError("its steps are not those that it was distilled to")
 
     def schedule(
         self,
@@ -123,15 +125,16 @@ class CheckpointConfig:
 
     def _overridden(self, max_steps: int | None, given: Mapping[str, Any]) -> SamplingParams:
         timesteps = self.diffusion.num_timesteps
+        own = {"sampler": SOLVER, "spacing": self.sampling.spacing}  # which a table has no use for
         if given.get("sampler", self.sampling.sampler) != FITTED:
-            return self.sampling.with_overrides(timesteps, **given)
+            is_solver = self.sampling.sampler == FITTED and given["sampler"] == SOLVER
+            return self.sampling.with_overrides(timesteps, **(own if is_solver else {}) | dict(given))
         tables = [table for table in self.fitted if max_steps is None or table.steps <= max_steps]
         try:
             return resolve(tables, self.sampling, given)
         except InvalidSamplingParams:
             if "sampler" in given or self.distilled:
                 raise
-        own = {"sampler": SOLVER, "spacing": self.sampling.spacing}
         return self.sampling.with_overrides(timesteps, **own | dict(given))
 
     def without_tables(self) -> CheckpointConfig:

@@ -14,7 +14,7 @@ Image = NDArray[np.uint8]
 
 def to_uint8(x: Tensor) -> Tensor:
     """[-1, 1] → uint8, rounded to nearest, same shape and device."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return x.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
 def from_uint8(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.nn.unet import UNet
+from model.nn.networks import AnyUNet, build
 from model.sampling.schedule import SamplingParams
 from training.classifier.network import Classifier
 from training.cli.options import Parser, choice_option, expanded, format_value, integers
@@ -40,12 +40,16 @@ def distill(config: DistillConfig, resume: bool = False) -> Path:
     if teacher.config.diffusion.sigmas is not None:
         raise ValueError(f"--teacher {config.teacher} has EDM's levels of noise, which no student can be taught here")
     params = teacher_params(config, teacher)
-    student, judge = begin_with(config, teacher, params), load_judge(config, teacher, device)
+    student = begin_with("" if resume else config.student, teacher)
+    judge = load_judge(config, teacher, device)
     with RunDir(config, resume) as run:
         saved = run.load_state() if resume else None
         done = saved["iteration"] if saved else 0
-        if done >= config.iterations:
+        if done > config.iterations:
             raise ValueError(f"--iterations {config.iterations}: {config.run_dir} has done {done} already; give more")
+        if done == config.iterations:
+            print(f"Nothing to do: {run.path} has done its {done} iterations; give more --iterations to go on")
+            return config.run_dir
         with memory_for("the student", "give a smaller --batch_size"):
             trainer = DistillTrainer(config, teacher, student, params, judge, device, run, saved)
         trainer.fit()
@@ -98,12 +102,12 @@ def own_params(config: DistillConfig, teacher: Checkpoint) -> SamplingParams:
     return SamplingParams(sampler, min(steps, total), 0.0, scale, interval, own.spacing, own.limit)
 
 
-def begin_with(config: DistillConfig, teacher: Checkpoint, params: SamplingParams) -> UNet:
-    """A network of its own with the weights that the student begins with."""
-    source = checkpoint.load(config.student) if config.student else teacher
+def begin_with(student: str, teacher: Checkpoint) -> AnyUNet:
+    """A network of its own with the weights that the student begins with: the teacher's where none are named."""
+    source = checkpoint.load(student) if student else teacher
     if source.config.unet != teacher.config.unet:
-        raise ValueError(f"--student {config.student} is another network than the teacher's")
-    network = UNet(teacher.config.unet)
+        raise ValueError(f"--student {student} is another network than the teacher's")
+    network = build(teacher.config.unet)
     network.load_state_dict(source.network.state_dict())
     return network
 

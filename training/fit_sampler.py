@@ -19,7 +19,7 @@ from torch import Tensor
 from model import checkpoint
 from model.atomic_write import atomic_write
 from model.backends.compile import best_precision
-from model.checkpoint import PRETRAINED, Checkpoint
+from model.checkpoint import PRETRAINED, Checkpoint, CheckpointConfig
 from model.sampling.fitted import weights_digest, with_table
 from training.cli.options import Parser, choice_option, expanded, integers, numbers
 from training.fitting.setup import prepare
@@ -37,14 +37,15 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     source = checkpoint.load(path, device)
     out = expanded(args.out) if args.out else path
     check(source, out, args)
-    setup = prepare(source, device, out, args)
-    results, tables = [], source.config.fitted
     stored = stored_weights(path)
     digest = weights_digest(stored)
+    config_there(out, source, digest)
+    setup = prepare(source, device, out, args)
+    results, new = [], []
     for steps in args.steps:
         result, table = fit_one(setup, steps, out, digest, argv)
         results.append(result)
-        tables = with_table(tables, table)
+        new.append(table)
     report = {
         "command": shlex.join(["python", "-m", "training.fit_sampler", *argv]),
         "checkpoint": {"name": source.name, "sha256": source.sha256},
@@ -53,9 +54,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "held_out_images": len(setup.held_out),
         "fits": results,
     }
-    sampling = chosen_default(source, results, setup.teacher, args)
-    config = replace(source.config, fitted=tables, sampling=sampling)
-    checkpoint.save(out, stored, config)
+    there = config_there(out, source, digest)  # now: another fit may have ended
+    tables = source.config.fitted
+    for table in (*there.fitted, *new):
+        tables = with_table(tables, table)
+    sampling = chosen_default(there.sampling, results, setup.teacher, args)
+    checkpoint.save(out, stored, replace(there, fitted=tables, sampling=sampling))
     report["default"] = asdict(sampling)
     with atomic_write(out.with_suffix(".fit.json")) as part:
         part.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -72,12 +76,31 @@ def check(source: Checkpoint, out: Path, args: argparse.Namespace) -> None:
     for steps in args.steps:
         if not FEWEST <= steps < last:
             raise ValueError(f"--steps must be from {FEWEST} to {last - 1}, not {steps}")
+        if args.start and not any(expanded(args.start).glob(f"{steps}-*.pt")):
+            raise ValueError(f"--start {args.start} has no fit of {steps} steps: no {steps}-….pt")
     if out.parent.resolve() == PRETRAINED.resolve():
         raise ValueError(f"{out} is bundled, and {checkpoint.CHECKSUMS_FILE} has its hash: give --out FILE")
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: a checkpoint's name ends with .safetensors")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}")
+
+
+def config_there(out: Path, source: Checkpoint, digest: str) -> CheckpointConfig:
+    """What `out` says of these weights, tables of earlier fits included; the source's where there is no file.
+
+    Raises ValueError where it is anything else.
+    """
+    if not out.exists():
+        return source.config
+    try:
+        there = checkpoint.load(out).config
+    except checkpoint.CheckpointError as error:
+        raise ValueError(f"{error}; choose another --out") from error
+    is_same_network = (there.unet, there.diffusion) == (source.config.unet, source.config.diffusion)
+    if not is_same_network or weights_digest(stored_weights(out)) != digest:
+        raise ValueError(f"{out} is there, with other weights than {source.name}: choose another --out")
+    return there
 
 
 def stored_weights(path: Path) -> dict[str, Tensor]:
@@ -137,8 +160,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--default must be 0 or one of --steps, not {args.default}")
     if args.guided is not None and args.guided < 0:
         parser.error(f"--guided must not be negative, as {args.guided} is")
-    if not args.learning_rate > 0:
-        parser.error(f"--learning_rate must be more than 0, not {args.learning_rate}")
+    if not 0 < args.learning_rate < 1:
+        parser.error(f"--learning_rate must be between 0 and 1, not {args.learning_rate}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be at least 0 and below 2^32, not {args.seed}")
     return args

@@ -75,3 +75,8 @@ def largest_invariant_set(outs: dict[int, Tensor]) -> list[int]:
         if same[-1] <= MAX_PADDED_SINGLE:
             break
     return same[::-1]
+
+
+def take_last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The last `size` rows."""
+    return x[-size:], t[-size:], None if y is None else y[-size:]

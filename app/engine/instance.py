@@ -38,7 +38,8 @@ class ModelInstance:
         self.runs_on = {"device": runner.device.type, "runtime": runner.runtime, "precision": runner.precision}
         self.runner = runner
         self.batch_limits, self.throughput = BatchLimits(max_batch_size), ThroughputEstimator()
-        # Making one for every request would keep the event loop busy for much of its time.
+        # Making them for every request would keep the event loop busy for much of its time.
+        self.sampling_params = lru_cache(CACHED_SCHEDULES, typed=True)(self.config.sampling_params)
         self.schedule = lru_cache(CACHED_SCHEDULES)(self._schedule)  # of settings, ddpm's variance, strength
         self.warm = False
         self.warmup_steps = self._warm_up()  # what has to run before it serves, each about as long as a step

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from itertools import groupby
 
 from app.engine.admission import AdmissionController
 from app.engine.instance import ModelInstance
@@ -65,12 +64,12 @@ class OutputProcessor:
     def __init__(self, dispatcher: OutputDispatcher, finish: Callable[[Request, RequestOutput], None]) -> None:
         """`finish` lets a request leave the engine with its answer."""
         self._dispatcher, self._finish = dispatcher, finish
-        self._unprocessed: list[tuple[ModelInstance, Sample]] = []  # they took a step, and were not looked at yet
+        self._unprocessed: list[tuple[ModelInstance, list[Sample]]] = []  # they took a step, and were not looked at yet
         self.failures = 0  # of the engine outside of steps, since an image was read
 
     def enqueue(self, model: ModelInstance, samples: list[Sample]) -> None:
         """They took a step, or got their noise."""
-        self._unprocessed += [(model, sample) for sample in samples]
+        self._unprocessed.append((model, samples))
 
     def process(self) -> None:
         """Reads the images and frames that are due, together, and publishes them.
@@ -78,9 +77,8 @@ class OutputProcessor:
         After two failures it reads one by one, so that only the request at fault fails.
         """
         while self._unprocessed:
-            model = self._unprocessed[0][0]
-            alike = next(groupby(self._unprocessed, key=lambda pair: pair[0]))[1]
-            samples = [sample for _, sample in alike][: 1 if self.failures > 1 else None]
+            model, waiting = self._unprocessed[0]
+            samples = waiting[: 1 if self.failures > 1 else None]
             try:
                 self._read_due(model, [sample for sample in samples if not sample.request.status.is_final])
             except Exception as error:
@@ -88,15 +86,16 @@ class OutputProcessor:
                     raise
                 log.error("decoding failed", exc_info=error)
                 self._finish(samples[0].request, StepFailed("the image could not be decoded"))
-            self._unprocessed = self._unprocessed[len(samples) :]
+            left = waiting[len(samples) :]
+            self._unprocessed[:1] = [(model, left)] if left else []
         self._dispatcher.publish()
 
     def _read_due(self, model: ModelInstance, samples: list[Sample]) -> None:
         """Everything is read before the first is given away, so if it raises it can be done again."""
         frames = []
-        for view in ("xt", "x0"):
-            due = [s for s in samples if s.step in s.request.frame_steps and s.request.view == view]
-            frames += _read(model, due, view)
+        if shown := [sample for sample in samples if sample.step in sample.request.frame_steps]:
+            for view in ("xt", "x0"):
+                frames += _read(model, [sample for sample in shown if sample.request.view == view], view)
         finished = _read(model, [sample for sample in samples if sample.finished], "xt")
         for sample, image in frames:
             frame = sample.request.add_frame_image(sample.step, sample.i, image)

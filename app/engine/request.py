@@ -32,10 +32,8 @@ class RequestStatus(Enum):
     EXPIRED = "expired"
     FAILED = "failed"
 
-    @property
-    def is_final(self) -> bool:
-        """Whether the answer was given."""
-        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+    def __init__(self, value: str) -> None:
+        self.is_final = value not in ("waiting", "running")  # the answer was given
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.samples = [Sample(self, i) for i in range(self.n)]  # those that are not finished
-        self.remaining_nfe = self.n * int(self.schedule.nfe.sum())
-        self.nfe_per_step = self.n * int(self.schedule.nfe.max())  # of a step of all its images, at most
+        self.remaining_nfe = self.n * sum(self.schedule.nfe_of_steps)
+        self.nfe_per_step = self.n * max(self.schedule.nfe_of_steps)  # of a step of all its images, at most
         self._images: Image | None = None
         self._frames: dict[int, tuple[Image, set[int]]] = {}  # step → canvas and the images on it
 
@@ -216,7 +214,7 @@ class Sample:
     @property
     def nfe(self) -> int:
         """Network rows of the next step: two with guidance."""
-        return 2 if self.request.schedule.table[self.step, 0] != 1 else 1
+        return self.request.schedule.nfe_of_steps[self.step]
 
     @property
     def finished(self) -> bool:

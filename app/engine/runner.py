@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Iterator
 
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.autotune import autotune_batch_size
-from app.engine.batch import Batch, rng_counters
-from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant_set, split_rows
+from app.engine.batch import Batch, finite_rows, rng_counters
+from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant_set, split_rows, take_last
 from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
 from app.engine.edits import Kept, first_states, kept_parts
 from app.engine.latent_pool import LatentPool, pool_size
@@ -29,6 +30,8 @@ from model.sampling.noise import normals, normals_of
 from model.sampling.step import apply_step, cfg_forward
 
 log = logging.getLogger("ddpm.engine")
+
+LONE_NOISE = 16_384  # values of noise that one thread draws sooner than it wakes another
 
 
 class ModelRunner:
@@ -80,8 +83,9 @@ class ModelRunner:
             scales = np.array([sample.request.schedule.start[1] for sample in drawn])
             graphs.init_latents(np.array(slots), rng_counters(drawn, [0] * len(drawn)), scales)
             graphs.slots.assign(drawn, slots)
+        nothing = torch.zeros(self.config.image_shape, device=self.device)  # one for all: a step replaces states
         for sample, (x, kept) in zip(others, states, strict=True):
-            sample.x, sample.x0, sample.x0_prev, sample.kept = x, torch.zeros_like(x), torch.zeros_like(x), kept
+            sample.x, sample.x0, sample.x0_prev, sample.kept = x, nothing, nothing, kept
 
     @torch.inference_mode()
     def step(self, samples: list[Sample]) -> list[Sample]:
@@ -125,25 +129,32 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.slots.evict(samples)
         x = torch.stack([s.x for s in samples])  # type: ignore[misc]
-        x0_prev = torch.stack([s.x0 for s in samples])  # type: ignore[misc]
-        x0_prev2 = torch.stack([s.x0_prev for s in samples])  # type: ignore[misc]
+        x0_prev = torch.stack([s.x0 for s in samples]) if batch.uses("c") else None  # type: ignore[misc]
+        x0_prev2 = torch.stack([s.x0_prev for s in samples]) if batch.uses("d") else None  # type: ignore[misc]
         x_next, x0 = self._update(batch, x, x0_prev, x0_prev2, kept_parts(samples, x))
-        finite: list[bool] = torch.isfinite(x_next).flatten(1).all(1).tolist()
-        return list(zip(x_next.unbind(), x0.unbind(), strict=True)), finite
+        return list(zip(x_next.unbind(), x0.unbind(), strict=True)), finite_rows(x_next)
 
     def _update(
-        self, batch: Batch, x: Tensor, x0_prev: Tensor, x0_prev2: Tensor, kept: Kept | None = None
+        self, batch: Batch, x: Tensor, x0_prev: Tensor | None, x0_prev2: Tensor | None, kept: Kept | None = None
     ) -> tuple[Tensor, Tensor]:
         """x_next and x0, each [N, C, H, W] as the states."""
         table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
         t = torch.from_numpy(batch.t.astype(np.float32)).to(self.device)
         y = None if batch.y is None else torch.from_numpy(batch.y).to(self.device)
-        z = torch.zeros_like(x)
-        noisy = np.flatnonzero(batch.noisy)
-        if len(noisy):
-            z[torch.from_numpy(noisy).to(self.device)] = self._noise(batch.words[noisy])
-        out = cfg_forward(self.forward, x, t, y, table[:, 0], self._null_class)
-        return apply_step(x, out, x0_prev, x0_prev2, table, z, True, kept)
+        if batch.guided.any():
+            out = cfg_forward(self.forward, x, t, y, table[:, 0], self._null_class)
+        else:
+            out = self.forward(x, t, y)
+        z = self._noise_of_step(batch, x) if batch.uses("s") else None
+        return apply_step(x, out, x0_prev, x0_prev2, table, z, bool(batch.dynamic.any()), kept, batch.all_clamped)
+
+    def _noise_of_step(self, batch: Batch, x: Tensor) -> Tensor:
+        """Of the rows that add some; zeros for the others."""
+        if batch.noisy.all():
+            return self._noise(batch.words)
+        z, noisy = torch.zeros_like(x), np.flatnonzero(batch.noisy)
+        z[torch.from_numpy(noisy).to(self.device)] = self._noise(batch.words[noisy])
+        return z
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
@@ -290,11 +301,8 @@ class ModelRunner:
         torch.set_num_threads(self._threads if self.device.type == "cuda" else 1)
 
     def _noise(self, words: NDArray[np.int64]) -> Tensor:
-        parts = torch.from_numpy(words).to(self.device).chunk(self._workers.size)
-        noise = self._workers.map(lambda part: normals_of(part, self.config.image_shape), parts)
+        shape = self.config.image_shape
+        workers = self._workers.size if len(words) * math.prod(shape) > LONE_NOISE else 1
+        parts = torch.from_numpy(words).to(self.device).chunk(workers)
+        noise = self._workers.map(lambda part: normals_of(part, shape), parts)
         return noise[0] if len(noise) == 1 else torch.cat(noise)
-
-
-def take_last(size: int, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The last `size` rows."""
-    return x[-size:], t[-size:], None if y is None else y[-size:]

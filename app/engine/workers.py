@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds in each period that a container may have, in cgroup v2
+
+
+def usable_cores() -> int:
+    """The container's limit, rounded up, or else the cores that torch counts: those of the process's affinity."""
+    cores = torch.get_num_threads()
+    try:
+        limit, _, period = CPU_LIMIT.read_text().partition(" ")
+    except OSError:
+        return cores
+    return min(cores, math.ceil(int(limit) / int(period))) if limit.isdigit() else cores
 
 
 class WorkerPool:

@@ -16,9 +16,9 @@ from app.openai.errors import body_of
 from app.openai.schemas import ImageData, ImagesResponse, TokensDetails, Usage
 from app.picture_format import PictureFormat, size_text
 from app.request_context import context_of
-from app.request_params import GenerationJob, headers
+from app.request_params import GenerationJob
 from app.routes.state import AppState, in_flight
-from app.streaming import JobStream, sse_event, with_heartbeats
+from app.streaming import JobStream, sse_event
 from model.images import Image, grid
 
 HEARTBEAT = b": keepalive\n\n"
@@ -52,7 +52,7 @@ class ImagesAnswer:
         """X-DDPM-…, with the size that an image was enlarged from."""
         enlarged = {"enlarged_from": self.native_size} if self.picture.size else {}
         note = {"note": self.note} if self.note else {}
-        return headers({**self.job.provenance(), **enlarged, **note})
+        return self.job.headers(**enlarged, **note)
 
     def encode(self, pictures: Image) -> list[str]:
         """Each image's file in base64."""
@@ -107,9 +107,9 @@ async def send(service: AppState, http: Request, answer: ImagesAnswer, stream: b
         return json_response(answer.response(data, answer.usage(len(data))), answer)
     stack = AsyncExitStack()
     await stack.enter_async_context(in_flight(service, http, job))  # errors of admission are ordinary responses
-    content = with_heartbeats(_events(service, http, answer), service.settings.stream_heartbeat_s, HEARTBEAT)
     extra = {**answer.headers(), "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return JobStream(stack, content, media_type="text/event-stream", headers=extra)
+    pieces, seconds = _events(service, http, answer), service.settings.stream_heartbeat_s
+    return JobStream(stack, pieces, HEARTBEAT, seconds, media_type="text/event-stream", headers=extra)
 
 
 def json_response(response: ImagesResponse, answer: ImagesAnswer) -> Response:

@@ -15,7 +15,7 @@ from app.engine.instance import ModelInstance
 from app.errors import InvalidRequest, NotReady
 from app.picture_format import PictureFormat, Size, enlargement
 from app.request_context import context_of
-from app.request_params import GenerationJob, build_request, headers
+from app.request_params import GenerationJob, build_request
 from app.routes.state import ERRORS, AppState, StateDep, in_flight
 from app.schemas import OPTIONAL, ErrorResponse, ImageQuery, Sampling, SequenceQuery
 from app.signing import EXPIRES, SIGNATURE, encoded
@@ -82,7 +82,7 @@ async def image(
     if matches(",".join(http.headers.getlist("if-none-match")), address.etag):
         return Response(status_code=304, headers=caching)
     media_type, job = f"image/{asked.extension}", address.job
-    extra = {**headers(job.provenance()), **caching}
+    extra = {**job.headers(), **caching}
     if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)

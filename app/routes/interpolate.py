@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from app import encoders
 from app.errors import InvalidRequest, NotReady
 from app.request_context import context_of
-from app.request_params import LARGEST_JSON_INTEGER, build_request, headers
+from app.request_params import LARGEST_JSON_INTEGER, build_request
 from app.routes.state import ERRORS, StateDep, in_flight
 from app.schemas import InterpolateQuery
 from app.streaming import nothing
@@ -56,8 +56,8 @@ async def interpolate(query: Annotated[InterpolateQuery, Query()], http: Request
     job = build_request(query, served, service.settings, edit=Edit(latents))
     if job.request.schedule.table[:, COEFFICIENTS.index("s")].any():
         raise InvalidRequest(f"sampler {job.sampling.sampler} adds noise on its way: {ALTERNATIVES}", param="sampler")
-    provenance = {**job.provenance(), "to_seed": str(to_seed)}
-    extra = {**headers(provenance), "Cache-Control": "no-store"}
+    provenance = {**job.provenance, "to_seed": str(to_seed)}
+    extra = {**job.headers(to_seed=str(to_seed)), "Cache-Control": "no-store"}
     if context_of(http.scope).is_head:
         if reason := service.engine.unready_reason:
             raise NotReady(reason, retry_after=5)

@@ -18,11 +18,12 @@ from app.request_context import context_of
 from app.request_params import GenerationJob, build_request
 from app.routes.state import ERRORS, AppState, StateDep, in_flight
 from app.schemas import Format, SequenceQuery
-from app.streaming import JobStream, nothing, sse_event, with_heartbeats
+from app.shortcut import QueryRoute
+from app.streaming import JobStream, nothing, sse_event
 from app.validation import refuse_repeated
 from model.images import Image, grid
 
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], route_class=QueryRoute)
 
 BOUNDARY = "ddpm-frame"
 MEDIA_TYPES: dict[Format, str] = {
@@ -80,10 +81,8 @@ async def diffusion_sequence(query: Annotated[SequenceQuery, Query()], http: Req
     await stack.enter_async_context(in_flight(service, http, job))  # errors of admission are ordinary responses
     events = _sse if format == "sse" else _multipart
     extra["X-Accel-Buffering"] = "no"  # proxies must pass frames on as they come
-    content = with_heartbeats(
-        events(service, http, job, query.columns), service.settings.stream_heartbeat_s, HEARTBEATS[format]
-    )
-    return JobStream(stack, content, media_type=_media_type(format), headers=extra)
+    pieces, seconds = events(service, http, job, query.columns), service.settings.stream_heartbeat_s
+    return JobStream(stack, pieces, HEARTBEATS[format], seconds, media_type=_media_type(format), headers=extra)
 
 
 def _accepted(http: Request) -> Format:
@@ -98,7 +97,7 @@ def _media_type(format: Format) -> str:
 async def _sse(service: AppState, http: Request, job: GenerationJob, columns: int | None) -> AsyncIterator[bytes]:
     start = {
         "class_label": None,  # a mix, unless there is one
-        **job.provenance(),
+        **job.provenance,
         "seed": job.request.seed,
         "index": job.request.index,
         "n": job.request.n,
@@ -147,4 +146,4 @@ async def _frames(service: AppState, job: GenerationJob, columns: int | None) ->
 
 
 async def _png(service: AppState, job: GenerationJob, pictures: Image, columns: int | None) -> bytes:
-    return await service.encode(job, encoders.png, grid(pictures, columns), job.provenance())
+    return await service.encode_pictures(pictures, job, encoders.png, grid(pictures, columns), job.provenance)

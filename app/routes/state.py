@@ -11,6 +11,7 @@ from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
+from app import encoders
 from app.engine.engine import Engine
 from app.errors import Cancelled
 from app.metrics import Metrics
@@ -20,11 +21,14 @@ from app.request_params import GenerationJob
 from app.schemas import ErrorResponse
 from app.settings import Settings
 from app.signing import ImageAccess
+from model.images import Image
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_DECODERS = 2
+WATCH_AFTER_S = 0.02  # after which a client that leaves is noticed
+INLINE_PIXELS = encoders.SMALL  # values of images that the event loop encodes itself
 
 STATUSES = {
     401: "API keys are configured, and the request has no valid one",
@@ -66,8 +70,12 @@ class AppState:
         with self._timed(job):
             return await asyncio.to_thread(function, *args, **kwargs)
 
-    def encode_inline(self, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The same here, where it takes less time than to ask another thread."""
+    async def encode_pictures(
+        self, pictures: Image, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """The same, but here where the pictures are so small that it takes less time than to ask another thread."""
+        if pictures.size > INLINE_PIXELS:
+            return await self.encode(job, function, *args, **kwargs)
         with self._timed(job):
             return function(*args, **kwargs)
 
@@ -98,11 +106,17 @@ async def in_flight(service: AppState, http: Request, job: GenerationJob) -> Asy
     context.job = job
     service.engine.submit(job.checkpoint, job.request)
     context.admitted = True
-    watch = asyncio.create_task(_cancel_on_disconnect(service, http, job))
+    watches: list[asyncio.Task[None]] = []
+    # Most answers are there before it would pay to look for who leaves.
+    later = asyncio.get_running_loop().call_later(
+        WATCH_AFTER_S, lambda: watches.append(asyncio.create_task(_cancel_on_disconnect(service, http, job)))
+    )
     try:
         yield
     finally:
-        watch.cancel()
+        later.cancel()
+        for watch in watches:
+            watch.cancel()
         service.engine.cancel(job.request)
 
 

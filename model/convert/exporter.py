@@ -45,6 +45,10 @@ def export(source: Checkpoint, folder: Path, class_label: int | None = None) -> 
         raise UnsupportedExportError(
             f"diffusers' UNet2DModel cannot express this network: it is {config.network}', with linear attention"
         )
+    if (inside := source.config.distilled) and inside.has_fixed_steps:
+        raise UnsupportedExportError(
+            f"diffusers' schedulers have not the {inside.steps} steps that this student was distilled to"
+        )
     is_consistency = source.config.diffusion.prediction == CONSISTENCY
     scheduler = scheduler_json(source.config.diffusion, source.config.sampling.limit)
     if config.num_classes is not None and config.class_conditioning != "embedding":

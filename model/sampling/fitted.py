@@ -59,16 +59,18 @@ class FittedTable:
                 object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
             object.__setattr__(self, "rows", tuple(map(tuple, self.rows)))
             SamplingParams(FITTED, self.steps, 0.0, **self.fitted_to).check()
-            table, timesteps = np.array(self.rows, np.float64), np.array(self.timesteps, np.float64)
+            table, timesteps = np.array(self.rows), np.array(self.timesteps)
         except (TypeError, ValueError) as error:
             raise FittedTableError(f"a fitted table is damaged: {error}") from error
         whole = isinstance(self.steps, int) and all(isinstance(draw, int) for draw in self.draws)
+        whole = whole and {table.dtype.kind, timesteps.dtype.kind} <= {"i", "f"}
         if not whole or self.steps < 1 or not isinstance(self.weights, str) or not isinstance(self.provenance, dict):
             raise FittedTableError("a fitted table is damaged: its fields are not of their types")
         name = f"the fitted table of {self.steps} steps"
         if table.shape != (self.steps, len(COEFFICIENTS)) or {len(timesteps), len(self.draws)} != {self.steps}:
             raise FittedTableError(f"{name} is damaged: it has not as many timesteps, rows and draws")
-        if not (np.isfinite(table).all() and np.isfinite(timesteps).all()):
+        largest = np.finfo(np.float32).max  # a step is computed in it
+        if not ((np.abs(table) <= largest).all() and (np.abs(timesteps) <= largest).all()):
             raise FittedTableError(f"{name} is damaged: its numbers are not all finite")
         if (timesteps < 0).any():
             raise FittedTableError(f"{name} is damaged: it has timesteps below 0")

@@ -172,6 +172,11 @@ class SamplingSchedule:
         """Network rows that each step takes, int64 [S]: two where guidance adds the null class."""
         return np.where(self.table[:, 0] == 1, 1, 2)
 
+    @cached_property
+    def nfe_of_steps(self) -> list[int]:
+        """The same as Python's numbers."""
+        return [int(rows) for rows in self.nfe]
+
 
 def make_schedule(
     diffusion: GaussianDiffusion,

@@ -19,28 +19,38 @@ DYNAMIC_QUANTILE = 0.995
 def apply_step(
     x: Tensor,
     out: Tensor,
-    x0_prev: Tensor,
-    x0_prev2: Tensor,
+    x0_prev: Tensor | None,
+    x0_prev2: Tensor | None,
     rows: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     dynamic: bool = True,
     kept: tuple[Tensor, Tensor] | None = None,
+    clamped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One update of a batch, whatever its samplers: (x_next, x0).
 
     x, x0_prev, x0_prev2 and z are [N, C, H, W], out (guidance applied) too, or [N, 2C, H, W] with learned variance;
-    `rows` [N, 10] holds a row of each sample's schedule. `dynamic` False: the limit of none of them is, and nobody has
-    to wait for the device to say so. `kept` are image and mask of `model.sampling.edit.keep`, where some keep a part.
+    `rows` [N, 10] holds a row of each sample's schedule. Of the last three one may be None whose column is zero in
+    all rows. `dynamic` False: the limit of none of them is, and nobody has to wait for the device to say so. `kept`
+    are image and mask of `model.sampling.edit.keep`, where some keep a part. `clamped`: the limit of all is clamp.
     """
-    _, p, q, limit, a, b, c, d, k, s = (column.reshape(-1, 1, 1, 1) for column in rows.unbind(1))
+    _, p, q, limit, a, b, c, d, k, s = rows.reshape(*rows.shape, 1, 1, 1).unbind(1)
     channels = x.shape[1]
-    if out.shape[1] == 2 * channels:
-        s = s * torch.exp(k * out[:, channels:])
-    x0 = p * x - q * out[:, :channels]
-    x0 = torch.where(limit > 0, _limited(x0, limit, dynamic), x0)
+    x0 = p * x
+    x0 -= q * out[:, :channels]
+    x0 = x0.clamp(-1, 1) if clamped else torch.where(limit > 0, _limited(x0, limit, dynamic), x0)
     if kept is not None:
         x0 = keep(x0, *kept)
-    return a * x + b * x0 + c * x0_prev + d * x0_prev2 + s * z, x0
+    x_next = a * x
+    x_next += b * x0
+    if x0_prev is not None:
+        x_next += c * x0_prev
+    if x0_prev2 is not None:
+        x_next += d * x0_prev2
+    if z is not None:
+        noise = s * torch.exp(k * out[:, channels:]) if out.shape[1] == 2 * channels else s
+        x_next += noise * z
+    return x_next, x0
 
 
 def _limited(x0: Tensor, limit: Tensor, dynamic: bool) -> Tensor:

@@ -11,6 +11,8 @@ from PIL import Image as Pillow
 from app.encoders import LAST_FRAME_MS, animation, archive, png
 from model.images import Image
 
+PRETRAINED = Path(__file__).parents[2] / "model" / "pretrained"
+
 
 def pictures(count: int, channels: int) -> list[Image]:
     return list(np.random.default_rng(0).integers(0, 256, (count, 8, 12, channels), np.uint8))
@@ -88,3 +90,10 @@ def test_unzipped_files_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(archive({"0.png": b"picture"}))
     subprocess.run(["unzip", "-q", "images.zip"], cwd=tmp_path, check=True)
     assert (tmp_path / "0.png").stat().st_mode & 0o444 == 0o444
+
+
+def test_small_grey_pngs_are_no_larger_than_pillows() -> None:
+    digits = np.asarray(Pillow.open(PRETRAINED / "mnist.png"))[:112, :112, None]
+    out = io.BytesIO()
+    Pillow.fromarray(digits[:, :, 0]).save(out, "PNG")
+    assert len(png(digits, {})) <= len(out.getvalue())

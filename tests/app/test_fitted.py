@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from app.plans import plans
 from model import checkpoint
 from model.images import to_uint8
 from model.sampling.schedule import SamplingParams
 from model.sampling.step import sample
-from tests.app.conftest import serving
+from tests.app.conftest import serving, wait_for
 
 JSON = {"accept": "application/json"}
 
@@ -85,3 +87,55 @@ def test_a_server_of_few_steps_takes_the_tables_that_fit(fitted_checkpoint: Path
 def test_frames_of_a_fitted_sequence_are_its_steps(fitted: TestClient) -> None:
     answer = fitted.get("/diffusion-sequence", params={"frames": 4, "seed": 1, "format": "gif"})
     assert Image.open(io.BytesIO(answer.content)).n_frames == 4
+
+
+def test_plans_are_of_one_guidance_and_limit(fitted_checkpoint: Path) -> None:
+    config = checkpoint.load(fitted_checkpoint).config
+    three, five = config.fitted
+    for change in ({"guidance_interval": (0.0, 0.5)}, {"guidance_scale": 2.0}):
+        several = replace(config, fitted=(three, replace(five, **change), five))
+        assert plans(several, 1000) == plans(config, 1000)
+        alone = plans(replace(config, fitted=(three, replace(five, **change))), 1000)
+        assert {name: plan["steps"] for name, plan in alone.items()} == {"fast": 3, "exact": 20}
+
+
+def test_exact_is_of_the_guidance_that_was_fitted(fitted_checkpoint: Path) -> None:
+    config = checkpoint.load(fitted_checkpoint).config
+    plain = replace(config, sampling=SamplingParams("ddim", 10, 0.0, 1.0))
+    assert {plan["guidance_scale"] for plan in plans(plain, 1000).values()} == {1.5}
+
+
+@pytest.mark.parametrize(
+    ("path", "nfe"),
+    [
+        ("/generate", 5),
+        ("/diffusion-sequence?format=gif", 5),
+        ("/diffusion-sequence", 5),
+        ("/interpolate?seed=1&to_seed=2", 40),
+        ("/images/grey/0/1/2.png", 5),
+        ("/images/grey/0/1/2.gif?frames=3&steps=5", 5),
+        ("/v1/images/generations", 5),
+        ("/v1/images/generations?stream", 5),
+        ("/v1/images/edits", 24),
+    ],
+)
+def test_every_answer_says_what_an_image_cost(fitted: TestClient, path: str, nfe: int) -> None:
+    picture = fitted.get("/images/grey/0/1/2.png").content
+    counted = _counted(fitted)
+    if path == "/v1/images/edits":
+        answer = fitted.post(path, data={"prompt": "plain"}, files={"image": ("one.png", picture)})
+    elif path.startswith(("/v1", "/generate")):
+        body = {"prompt": "plain", "stream": "stream" in path} if "v1" in path else {"n": 1}
+        answer = fitted.post(path.partition("?")[0], json=body)
+    else:
+        answer = fitted.get(path)
+        assert fitted.head(path).headers["x-ddpm-nfe"] == str(nfe)
+    assert (answer.status_code, answer.headers["x-ddpm-nfe"]) == (200, str(nfe)), answer.text
+    images = 8 if "interpolate" in path else 1
+    wait_for(lambda: _counted(fitted) == counted + images * nfe, "the counter")
+
+
+def _counted(client: TestClient) -> float:
+    """ddpm_nfe_total of the model."""
+    found: float = client.app.state.service.metrics.engine.nfe.labels("grey")._value.get()  # type: ignore[attr-defined]
+    return found

@@ -15,7 +15,7 @@ from app import encoders
 from app.errors import Cancelled
 from app.request_context import context_of
 from app.request_params import build_request
-from app.routes import generate
+from app.routes import state
 from app.routes.state import AppState, in_flight
 from app.schemas import GenerateBody
 from tests.app.conftest import SlowRunner, serving
@@ -34,7 +34,7 @@ def test_steps_and_answers_go_on_while_a_picture_is_encoded(
         return png(*args)
 
     monkeypatch.setattr(encoders, "png", slow)
-    monkeypatch.setattr(generate, "INLINE_PIXELS", 0)  # or the event loop would encode so small a picture itself
+    monkeypatch.setattr(state, "INLINE_PIXELS", 0)  # or the event loop would encode so small a picture itself
     with serving(grey_checkpoint) as client, ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.post, "/generate", json={"steps": 1})
         assert entered.wait(30)

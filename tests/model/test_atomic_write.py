@@ -110,3 +110,11 @@ def test_a_disk_that_fails_at_fsync_keeps_the_old_file(code: int, path: Path, mo
 def test_a_folder_that_is_not_there_is_the_systems_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "none" / "some.bin"):
         pass
+
+
+def test_a_full_disk_is_said_with_the_file(path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value).endswith(f": '{path}'")
+    with pytest.raises(OSError, match=r"^cannot save$"), atomic_write(path):
+        raise OSError("cannot save")

@@ -83,7 +83,8 @@ def test_only_the_guidance_is_inside_one_of_all_timesteps(any_steps: CheckpointC
 
 
 @pytest.mark.parametrize(
-    "damage", [{"steps": "3"}, {"guidance_scale": None}, {"teacher": 7}, {"guidance_scale": 3.0}, {"more": 1}]
+    "damage",
+    [{"steps": "3"}, {"guidance_scale": None}, {"teacher": 7}, {"guidance_scale": 3.0}, {"steps": 99}, {"more": 1}],
 )
 def test_a_damaged_record_is_refused_in_a_sentence(
     tiny: UNet, student: CheckpointConfig, tmp_path: Path, damage: dict[str, Any]

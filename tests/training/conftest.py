@@ -157,8 +157,8 @@ def pictures(image_folder: ImageFolder, tmp_path: Path) -> Path:
 def save_extractor(tmp_path: Path) -> Callable[..., str]:
     """Writes a classifier of 8 × 8 images that knows nothing."""
 
-    def save(names: tuple[str, ...] = ("cat", "dog", "emu"), channels: int = 1) -> str:
-        torch.manual_seed(0)
+    def save(names: tuple[str, ...] = ("cat", "dog", "emu"), channels: int = 1, seed: int = 0) -> str:
+        torch.manual_seed(seed)
         network = Classifier(ClassifierConfig(channels, (8, 8), len(names), width=3)).eval()
         feature_extractor.save(
             tmp_path / "extractor.safetensors", network, names, {"accuracy": 0.625, "dataset": "pictures"}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from model.checkpoint import CheckpointConfig
 from model.convert.importer import main as import_main
 from model.diffusion import DiffusionConfig
 from model.distilled import Distilled
+from model.nn.config import LucidrainsConfig
 from model.nn.unet import UNet
 from model.sampling.schedule import FITTED, SamplingParams
 from model.sampling.step import sample
 from tests.fixtures import theirs
+from tests.networks import randomised
 from training import distill
 from training.distillation import trainer
 from training.distillation.config import DistillConfig
 from training.distillation.trajectories import OWN_SEEDS, Trajectories
+from training.export_checkpoint import main as export_main
 from training.run import run_dir
 
 G = 2.0
@@ -178,8 +182,6 @@ def test_bad_input_gets_a_sentence_and_writes_nothing(
 def test_a_teacher_without_null_class_cannot_be_guided(
     words: list[str], save_checkpoint: Callable[..., str], tiny: UNet, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataclasses import replace
-
     path = save_checkpoint(replace(tiny.config, null_class=False))
     assert distill.main([*words, "--teacher", path, "--guidance_scale", "2"]) == 2
     assert "the teacher has no null class to guide away from, so it must be 1" in capsys.readouterr().err
@@ -236,3 +238,103 @@ def test_the_command_of_a_run_makes_it_again(teacher: str) -> None:
     words = config.command().split()[3:]
     found, resume = distill.parse([*words, "--run_name", "x"])
     assert (found, resume) == (config, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["weights", "sampling", "width", "features"])
+def test_a_resume_keeps_its_teacher(
+    words: list[str],
+    teacher: str,
+    tmp_path: Path,
+    tiny: UNet,
+    how: str,
+    save_extractor: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    judge = save_extractor()
+    assert distill.main([*words, "--iterations", "4", "--features", judge]) == 0
+    source = checkpoint.load(teacher)
+    config, network = source.config, randomised(tiny.config, seed=7) if how == "weights" else source.network
+    if how == "sampling":
+        config = replace(config, sampling=replace(config.sampling, limit="none"))
+    elif how == "width":
+        network = randomised(replace(tiny.config, base_channels=24))
+    elif how == "features":
+        save_extractor(seed=1)
+    checkpoint.save(teacher, network.state_dict(), replace(config, unet=network.config))
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "8"]) == 2
+    sentence = f"--teacher {teacher} or --features has changed since {tmp_path / 'runs/run'} began: begin anew\n"
+    assert capsys.readouterr().err.endswith(sentence)
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_a_teacher_with_a_new_table_still_teaches(words: list[str], teacher: str, tmp_path: Path) -> None:
+    assert distill.main([*words, "--iterations", "1"]) == 0
+    source = checkpoint.load(teacher)
+    checkpoint.save(teacher, source.network.state_dict(), replace(source.config, provenance={"notes": "fitted"}))
+    assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "2"]) == 0
+
+
+def test_the_network_of_lucidrains_teaches(words: list[str], tmp_path: Path) -> None:
+    path, unet = tmp_path / "other.safetensors", LucidrainsConfig(1, (8, 8), 8, 8, (1,), (True,), (2, 2), (4, 4))
+    diffusion, sampling = DiffusionConfig(schedule="cosine", prediction="v"), SamplingParams("dpmpp_2m", 20)
+    checkpoint.save(path, randomised(unet).state_dict(), CheckpointConfig(unet, diffusion, (), sampling))
+    assert distill.main([*words, "--teacher", str(path), "--iterations", "1"]) == 0
+    assert checkpoint.load(tmp_path / "runs/run/best.safetensors").config.unet == unet
+
+
+def test_raw_weights_of_a_student_have_its_steps(words: list[str], tmp_path: Path) -> None:
+    assert distill.main([*words, "--iterations", "2"]) == 0
+    exported = tmp_path / "raw.safetensors"
+    assert export_main([str(tmp_path / "runs/run"), str(exported), "--weights", "raw"]) == 0
+    found, served = (checkpoint.load(p).config for p in (exported, tmp_path / "runs/run/best.safetensors"))
+    assert found.sampling == served.sampling
+    assert (found.distilled, found.fitted[0].rows) == (served.distilled, served.fitted[0].rows)
+
+
+def test_a_foreign_state_is_passed_over(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill.main([*words, "--iterations", "1"]) == 0
+    torch.save([1, 2], tmp_path / "runs/run/state-0000002.pt")
+    assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "2"]) == 0
+    assert "state-0000002.pt cannot be read, so an older one is tried" in capsys.readouterr().err
+
+
+def test_a_resume_needs_no_more_what_it_began_with(words: list[str], student: str, tmp_path: Path) -> None:
+    assert distill.main([*words, "--iterations", "1", "--student", student]) == 0
+    Path(student).unlink()
+    assert distill.main(["--resume", str(tmp_path / "runs/run"), "--iterations", "2"]) == 0
+
+
+def test_a_student_begins_with_the_same_network(
+    words: list[str], save_checkpoint: Callable[..., str], tiny: UNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_checkpoint(replace(tiny.config, base_channels=24))
+    assert distill.main([*words, "--student", other]) == 2
+    assert f"--student {other} is another network than the teacher's" in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_images_is_refused(
+    words: list[str], save_extractor: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.main([*words, "--features", save_extractor(channels=3)]) == 2
+    assert "takes images of (channels, height, width) (3, 8, 8), the teacher makes (1, 8, 8)" in capsys.readouterr().err
+
+
+def test_a_resume_of_a_run_that_is_done_has_nothing_to_do(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs/run"
+    assert distill.main([*words, "--iterations", "2"]) == 0
+    assert distill.main(["--resume", str(run)]) == 0
+    assert f"Nothing to do: {run} has done its 2 iterations; give more --iterations to go on" in capsys.readouterr().out
+    assert distill.main(["--resume", str(run), "--iterations", "1"]) == 2
+    assert f"--iterations 1: {run} has done 2 already; give more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"teacher": 7}', '{"teacher": "a", "steps": "2"}', '{"colour": 1}'])
+def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit):
+        distill.main(["--resume", str(tmp_path)])
+    assert f"--resume {tmp_path}: its config.json is not that of a distillation: " in capsys.readouterr().err

@@ -9,9 +9,10 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
-from model.diffusion import DiffusionConfig
+from model.diffusion import DiffusionConfig, GaussianDiffusion
 from model.nn.config import UNetConfig
-from model.sampling.schedule import SamplingParams
+from model.sampling.fitted import FittedTable, weights_digest
+from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from tests.networks import randomised
 from training import export_checkpoint
 from training.run.config import TrainConfig
@@ -94,3 +95,40 @@ def test_an_average_is_chosen_by_its_name(tiny_options: dict[str, Any], tmp_path
     for name, tensor in published.network.state_dict().items():
         assert torch.equal(tensor, average[name])
     assert published.config.provenance["weights"] == "ema power-0.1"
+
+
+def fitted(path: Path, weights: dict[str, torch.Tensor], config: CheckpointConfig) -> CheckpointConfig:
+    """Saves it with a table of two steps as its default."""
+    schedule = make_schedule(GaussianDiffusion(config.diffusion), "ddim", 2)
+    timesteps, rows = tuple(map(float, schedule.timesteps)), tuple(map(tuple, schedule.table.tolist()))
+    table = FittedTable(2, 1.0, (0.0, 1.0), "clamp", timesteps, rows, (1, 2), weights_digest(weights))
+    config = replace(config, sampling=SamplingParams(FITTED, 2), fitted=(table,))
+    checkpoint.save(path, weights, config)
+    return config
+
+
+@pytest.mark.parametrize("how", [["--half"], []])
+def test_fitted_tables_go_with_the_weights(
+    source: Path, tmp_path: Path, how: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = tmp_path / "out.safetensors", checkpoint.load(source)
+    config = fitted(source, before.network.state_dict(), before.config)
+    assert export_checkpoint.main([str(source), str(out), *how]) == 0
+    assert capsys.readouterr().out.endswith(", 1 fitted tables kept\n")
+    after = checkpoint.load(out).config
+    assert (after.sampling, after.fitted[0].rows) == (config.sampling, config.fitted[0].rows)
+    assert (after.fitted[0].weights == config.fitted[0].weights) == (not how), "which are rounded"
+
+
+def test_tables_of_other_weights_are_left_out_and_said(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out, served = tmp_path / "run", tmp_path / "out.safetensors", checkpoint.load(source)
+    run.mkdir()
+    fitted(run / "best.safetensors", served.network.state_dict(), served.config)
+    torch.save({"network": randomised(UNET, seed=1).state_dict(), "iteration": 1}, run / "state-0000001.pt")
+    assert export_checkpoint.main([str(run), str(out), "--weights", "raw"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "state-0000001.pt: fitted tables are of other weights: they are left out\n"
+    after = checkpoint.load(out).config
+    assert (after.fitted, after.sampling.sampler, after.sampling.steps) == ((), "dpmpp_2m", 20)

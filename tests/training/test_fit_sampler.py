@@ -126,7 +126,7 @@ def test_fitted_tables_are_nearer_to_the_teacher_and_the_default(
     more = fitted(path, *begun, "--iterations", "1", "--learning_rate", "1e-9")
     assert more["fits"][0]["after"] == pytest.approx(report["fits"][0]["after"], rel=1e-3)
     assert fit_sampler.main([path, *FEW, *begun[:-1], "no/such"]) == 2
-    assert "3-3.pt is not the state of a fit: " in capsys.readouterr().err
+    assert "--start no/such has no fit of 3 steps: no 3-….pt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_default_is_what_measures_better(
     ]
     args = fit_sampler.parse(["some", "--steps", "4,6", *words])
     teacher = SamplingParams("dpmpp_2m", 20, guidance_scale=2.0)
-    assert chosen_default(checkpoint.load(save_checkpoint()), results, teacher, args) == expected
+    assert chosen_default(checkpoint.load(save_checkpoint()).config.sampling, results, teacher, args) == expected
 
 
 @pytest.mark.slow
@@ -207,6 +207,7 @@ def test_a_fit_by_features_uses_the_classifier(
         (["--steps", "3", "--out", "x.pt"], "ends with .safetensors"),
         (["--steps", "3", "--features", "none.safetensors"], "none.safetensors"),
         (["--steps", "3", "--guidance_interval", "0.5,0.2"], "guidance_interval"),
+        (["--steps", "3", "--teacher_steps", "2000"], "--teacher_steps must be between 1 and 1000, not 2000"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_with_a_sentence(

@@ -63,6 +63,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "timesteps", tuple(self.timesteps))  # JSON has lists only
         for f in fields(self):
+            if f.type == "str" and not isinstance(getattr(self, f.name), str):  # JSON may have anything
+                raise TypeError(f"{f.name} is {getattr(self, f.name)!r}")
             if f.metadata["choices"]:
                 check_choice(f.name, getattr(self, f.name), f.metadata["choices"])
         if not self.teacher:

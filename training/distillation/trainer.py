@@ -15,7 +15,7 @@ from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.distilled import ANY_STEPS, Distilled
 from model.nn.ema import EMA
-from model.nn.unet import UNet
+from model.nn.networks import AnyUNet, build
 from model.sampling.fitted import FITTED_TO, FittedTable, weights_digest
 from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from training.classifier.network import Classifier
@@ -27,7 +27,7 @@ from training.loop.distributed import DistributedContext
 from training.loop.loss_meter import LossMeter
 from training.loop.optimizer import learning_rate, load_state, step
 from training.loop.validation import finite
-from training.memory import memory_for
+from training.memory import is_out_of_memory, memory_for
 from training.run.git import git_revision, machine
 from training.run.image_io import NUM_PREVIEW, sample_grid, sequence
 from training.run.run_dir import RunDir
@@ -44,7 +44,7 @@ class DistillTrainer:
         self,
         config: DistillConfig,
         teacher: Checkpoint,
-        student: UNet,
+        student: AnyUNet,
         params: SamplingParams,
         judge: Classifier | None,
         device: torch.device,
@@ -52,6 +52,9 @@ class DistillTrainer:
         saved: dict[str, Any] | None,
     ) -> None:
         self.config, self.teacher, self.device, self.run, self.params = config, teacher, device, run, params
+        self._taught_by = taught_by(teacher, params, judge)
+        if saved and saved.get("taught_by", self._taught_by) != self._taught_by:
+            raise ValueError(f"--teacher {config.teacher} or --features has changed since {run.path} began: begin anew")
         self.network = student.eval().requires_grad_(True).to(device)  # no dropout: the teacher has none either
         self.ema = EMA(self.network, config.ema_decay)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, fused=True)
@@ -182,7 +185,7 @@ class DistillTrainer:
 
     def _save(self) -> None:
         """A checkpoint of the averaged weights, the state to go on from, and a grid of samples."""
-        network = UNet(self.network.config).to(self.device)
+        network = build(self.network.config).to(self.device)
         network.load_state_dict(self.ema.weights)
         network.eval()
         distance, by_features = self._validate(network)
@@ -197,7 +200,7 @@ class DistillTrainer:
         self._started, self._since = time.perf_counter(), 0
 
     @torch.no_grad()
-    def _validate(self, network: UNet) -> tuple[float, float | None]:
+    def _validate(self, network: AnyUNet) -> tuple[float, float | None]:
         """How far the student's images are from the teacher's, of the same noise: by pixels, and by a judge."""
         held, parts = self._held_out, []
         for part in torch.arange(HELD_OUT).split(AT_ONCE):
@@ -251,15 +254,31 @@ class DistillTrainer:
             "optimizer": self.optimizer.state_dict(),
             "tally": self.meter.numbers,
             "timesteps": self._timesteps,
+            "taught_by": self._taught_by,
             "iteration": self.iteration,
             "images_seen": self.images_seen,
             "best": self.best,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        try:
+            self._load_weights(state)
+        except (RuntimeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"the state of {self.run.path} is of another network than the teacher's") from error
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         load_state(self.optimizer, state["optimizer"])
         self.meter.numbers = state["tally"].to(self.meter.numbers)
         self._timesteps = list(state["timesteps"])
         self.iteration, self.images_seen, self.best = state["iteration"], state["images_seen"], state["best"]
+
+
+def taught_by(teacher: Checkpoint, params: SamplingParams, judge: Classifier | None) -> list[str]:
+    """What a student's losses are of: digests of the teacher's weights, of its schedule, and of the judge's weights."""
+    schedule = teacher.config.schedule(params).digest()
+    digests = [weights_digest(teacher.network.state_dict()), schedule]
+    return [*digests, *([] if judge is None else [weights_digest(judge.state_dict())])]

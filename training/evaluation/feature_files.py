@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.atomic_write import atomic_write
+from model.atomic_write import atomic_write, naming
 from training.data import Images
 from training.evaluation.feature_extractor import FeatureExtractor
 
@@ -32,7 +32,8 @@ class FeatureFile:
         self.path = out.with_name(f"{out.stem}-{hashlib.sha256(header).hexdigest()[:12]}.features")
         self.columns, self.begin = columns, len(header)
         if not self.path.exists() or self.path.stat().st_size < len(header):
-            self.path.write_bytes(header)
+            with naming(self.path):
+                self.path.write_bytes(header)
         with self.path.open("rb") as file:
             if file.read(len(header)) != header:
                 raise FileExistsError(f"{self.path} is something else: move it away")
@@ -48,7 +49,7 @@ class FeatureFile:
     def append(self, rows: Tensor) -> None:
         """Adds rows [batch_size, columns]. Raises OSError where the file is not as this object left it."""
         data = rows.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             if file.tell() != self._end:
                 raise OSError(f"{self.path} has changed: is the same command running twice?")
             file.write(data)

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.atomic_write import atomic_write
 from model.diffusion import Network
 from training.fitting.distance import Distance
+from training.fitting.progress import say
 from training.fitting.solver import LearnedSolver
 
 SAVE_S = 20.0  # seconds between two saved states
@@ -92,15 +93,15 @@ class Fit:
         self.seconds += time.perf_counter() - started
         return loss.item()
 
-    def run(self, pairs: Pairs, path: Path, key: str, say: Callable[[int, float, float], None]) -> None:
-        """All iterations that are left, from the state in `path` if it is of this `key`. `say` hears of each: how many
-        are done, the loss, and the seconds left."""
+    def run(self, pairs: Pairs, path: Path, key: str, tell: Callable[[int, float, float], None]) -> None:
+        """All iterations that are left, from the state in `path` if it is of this `key`; a line says where it is not.
+        `tell` hears of each: how many are done, the loss, and the seconds left."""
         self._load(path, key)
         saved = time.monotonic()
         while self.iteration < self._options.iterations:
             loss = self.step(pairs)
             left = self._options.iterations - self.iteration
-            say(self.iteration, loss, left * self.seconds / self.iteration)
+            tell(self.iteration, loss, left * self.seconds / self.iteration)
             if not left or time.monotonic() - saved > SAVE_S:
                 self._save(path, key)
                 saved = time.monotonic()
@@ -109,26 +110,38 @@ class Fit:
         state = {"solver": self.solver.state_dict(), "average": self.average.state_dict()}
         state |= {"optimizer": self._optimizer.state_dict(), "done": (self.iteration, self.seconds), "key": key}
         with atomic_write(path) as part:
-            torch.save(state, part)
+            try:
+                torch.save(state, part)
+            except RuntimeError as error:  # torch's for a full disk
+                raise OSError(f"cannot save {path} (is the disk full?): {error}") from error
 
     def _load(self, path: Path, key: str) -> None:
-        try:
-            state = read_state(path)
-        except ValueError:
+        if not path.exists():
             return
-        if state.get("key") == key:
-            self.solver.load_state_dict(state["solver"])
-            self.average.load_state_dict(state["average"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self.iteration, self.seconds = state["done"]
+        try:
+            state = read_state(path, self.solver)
+        except ValueError as error:
+            say(f"{error}: this fit begins anew", end="\n")
+            return
+        if state.get("key") != key:
+            say(f"{path} is of other options: this fit begins anew", end="\n")
+            return
+        self.solver.load_state_dict(state["solver"])
+        self.average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.iteration, self.seconds = state["done"]
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What a fit keeps while it runs. Raises ValueError where there is none."""
+def read_state(path: Path, solver: LearnedSolver) -> dict[str, Any]:
+    """What a fit keeps while it runs. Raises ValueError where there is none of a solver like this one."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not the state of a fit: {str(error).splitlines()[0]}") from error
+        for part in ("solver", "average"):
+            deepcopy(solver).load_state_dict(state[part])
+    except OSError as error:
+        raise ValueError(f"{path} is not the state of a fit: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the state of a fit of {solver.steps} steps") from error
     return state
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from model.backends.compile import compile_for_inference
 from model.checkpoint import SOLVER, Checkpoint
 from model.diffusion import Network
-from model.sampling.fitted import FITTED_TO
-from model.sampling.schedule import SamplingParams
+from model.nn.networks import config_fields
+from model.sampling.fitted import FITTED_TO, weights_digest
+from model.sampling.schedule import InvalidSamplingParams, SamplingParams
 from training.classifier.network import Classifier
 from training.evaluation import feature_extractor
 from training.fitting.distance import Distance, feature_distance, pixel_distance
@@ -44,8 +45,11 @@ def prepare(source: Checkpoint, device: torch.device, out: Path, args: argparse.
     own = source.config.without_tables()
     asked = {name: getattr(args, name) for name in FITTED_TO}
     given = {"steps": args.teacher_steps, **asked}
-    teacher = own.sampling_params(**({"sampler": SOLVER} | given if own.sampling.sampler != SOLVER else given))
-    schedule = own.schedule(teacher)
+    try:
+        teacher = own.sampling_params(**({"sampler": SOLVER} | given if own.sampling.sampler != SOLVER else given))
+        schedule = own.schedule(teacher)
+    except InvalidSamplingParams as error:
+        raise ValueError(f"--teacher_{error}" if error.field == "steps" else str(error)) from error
     for steps in args.steps:
         if steps >= teacher.steps:
             raise ValueError(f"--steps {steps} is not fewer than the teacher's {teacher.steps}: give --teacher_steps")
@@ -66,7 +70,8 @@ def prepare(source: Checkpoint, device: torch.device, out: Path, args: argparse.
     fast = compile_for_inference(source.network, device, args.precision)
     work = out.with_suffix(".fit")
     work.mkdir(exist_ok=True)
-    key = json.dumps([source.sha256, schedule.digest(), args.seed, args.precision])
+    network = weights_digest(source.network.state_dict()), config_fields(source.config.unet)  # whatever tables it has
+    key = json.dumps([network, schedule.digest(), args.seed, args.precision])
     count = args.images + args.held_out
 
     def made(done: int) -> None:
@@ -80,6 +85,8 @@ def prepare(source: Checkpoint, device: torch.device, out: Path, args: argparse.
         args.batch_size,
         made,
     )
+    if not torch.isfinite(images).all():
+        raise ValueError("the teacher's images are not finite: give --limit clamp")
     indices = list(range(count))
     classes = classes_of(source, indices)
     y = None if classes is None else torch.tensor(classes)

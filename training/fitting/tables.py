@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import SOLVER, Checkpoint
+from model.checkpoint import SOLVER
 from model.sampling.fitted import FITTED_TO, FittedTable
 from model.sampling.schedule import FITTED, SamplingParams, SamplingSchedule, make_schedule
 from model.sampling.timestep_spacing import SPACINGS
+from training.cli.options import expanded
 from training.fitting.fit import Fit, FitOptions, Pairs, has_to_recompute, mean_distance, read_state
 from training.fitting.progress import left, say
 from training.fitting.setup import Setup
@@ -33,6 +35,8 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
     args, source = setup.args, setup.source
     before = {spacing: solver_distance(setup, steps, spacing) for spacing in SPACINGS}
     before = {spacing: value for spacing, value in before.items() if value is not None}
+    if not before:
+        raise ValueError(f"{SOLVER} ends in numbers that are not finite in {steps} steps: give --limit clamp")
     best = min(before, key=lambda spacing: before[spacing])
     say(f"{steps} steps, {SOLVER} before: " + ", ".join(f"{k} {v:.4f}" for k, v in before.items()), end="\n")
     diffusion = source.diffusion
@@ -49,9 +53,9 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
     recompute = has_to_recompute(steps, args.batch_size, height * width, channels)
     solver = solver_of(guided)
     if args.start:
-        solver.load_state_dict(read_state(Path(args.start) / f"{steps}-{sum(guided)}.pt")["average"])
+        solver.load_state_dict(read_state(expanded(args.start) / f"{steps}-{sum(guided)}.pt", solver)["average"])
     fit = Fit(solver, setup.network, null_class(source), setup.distance, options, recompute)
-    key = json.dumps([setup.key, asdict(options), steps, guided, best, args.start])
+    key = json.dumps([setup.key, args.images, asdict(options), steps, guided, best, args.start])
 
     def told(done: int, loss: float, seconds: float) -> None:
         say(f"{steps} steps: iteration {done} of {options.iterations}, loss {loss:.4f}, {left(seconds)} left")
@@ -62,7 +66,7 @@ def fit_one(setup: Setup, steps: int, out: Path, digest: str, argv: list[str]) -
         for solver in (solver_of(guided), fit.average)
     )
     solver = fit.average
-    if after > start:
+    if not after <= start:
         say(f"{steps} steps: {after:.4f} is worse than {start:.4f} at the start, which stays", end="\n")
         solver, after = solver_of(guided), start
     result = {
@@ -95,7 +99,7 @@ def solver_schedule(setup: Setup, steps: int, spacing: str) -> SamplingSchedule:
 
 
 def solver_distance(setup: Setup, steps: int, spacing: str) -> float | None:
-    """Of dpmpp_2m with this spacing; None where the diffusion has no such schedule."""
+    """Of dpmpp_2m with this spacing; None where the diffusion has no such schedule, or it diverges."""
     try:
         schedule = solver_schedule(setup, steps, spacing)
     except ValueError:
@@ -104,7 +108,8 @@ def solver_distance(setup: Setup, steps: int, spacing: str) -> float | None:
     indices = list(range(count, count + len(setup.held_out)))
     parts = [indices[i : i + args.batch_size] for i in range(0, len(indices), args.batch_size)]
     images = torch.cat([draw(setup.source, setup.fast, schedule, args.seed, part) for part in parts])
-    return mean_distance(lambda _: images.to(setup.held_out.images), setup.held_out, setup.distance, len(images))
+    value = mean_distance(lambda _: images.to(setup.held_out.images), setup.held_out, setup.distance, len(images))
+    return value if math.isfinite(value) else None
 
 
 def choose_guided(setup: Setup, steps: int, solver_of: Callable[[tuple[bool, ...]], LearnedSolver]) -> tuple[bool, ...]:
@@ -130,20 +135,19 @@ def maker(setup: Setup, solver: LearnedSolver) -> Callable[[Pairs], Tensor]:
 
 
 def chosen_default(
-    source: Checkpoint, results: list[dict[str, Any]], teacher: SamplingParams, args: argparse.Namespace
+    own: SamplingParams, results: list[dict[str, Any]], teacher: SamplingParams, args: argparse.Namespace
 ) -> SamplingParams:
-    """The checkpoint's settings from now on: a table where it is better than dpmpp_2m at as many steps.
+    """The checkpoint's `own` settings from now on: a table where it is better than dpmpp_2m at as many steps.
 
     With --set_spacing other samplers have the spacing that was best at the most steps.
     """
-    own = source.config.sampling
     if args.set_spacing:
         own = replace(own, spacing=max(results, key=lambda result: result["steps"])["spacing"])
     if args.default == 0:
         return own
     wanted = args.default or max(args.steps)
     result = next(result for result in results if result["steps"] == wanted)
-    if result["after"] >= min(result["before"].values()):
+    if not result["after"] < min(result["before"].values()):
         say(f"{wanted} steps are no better than {SOLVER}'s: the checkpoint's default stays", end="\n")
         return own
     fitted_to = {name: getattr(teacher, name) for name in FITTED_TO}

@@ -15,6 +15,7 @@ from model.safetensors_io import write_tensors
 from model.sampling.noise import normals
 from model.sampling.schedule import SamplingSchedule
 from model.sampling.step import sample
+from training.fitting import progress
 
 OWN_SEEDS = 2**63  # added to a fit's seed: its x_T are none of those that requests and evaluations draw
 
@@ -75,9 +76,15 @@ def teacher_images(
 
 
 def _read(path: Path, key: str) -> Tensor | None:
+    """The images in the file. None, and a line, where they are of another key, or it cannot be read."""
+    if not path.exists():
+        return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            same = (file.metadata() or {}).get("key") == key
-            return file.get_tensor("images").clone() if same else None
+            if (file.metadata() or {}).get("key") == key:
+                return file.get_tensor("images").clone()
+            why = "is of another teacher"
     except (OSError, SafetensorError):
-        return None
+        why = "cannot be read"
+    progress.say(f"{path} {why}: its images are made anew", end="\n")
+    return None

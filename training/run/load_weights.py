@@ -23,7 +23,8 @@ from model.convert.layout import Flags, UnsupportedCheckpointError, Weights
 from model.diffusion import DiffusionConfig
 from model.hub import HubName
 from model.nn.config import UNetConfig
-from model.nn.unet import UNet
+from model.nn.networks import build
+from model.sampling.fitted import weights_digest
 from model.sampling.schedule import SamplingParams
 from training.cli.options import choice_option, expanded, format_value, numbers
 from training.run.config import TrainConfig
@@ -155,9 +156,14 @@ def _of_state(path: Path, config: CheckpointConfig, which: int | str | None, dev
 
 
 def _checkpoint(path: Path, config: CheckpointConfig, tensors: Weights, device: torch.device) -> Checkpoint:
-    config = config.without_tables()  # which are of the checkpoint's own weights
+    if config.distilled:  # its table is none that was fitted to weights: the weights were trained to it
+        digest = weights_digest({name: tensor.float() for name, tensor in tensors.items()})
+        config = replace(config, fitted=tuple(replace(table, weights=digest) for table in config.fitted))
+    elif config.fitted:
+        print(f"{path.name}: fitted tables are of other weights: they are left out", file=sys.stderr)
+        config = config.without_tables()
     with torch.device("meta"):
-        network = UNet(config.unet)
+        network = build(config.unet)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     network.eval().requires_grad_(False)
     with path.open("rb") as content:

@@ -137,7 +137,7 @@ class RunDir:
                 if "images_seen" not in loaded:  # from before they were counted
                     loaded["images_seen"] = loaded["iteration"] * read_config(self.path)[0].batch_size
                 return loaded
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, TypeError, LookupError) as error:
                 print(f"{state} cannot be read, so an older one is tried: {error}", file=sys.stderr)
         if states:
             raise OSError(f"none of the states in {self.path} can be read")

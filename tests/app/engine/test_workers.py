@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
 from app.engine.request import Request, Sample
 from app.engine.runner import ModelRunner
-from app.engine.workers import WorkerPool
+from app.engine.workers import WorkerPool, usable_cores
 from app.errors import OutOfMemory, StepFailed
 from model.checkpoint import Checkpoint
 from tests.app.engine.conftest import Metrics, TestedEngine, equal, finish, until
@@ -245,3 +246,23 @@ def test_unloading_a_model_ends_its_threads(parallel: tuple[Engine, ModelInstanc
     assert len(network_threads()) == before + 3
     engine.unload_model(other)
     until(lambda: len(network_threads()) == before)
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("50000 100000\n", 1),
+        ("max 100000\n", 8),
+        ("900000 100000\n", 8),
+    ],
+)
+def test_a_container_has_the_cores_of_its_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, cores: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr("app.engine.workers.CPU_LIMIT", tmp_path / "cpu.max")
+    assert usable_cores() == 8
+    (tmp_path / "cpu.max").write_text(content)
+    assert usable_cores() == cores

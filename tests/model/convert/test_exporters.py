@@ -12,14 +12,16 @@ import torch
 from diffusers import DDPMPipeline
 from diffusers.schedulers import scheduling_ddpm
 
-from model.checkpoint import CheckpointConfig, load, save
+from model.checkpoint import Checkpoint, CheckpointConfig, load, save
 from model.convert.exporter import UnsupportedExportError, export, main
 from model.convert.importer import import_path
 from model.convert.layout import Flags
 from model.diffusion import DiffusionConfig
+from model.distilled import ANY_STEPS, Distilled
 from model.nn.config import UNetConfig
+from model.sampling.fitted import FittedTable, weights_digest
 from model.sampling.noise import normals
-from model.sampling.schedule import SamplingParams, make_schedule
+from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from model.sampling.step import apply_step, sample
 from tests.networks import randomised
 
@@ -183,3 +185,31 @@ def test_what_diffusers_cannot_express_is_refused(
     with pytest.raises(UnsupportedExportError, match=message):
         export(source, tmp_path / "theirs", label)
     assert not (tmp_path / "theirs").exists()
+
+
+def with_table(source: Checkpoint, distilled: Distilled | None = None) -> Checkpoint:
+    """The same with a table of two steps, its default."""
+    schedule = make_schedule(source.diffusion, "ddim", 2)
+    timesteps, rows = tuple(map(float, schedule.timesteps)), tuple(map(tuple, schedule.table.tolist()))
+    table = FittedTable(
+        2, 1.0, (0.0, 1.0), "clamp", timesteps, rows, (1, 2), weights_digest(source.network.state_dict())
+    )
+    config = replace(source.config, sampling=SamplingParams(FITTED, 2), fitted=(table,), distilled=distilled)
+    return replace(source, config=config)
+
+
+def test_fitted_tables_are_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = with_table(checkpoint_of(tmp_path / "ours.safetensors"))
+    save(tmp_path / "ours.safetensors", source.network.state_dict(), source.config)
+    assert main([str(tmp_path / "ours.safetensors"), str(tmp_path / "theirs")]) == 0
+    assert capsys.readouterr().err == "model.exporters: diffusers has no fitted tables: they are left out\n"
+    back = import_path(tmp_path / "theirs", Flags())
+    assert all(torch.equal(back.weights[name], weight) for name, weight in source.network.state_dict().items())
+
+
+def test_a_student_of_fixed_steps_is_refused(tmp_path: Path) -> None:
+    source, teacher = checkpoint_of(tmp_path / "ours.safetensors"), "0" * 64
+    with pytest.raises(UnsupportedExportError, match="have not the 2 steps that this student was distilled to"):
+        export(with_table(source, Distilled(1.0, 2, "sfd", teacher)), tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+    export(replace(source, config=replace(source.config, distilled=Distilled(1.0, 8, ANY_STEPS, teacher))), tmp_path)

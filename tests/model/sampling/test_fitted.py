@@ -97,6 +97,12 @@ def test_what_is_not_asked_for_is_the_default_table(config: CheckpointConfig) ->
     assert vars(config.sampling_params(**sent_back)) == sent_back
 
 
+def test_a_named_solver_is_that_of_an_unnamed_one(config: CheckpointConfig) -> None:
+    assert config.sampling_params(sampler="dpmpp_2m", limit="none") == config.sampling_params(limit="none")
+    assert config.sampling_params(sampler="dpmpp_2m", spacing="leading").spacing == "leading"
+    assert config.sampling_params(sampler="ddim").spacing == "trailing", "which nobody has measured"
+
+
 def test_another_default_sampler_has_the_most_fitted_steps(config: CheckpointConfig) -> None:
     other = replace(config, sampling=SamplingParams("ddim", 4, 0.0, 1.0))
     assert other.sampling_params(sampler=FITTED) == SamplingParams(FITTED, 6, 0.0, 2.5)
@@ -155,6 +161,10 @@ DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
     "words": ({"rows": [["x"] * 10] * 4}, "damaged"),
     "null": ({"timesteps": None}, "damaged"),
     "nan": ({"timesteps": [9.0, 8.0, 7.0, float("nan")]}, "not all finite"),
+    "huge": ({"rows": [[1.0] * 9 + [-3.5e38]] * 4}, "not all finite"),  # as float32
+    "numbers in words": ({"timesteps": ["9", "8", "7", "1"]}, "not of their types"),
+    "truths": ({"timesteps": [True, True, False, False]}, "not of their types"),
+    "many digits": ({"rows": [[10**400] * 10] * 4}, "not of their types"),
     "negative": ({"timesteps": [9.0, 8.0, 7.0, -1.0]}, "timesteps below 0"),
     "late": ({"timesteps": [399.5, 8.0, 7.0, 1.0]}, "has timestep 399.5: the last is 399"),
     "noise": ({"draws": [0, 0, 0, 3]}, "its own"),

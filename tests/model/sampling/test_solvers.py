@@ -359,6 +359,20 @@ def test_plans_of_any_kind_share_a_step() -> None:
         assert torch.equal(together[1][one], alone[1])
 
 
+def test_what_no_row_needs_can_be_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, out, x0_prev, x0_prev2, z = torch.randn(5, 1, 3, 5, 7, generator=generator)
+    for sampler, limit in (("ddpm", "clamp"), ("ddim", "none"), ("dpmpp_2m", "clamp"), ("dpmpp_3m", "clamp")):
+        schedule = make_schedule(LINEAR, sampler, 15, limit=limit)
+        for row in torch.tensor(schedule.table).float():
+            columns = row[[COEFFICIENTS.index(name) for name in "cds"]]
+            needed = [part if used else None for part, used in zip((x0_prev, x0_prev2, z), columns, strict=True)]
+            found = apply_step(x, out, *needed[:2], row[None], needed[2], clamped=limit == "clamp")
+            expected = apply_step(x, out, x0_prev, x0_prev2, row[None], z)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+
+
 def test_a_step_is_the_formula_of_its_row() -> None:
     numbers = [1.0, 0.9, 0.4, 1.0, 0.5, 0.6, 0.7, 0.3, 0.2, 0.8]
     _, p, q, _, a, b, c, d, k, s = row = torch.tensor(numbers, dtype=torch.float64)

@@ -1,3 +1,4 @@
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -226,3 +227,16 @@ def test_real_features_are_made_where_they_cannot_be_kept(
     assert torch.equal(real_features(who, images), expected)
     assert "not kept" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.real*"))
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path) -> None:
+    file = FeatureFile(tmp_path / "x.json", {}, columns=3, batch_size=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.begin + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            file.append(torch.zeros(2, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(file.path)
+    assert FeatureFile(tmp_path / "x.json", {}, columns=3, batch_size=2).count == 0
