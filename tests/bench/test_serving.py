@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from app.engine.instance import BatchLimits
+from app.engine.runner import ModelRunner
 from app.engine.scheduler import Scheduler
 from model import checkpoint
 from model.images import to_uint8
@@ -26,10 +27,11 @@ from model.sampling.step import sample
 from tests.bench.policies import POLICIES, InOrder, replay
 from tests.bench.serving import fixed_latency, generator, numbers, report, workloads
 from tests.bench.serving.backend import Backend
+from tests.bench.serving.peers import ours
 from tests.bench.serving.phases import Course, Plan
 from tests.bench.serving.server import MARK, kill
 from tests.bench.serving.servers import SERVERS
-from tests.bench.serving.settings import Settings
+from tests.bench.serving.settings import VARIABLE, Settings
 from tests.bench.serving.workloads import Arrival
 
 INF = math.inf
@@ -188,31 +190,65 @@ def test_only_the_workloads_that_were_asked_for_are_run(monkeypatch: pytest.Monk
     course.run(False, ["mixed n", "overload 2", "cancels"])
     course.run(False)
     course.run(False, ["mixed n at 0.1"])
+    light, full = (plan.traces[f"mixed n at {load}"] for load in ("0.1", "1"))
+    assert 9 < max(a.at for a in light) < 36, "few come, so it is longer"
+    assert max(a.at for a in full) < 9
     assert went == [(1000, 3), (1000, 2), (plan.queue, 3), (1000, 14), (plan.queue, 6), (1000, 2)]
 
 
-def test_a_held_network_takes_its_time_and_counts_overruns(tmp_path: Path) -> None:
-    takes_s = 0.0
+class FakeTime:
+    """Stands for the module `time`: nothing takes any but what sleeps."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_held_network_takes_its_time_and_counts_overruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, takes_s = FakeTime(), 0.01
+    monkeypatch.setattr(fixed_latency, "time", clock)
 
     def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-        time.sleep(takes_s)
+        clock.sleep(takes_s)
         return 2 * x
 
     settings = {"rows": 2, "batch": 4, "wait_ms": 0, "queue": 4, "deadline_s": 1, "counter": str(tmp_path / "counter")}
     told = Settings(0, "mnist", 1, **settings, step_ms=fixed_latency.read("1:20,3:40"))  # type: ignore[arg-type]
     held, x = fixed_latency.held(network, told), torch.ones(2, 1, 1, 1)
-    started = time.perf_counter()
     assert torch.equal(held(x, x, None), 2 * x)
-    assert time.perf_counter() - started >= 0.03, "evenly between"
+    assert clock.now == pytest.approx(0.03), "evenly between"
     takes_s = 0.05
     held(x, x, None)
-    calls, late, lost, seconds = map(float, Path(fixed_latency.tally_of(told)).read_text().split())
-    assert (calls, late) == (2, 1)
-    assert lost >= 0.02
-    assert seconds == pytest.approx(0.06)
+    found = map(float, Path(fixed_latency.tally_of(told)).read_text().split())
+    assert list(found) == pytest.approx([2, 1, 0.02, 0.06])  # calls, late ones, seconds too many, seconds told
     assert fixed_latency.held(network, Settings(0, "mnist", 1, **settings)) is network  # type: ignore[arg-type]
     assert "app" in SERVERS["ours"].argv(Settings(0, "mnist", 1, **settings))  # type: ignore[arg-type]
     assert "app" not in SERVERS["ours"].argv(told)
+
+
+def test_a_step_of_ours_is_held_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its calls run side by side: each held by itself, the machine would be larger than the peers'."""
+    calls: list[int] = []
+
+    def forward(runner: ModelRunner, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        calls.extend([len(x) // 2] * 2)
+        return x
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    settings = {"rows": 2, "batch": 4, "wait_ms": 0, "queue": 4, "deadline_s": 1, "counter": str(tmp_path / "counter")}
+    told = Settings(0, "mnist", 2, **settings, step_ms=((1, 1), (4, 30)))  # type: ignore[arg-type]
+    monkeypatch.setenv(VARIABLE, told.variables()[VARIABLE])
+    ours.hold()
+    runner, x = object.__new__(ModelRunner), torch.ones(4, 1, 1, 1)
+    for _ in range(2):
+        assert runner.forward(x, x, None) is x
+    assert calls == [2, 2, 2, 2]
+    count, _, _, seconds = map(float, Path(fixed_latency.tally_of(told)).read_text().split())
+    assert (count, seconds) == (2, pytest.approx(0.06))
 
 
 @pytest.mark.parametrize("text", ["", "1", "1:2,1:2:3", "8:20,1:3", "1:0", "0:1", "1:x"])
