@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
@@ -27,6 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_DECODERS = 2
+MAX_ENCODERS = min(4, os.cpu_count() or 1)
 WATCH_AFTER_S = 0.02  # after which a client that leaves is noticed
 INLINE_PIXELS = encoders.SMALL  # values of images that the event loop encodes itself
 
@@ -58,17 +62,18 @@ class AppState:
     engine: Engine
     metrics: Metrics
     images: ImageAccess
-    decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DECODERS))
+    # Few threads: the C library keeps for each what its largest image once took, up to a hundred megabytes.
+    decoders: Executor = field(default_factory=lambda: ThreadPoolExecutor(MAX_DECODERS, "decoder"))
+    encoders: Executor = field(default_factory=lambda: ThreadPoolExecutor(MAX_ENCODERS, "encoder"))
 
     async def decode(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs a decoder in the thread pool. Few at once: an image may take a hundred megabytes and a second."""
-        async with self.decoders:
-            return await asyncio.to_thread(function, *args, **kwargs)
+        """Runs a decoder, which may take a second, in a thread for them alone."""
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, partial(function, *args, **kwargs))
 
     async def encode(self, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs an encoder in the thread pool, so that neither the event loop nor the engine waits for it."""
+        """Runs an encoder in a thread, so that neither the event loop nor the engine waits for it."""
         with self._timed(job):
-            return await asyncio.to_thread(function, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self.encoders, partial(function, *args, **kwargs))
 
     async def encode_pictures(
         self, pictures: Image, job: GenerationJob, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
