@@ -104,14 +104,15 @@ of as many held-out images, and × how many times that the samples' is.
 
 def tables_text(tables: Sequence[FittedTable]) -> str:
     """What the checkpoint's fitted tables are, Markdown; nothing where there are none."""
-    if not tables:
+    fits = [table for table in tables if "command" in table.provenance]  # a student's own table was not fitted
+    if not fits:
         return ""
     text = TABLES
-    for table in tables:
+    for table in fits:
         told = table.provenance
         before, after = (f"{told[name]:.4f}" if name in told else "–" for name in ("distance_before", "distance_after"))
         text += f"| {table.steps} | {table.nfe} | {told.get('teacher', '–')} | {before} | {after} |\n"
-    commands = dict.fromkeys(str(table.provenance["command"]) for table in tables if "command" in table.provenance)
+    commands = dict.fromkeys(str(table.provenance["command"]) for table in fits)
     return text + "\nFitted by\n\n" + "".join(f"    {command}\n" for command in commands)
 
 

@@ -175,3 +175,6 @@ def test_a_card_lists_fitted_tables_with_their_cost(file: Path) -> None:
     text = file.with_suffix(".md").read_text()
     assert "| 3 | 3 | dpmpp_2m, 20 steps | 0.5000 | 0.2500 |\n" in text
     assert "    ddpm-serve fit\n" in text
+    checkpoint.save(file, weights, replace(source.config, fitted=(replace(table, provenance={}),)))
+    assert model_card.main([str(file)]) == 0
+    assert "fitted to" not in file.with_suffix(".md").read_text()
