@@ -23,7 +23,7 @@ from training.data_record import NOTHING, DataChanges
 from training.loop import gpu
 from training.loop.backward import backward
 from training.loop.compiler import compiled
-from training.loop.distributed import DistributedContext, init_distributed
+from training.loop.distributed import DistributedContext, exit_now, init_distributed
 from training.loop.optimizer import learning_rate, rollback, step
 from training.loop.state import TrainState
 from training.loop.validation import chosen, finite, validation_loss
@@ -281,7 +281,8 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     with lasting_output():
         arguments = command.parse(argv)
-        return exit_code("training.train", lambda: train(*arguments))
+        code = exit_code("training.train", lambda: train(*arguments))
+    return exit_now(code)
 
 
 if __name__ == "__main__":
