@@ -198,6 +198,9 @@ class ModelRunner:
         self.micro_batch_size = self.sizes[-1]
         if self._record is not None:
             yield from self._capture(self._record)
+        for size in self.sizes if self.device.type == "cpu" else ():
+            yield
+            self._call(size)  # for the second time: its operations are recorded (see `model.backends.recorded`)
         self._sizes_found = True
 
     def _try_batch(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import torch
 from model.backends.cpu import PackedUNet
 from model.backends.cpu_lucidrains import PackedLucidrainsUNet
 from model.backends.cuda import autocast_network
+from model.backends.recorded import RecordedNetwork
 from model.diffusion import Network
 from model.nn.lucidrains import LucidrainsUNet
 from model.nn.networks import AnyUNet
@@ -39,7 +40,8 @@ def compile_for_inference(network: AnyUNet, device: torch.device, precision: str
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     network.eval()
     if device.type == "cpu":
+        dtype = PRECISIONS[precision]
         if isinstance(network, LucidrainsUNet):
-            return PackedLucidrainsUNet(network, PRECISIONS[precision])
-        return PackedUNet(network, PRECISIONS[precision])
+            return RecordedNetwork(PackedLucidrainsUNet(network, dtype))
+        return RecordedNetwork(PackedUNet(network, dtype))
     return autocast_network(network, device, PRECISIONS[precision])

@@ -15,17 +15,16 @@ What a GPU runs is in `model.backends.cuda`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backends.packed_conv import PackedConv
 from model.nn.layers import Attention, ResBlock, Upsample, patchify, unpatchify
 from model.nn.unet import UNet, padded, unpadded
 
-PACKING = threading.Lock()  # calls may run on several threads
 CACHE_BYTES = 64 * 2**20  # of embedded timesteps
 SMALL_MAP = 1024  # pixels; on larger maps PyTorch's group norm splits its sums by the number of rows
 
@@ -34,38 +33,6 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "mish": lambda x: F.mish(x, inplace=True),
 }
-
-
-class PackedConv:
-    """A convolution in `dtype`, its weights packed by oneDNN, where PyTorch has it, for the size of its first input.
-
-    Packed for another size they may lie as no fast kernel takes them, and a call be 50 times as slow.
-    """
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        assert isinstance(layer, nn.Conv2d)
-        self.stride, self.padding = list(layer.stride), list(map(int, layer.padding))
-        self.weight = layer.weight.detach().to(dtype)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.packed = False
-
-    def _pack(self, size: torch.Size) -> None:
-        with PACKING:
-            if not self.packed:
-                self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
-                    self.weight.to_mkldnn(), self.padding, self.stride, [1, 1], 1, [1, *size]
-                )
-                self.packed = True
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.packed:
-            if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-                return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-            self._pack(x.shape[1:])
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, self.padding, self.stride, [1, 1], 1, "none", [], None
-        )
-        return out
 
 
 def channels_last_rows(x: Tensor) -> Tensor:
@@ -230,7 +197,10 @@ class PackedUNet:
         emb = self._network.embed(torch.tensor([t]), torch.tensor([y]))
         return F.linear(emb, self._weight, self._bias)[0]
 
-    def _biases(self, t: Tensor, y: Tensor | None) -> Tensor:
+    def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """The biases of all blocks, [N, width]; each timestep and class is embedded alone, whatever the others are."""
+        if (y is None) != (self.config.num_classes is None):
+            raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         classes = y.tolist() if y is not None and self._network.class_emb is not None else [0] * len(t)
         rows = []
         for key in zip(t.tolist(), classes, strict=True):
@@ -243,15 +213,12 @@ class PackedUNet:
         biases = torch.stack(rows)
         return biases if self._class_bias is None else biases + self._class_bias[y]
 
-    @torch.inference_mode()
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, biases: Tensor) -> Tensor:
+        """x [N, C, H, W] and `embed`'s biases → the network's output, float32."""
         config = self.config
-        if (y is None) != (config.num_classes is None):
-            raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         h, w = x.shape[2:]
         x = patchify(padded(x, config), config.patch_size, config.haar)
         x = x.contiguous(memory_format=torch.channels_last)
-        biases = self._biases(t, y)
         x = self.init_conv(x.to(self.dtype)).float()
         skips = [x]
         for layer in self.downs:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.cpu import CACHE_BYTES, PackedConv, channels_last_rows
+from model.backends.cpu import CACHE_BYTES, channels_last_rows
+from model.backends.packed_conv import PackedConv
 from model.nn.lucidrains import Block, FullAttention, LinearAttention, LucidrainsUNet, Resample, RMSNorm, Stage, resized
 
 
@@ -122,8 +123,10 @@ class PackedLucidrainsUNet:
         assert isinstance(layer, Stage)
         return PackedStage(layer, (self._block(layer.block_1), self._block(layer.block_2)), self.dtype)
 
-    def _scale_shifts(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """Of all blocks, [N, width]; each timestep and class is embedded alone, whatever the others are."""
+    def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """Scales and shifts of all blocks, [N, width]; each timestep and class is embedded alone."""
+        if (y is None) != (self._network.config.num_classes is None):
+            raise ValueError("a conditional network needs classes y, an unconditional one takes none")
         rows = []
         for key in zip(t.tolist(), [0] * len(t) if y is None else y.tolist(), strict=True):
             row = self._cache.get(key)
@@ -135,11 +138,8 @@ class PackedLucidrainsUNet:
             rows.append(row)
         return torch.stack(rows)
 
-    @torch.inference_mode()
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        if (y is None) != (self._network.config.num_classes is None):
-            raise ValueError("a conditional network needs classes y, an unconditional one takes none")
-        scale_shifts = self._scale_shifts(t, y)
+    def forward(self, x: Tensor, scale_shifts: Tensor) -> Tensor:
+        """x [N, C, H, W] and what `embed` gives → the network's output, float32."""
         x = x.contiguous(memory_format=torch.channels_last)
         x = first = self.init_conv(x.to(self.dtype)).float()
         skips: list[Tensor] = []

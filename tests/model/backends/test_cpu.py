@@ -8,6 +8,7 @@ import torch
 
 from model.backends.compile import best_precision, compile_for_inference
 from model.backends.cpu import PackedUNet
+from model.backends.recorded import RecordedNetwork
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
 from tests.networks import randomised
@@ -81,10 +82,15 @@ def test_it_computes_what_the_network_computes(
     assert got.dtype == torch.float32
     assert got.shape == expected.shape
     assert torch.allclose(got, expected, rtol=2e-4, atol=2e-5 * float(expected.abs().max()))
-    half = compile_for_inference(network, CPU, "bf16")(x, t, y)
+    forward = compile_for_inference(network, CPU, "bf16")
+    half = forward(x, t, y)
     assert half.dtype == torch.float32
     assert not torch.equal(half, got)
     assert float((half - expected).std() / expected.std()) < 0.03
+    for _ in range(3):
+        assert torch.equal(forward(x, t, y), half)
+    assert isinstance(forward, RecordedNetwork)
+    assert list(forward.recordings) == [x.shape]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -114,8 +120,10 @@ def test_without_onednn_the_same_comes_out(tiny: UNet, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     plain = compile_for_inference(tiny, CPU, "fp32")
     assert torch.allclose(plain(x, t, y), expected, atol=1e-5)
-    assert isinstance(plain, PackedUNet)
-    assert not plain.init_conv.packed
+    assert isinstance(plain, RecordedNetwork)
+    assert isinstance(plain.network, PackedUNet)
+    assert not plain.network.init_conv.packed
+    assert torch.equal(plain(x, t, y), plain(x, t, y))
 
 
 def test_another_size_than_the_first_one_is_computed_too(tiny: UNet) -> None:

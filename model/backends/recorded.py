@@ -1,0 +1,100 @@
+"""A packed network's calls, recorded once for each shape and played without Python.
+
+A call on a CPU is hundreds of operations of some 20 µs. Python takes a tenth of a call to ask for them and holds its
+lock meanwhile, so two threads that run the same network wait for one another. TorchScript's interpreter asks for the
+same operations and needs no lock. It is deprecated, but nothing else that torch has does this without a compiler.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.backends.packed_conv import PackedConv
+
+log = logging.getLogger("ddpm.model")
+
+MOST_SHAPES = 64  # that are recorded; the others run operation by operation
+PLAYS = 2  # until the interpreter has seen and simplified a recording
+
+
+class PackedNetwork(Protocol):
+    """What is recorded: only `forward` is."""
+
+    def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """What the blocks add for timesteps t [N] and classes y [N], [N, width]."""
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """x [N, C, H, W] float32 → as x, or with the learned variance's channels too."""
+
+
+class RecordedNetwork:
+    """`network` as a function of x [N, C, H, W], t [N], y [N] or None.
+
+    A shape of x that comes a second time is recorded. The recording must give the same bits; if it doesn't, or can't
+    be made, the network runs operation by operation from then on, and the log says so. Threads may call it.
+    """
+
+    def __init__(self, network: PackedNetwork) -> None:
+        self.network = network
+        self._lock = threading.Lock()
+        self._seen: set[torch.Size] = set()
+        self.recordings: dict[torch.Size, Callable[..., Tensor]] = {}  # by the shape of x
+        self._weights: tuple[Tensor, ...] = ()
+        self._works = True
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        embedded = self.network.embed(t, y)
+        if recording := self.recordings.get(x.shape):
+            return recording(x, embedded, *self._weights)
+        out = self.network.forward(x, embedded)
+        if self._works and len(self.recordings) < MOST_SHAPES:
+            with self._lock:
+                if x.shape not in self._seen:
+                    self._seen.add(x.shape)
+                elif x.shape not in self.recordings:
+                    self._record(x, embedded, out)
+        return out
+
+    def _record(self, x: Tensor, embedded: Tensor, out: Tensor) -> None:
+        convs = list(_convolutions(self.network))
+        self._weights = weights = tuple(conv.weight for conv in convs)
+
+        def forward(x: Tensor, embedded: Tensor, *weights: Tensor) -> Tensor:
+            for conv, weight in zip(convs, weights, strict=True):
+                conv.weight = weight  # a packed one can be an argument of a recording, but not a constant
+            return self.network.forward(x, embedded)
+
+        arguments = (x, embedded, *weights)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of deprecation, and that sizes are taken as they are
+                recording = torch.jit.trace(forward, arguments, check_trace=False)  # type: ignore[no-untyped-call]
+            if not all(torch.equal(recording(*arguments), out) for _ in range(PLAYS)):
+                raise RuntimeError("a recording gives other bits")
+        except Exception as error:
+            self._works = False
+            log.warning("the network's calls can't be recorded: slower", exc_info=error)
+        else:
+            self.recordings[x.shape] = recording
+        finally:
+            for conv, weight in zip(convs, weights, strict=True):
+                conv.weight = weight
+
+
+def _convolutions(part: Any) -> Iterator[PackedConv]:
+    """All of a packed network, in one order."""
+    if isinstance(part, PackedConv):
+        yield part
+    elif isinstance(part, list | tuple):
+        for each in part:
+            yield from _convolutions(each)
+    elif type(part).__module__.startswith("model.backends."):
+        for each in vars(part).values():
+            yield from _convolutions(each)
