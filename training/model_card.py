@@ -47,8 +47,11 @@ The weights are the moving average (EMA).{memory} This card was written by
 
 
 TRAINED = "| validation loss | {validation_loss:.5f} (EMA weights, 1,024 held-out images, fixed noise) |"
-DISTILLED = """| distance to its teacher | {distance_to_teacher:.5f} (pixels in [-1, 1], 64 images of the same noise) |
-| distilled from | `{name}`, SHA-256 `{sha256}`, by method {method} |
+TAUGHT = """| distance to its teacher | {distance_to_teacher:.5f} (pixels in [-1, 1], 64 images of the same noise) |
+| distilled from | `{name}`, SHA-256 `{sha256}`, by method {method} |"""
+ANCHORED = """
+| anchored | its own steps are a fitted table; other samplers, steps and guidance are as its teacher's |"""
+INSIDE = """
 | inside its weights | guidance_scale {guidance_scale:g}, at one network row a step; other scales are refused |"""
 TABLES = """
 Schedules were fitted to these weights, for `sampler: "fitted"`. Distances are to the teacher's images, from noise that
@@ -213,11 +216,11 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
 
 def compared(config: CheckpointConfig) -> str:
     """The lines of the card's table that say how far training came."""
-    metrics = config.provenance["metrics"]
-    if config.distilled is None:
+    metrics, teacher, inside = config.provenance["metrics"], config.provenance.get("teacher"), config.distilled
+    if teacher is None:
         return TRAINED.format(**metrics)
-    inside = {"method": config.distilled.method, "guidance_scale": config.distilled.guidance_scale}
-    return DISTILLED.format(**metrics, **config.provenance["teacher"], **inside)
+    text = TAUGHT.format(**metrics, **teacher, method=inside.method if inside else "end_to_end")
+    return text + (INSIDE.format(guidance_scale=inside.guidance_scale) if inside else ANCHORED)
 
 
 def neighbours_picture(evaluation: Path, file: Path) -> str | None:

@@ -94,6 +94,31 @@ def test_guidance_moves_into_one_row(words: list[str], tmp_path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def drift(path: Path, teacher: str, null: bool) -> float:
+    """How far a student is from its teacher at all timesteps: mean squared difference of what the networks say."""
+    x = torch.randn(64, *checkpoint.load(teacher).config.unet.image_shape, generator=torch.Generator().manual_seed(0))
+    t, y = torch.linspace(0, 999, 64).long(), torch.full((64,), 3) if null else torch.arange(64) % 3
+    with torch.no_grad():
+        outs = [checkpoint.load(of).network(x, t, y) for of in (path, teacher)]
+    return float((outs[0] - outs[1]).square().mean())
+
+
+@pytest.mark.slow
+def test_an_anchored_student_keeps_samplers_and_guidance(words: list[str], teacher: str, tmp_path: Path) -> None:
+    more = ["--ema_decay", "0", "--iterations", "24", "--checkpoint_rate", "24"]
+    assert distill.main([*words, *more]) == 0
+    assert distill.main([*words, *more, "--run_name", "anchored", "--anchor", "300"]) == 0
+    free, anchored = (tmp_path / f"runs/{name}/best.safetensors" for name in ("run", "anchored"))
+    for null in (False, True):
+        assert 0 < drift(anchored, teacher, null) < 0.2 * drift(free, teacher, null)
+    config = checkpoint.load(anchored).config
+    assert config.distilled is None
+    assert config.sampling == SamplingParams(FITTED, 2, 0.0, G)
+    assert config.schedule(config.sampling).nfe.tolist() == [1, 1]
+    other = config.sampling_params(sampler="ddim", steps=5, guidance_scale=3.0)
+    assert config.schedule(other).nfe.tolist() == [2] * 5
+
+
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bytes(words: list[str], tmp_path: Path) -> None:
     assert distill.main([*words, "--lr_schedule", "constant"]) == 0
@@ -164,6 +189,8 @@ def test_the_extractor_decides_which_student_is_best(
         (["--learning_rate", "0"], "--learning_rate must be between 0 and 1"),
         (["--precison", "bf16"], "there is no option --precison; did you mean --precision?"),
         (["--method", "guidance", "--timesteps", "999,499"], "--method guidance learns all timesteps"),
+        (["--method", "sfd", "--anchor", "1"], "--anchor is for --method end_to_end, not sfd"),
+        (["--anchor", "-1"], "--anchor must not be negative"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_writes_nothing(

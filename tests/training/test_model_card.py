@@ -68,8 +68,14 @@ def test_the_card_of_a_student_names_its_teacher(file: Path) -> None:
     text = file.with_suffix(".md").read_text()
     assert f"| distilled from | `big`, SHA-256 `{'ab' * 32}`, by method guidance |" in text
     assert "| distance to its teacher | 0.12500 " in text
+    assert "| inside its weights | guidance_scale 1, " in text
     assert checkpoint.load(file).sha256 in text
     assert "validation" not in text
+    checkpoint.save(file, loaded.network.state_dict(), replace(config, distilled=None))
+    assert model_card.main([str(file)]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "by method end_to_end |\n| anchored |" in text
+    assert "inside its weights" not in text
 
 
 def evaluation(file: Path, **changes: object) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class DistillConfig:
     trajectories: int = _option(8192, "how many are made and kept; 0: none is kept, each step has new ones")
     features: str = _option("", "a classifier of training.classifier, in whose layers the images are compared, too")
     feature_weight: float = _option(1.0, "of the distance in these layers, beside that of pixels")
+    anchor: float = _option(
+        0.0,
+        "of the distance to the teacher at all timesteps, guided or not, for end_to_end: the student then keeps every "
+        "sampler and guidance, and its own steps become a fitted table; 0: none",
+    )
 
     batch_size: int = _option(64, "trajectories per iteration")
     iterations: int = _option(4000, "batches in all; sfd updates the weights after each step of the student")
@@ -74,7 +79,7 @@ class DistillConfig:
         for name in ("batch_size", "iterations", "log_rate", "checkpoint_rate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup", "grad_clip", "trajectories", "feature_weight"):
+        for name in ("warmup", "grad_clip", "trajectories", "feature_weight", "anchor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, as {getattr(self, name)} is")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
@@ -93,6 +98,8 @@ class DistillConfig:
             raise ValueError("--timesteps are for a student of fixed steps: --method guidance learns all timesteps")
         if self.features and self.method == "guidance":
             raise ValueError("--features compare images: --method guidance makes none")
+        if self.anchor and self.method != "end_to_end":
+            raise ValueError(f"--anchor is for --method end_to_end, not {self.method}")
         if not self.run_name:
             object.__setattr__(self, "run_name", datetime.now().strftime("distill-%Y-%m-%d-%H-%M"))
         if Path(self.run_name).name != self.run_name or self.run_name == "..":
@@ -132,6 +139,7 @@ FIXED = (
     "teacher_steps",
     "features",
     "feature_weight",
+    "anchor",
     "ema_decay",
     "seed",
 )

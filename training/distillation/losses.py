@@ -20,7 +20,10 @@ B = COEFFICIENTS.index("b")
 
 @dataclass(frozen=True)
 class Lesson:
-    """What all batches have in common. `judge` compares images by its layers, with `weight`, where there is one."""
+    """What all batches have in common. `judge` compares images by its layers, with `weight`, where there is one.
+
+    `anchor` is the weight of the distance to the teacher at other timesteps.
+    """
 
     schedule: SamplingSchedule
     diffusion: GaussianDiffusion
@@ -29,6 +32,7 @@ class Lesson:
     null_class: int | None
     judge: Classifier | None
     weight: float
+    anchor: float
     bf16: bool
 
 
@@ -46,13 +50,32 @@ def sfd(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
 def end_to_end(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
     """The distance of the images alone, through all steps (Luhman & Luhman 2021, 2101.02388, for more than one)."""
     *_, (_, x) = walk(network, lesson.schedule, batch.x_T, batch.y, lesson.bf16, detached=False)
-    yield _l1(x, batch.targets[:, -1]) + _features(x, batch.targets[:, -1], lesson)
+    loss = _l1(x, batch.targets[:, -1]) + _features(x, batch.targets[:, -1], lesson)
+    yield loss + lesson.anchor * _anchor(network, batch, lesson) if lesson.anchor else loss
+
+
+def _anchor(network: nn.Module, batch: Batch, lesson: Lesson) -> Tensor:
+    """How far the student is from its teacher at random timesteps, on the teacher's images; a quarter without class."""
+    x, t = _noised(batch, lesson)
+    y = batch.y
+    if y is not None and lesson.null_class is not None:
+        y = torch.where(torch.arange(len(y), device=y.device) % 4 == 0, lesson.null_class, y)
+    with torch.no_grad():
+        target = lesson.teacher(x, t, y).float()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=lesson.bf16):
+        out = network(x, t, y)
+    return (out.float() - target).square().mean(dim=(1, 2, 3))
+
+
+def _noised(batch: Batch, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """The teacher's images with noise, [n, C, H, W], and of which timesteps [n]."""
+    t = (batch.u.double() * lesson.diffusion.num_timesteps).long()
+    return lesson.diffusion.q_sample(batch.targets[:, -1], t, batch.noise), t
 
 
 def guidance(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
     """The first stage of Meng et al. 2022 (2210.03142): the guided output in one row, on the teacher's own images."""
-    t = (batch.u.double() * lesson.diffusion.num_timesteps).long()
-    x = lesson.diffusion.q_sample(batch.targets[:, -1], t, batch.noise)
+    x, t = _noised(batch, lesson)
     with torch.no_grad():
         g = torch.full((len(x),), lesson.guidance, device=x.device)
         target = cfg_forward(lesson.teacher, x, t, batch.y, g, lesson.null_class).float()

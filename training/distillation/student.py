@@ -69,7 +69,7 @@ def student_table(diffusion: GaussianDiffusion, timesteps: Table, sampler: str, 
 class Batch:
     """Trajectories: `x_T` [n, C, H, W], `targets` [n, N, C, H, W] at the ends of the student's steps, classes `y` [n].
 
-    `noise` [n, C, H, W] and `u` [n] in [0, 1) are what --method guidance draws.
+    `noise` [n, C, H, W] and `u` [n] in [0, 1) are what --method guidance and --anchor draw.
     """
 
     x_T: Tensor

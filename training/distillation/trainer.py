@@ -78,6 +78,7 @@ class DistillTrainer:
             null_class,
             judge,
             config.feature_weight,
+            config.anchor,
             config.precision == "bf16",
         )
 
@@ -216,9 +217,13 @@ class DistillTrainer:
         return Distilled(scale, self.config.steps, self.config.method, self.teacher.sha256)
 
     def _checkpoint_config(self, distance: float) -> CheckpointConfig:
-        """The teacher's, with the student's sampling: its own table, or, where it has all timesteps, the sampler's."""
+        """The teacher's, with the student's sampling: its own table, or, where it has all timesteps, the sampler's.
+
+        With an anchor it has all timesteps and its own table, and guidance as its teacher has it.
+        """
         config, source, schedule = self.config, self.teacher, self.lesson.schedule
-        sampling, tables = replace(self.params, steps=config.steps), ()
+        sampling = replace(self.params, steps=config.steps)
+        tables: tuple[FittedTable, ...] = ()
         if config.method != ANY_STEPS:
             sampling = replace(sampling, sampler=FITTED)
             inside = {name: getattr(self.params, name) for name in FITTED_TO}
@@ -232,7 +237,7 @@ class DistillTrainer:
             source.config,
             sampling=sampling,
             fitted=tables,
-            distilled=self._distilled(),
+            distilled=None if config.anchor else self._distilled(),
             provenance={
                 "teacher": {"name": source.name, "sha256": source.sha256},
                 "dataset": source.config.provenance.get("dataset"),

@@ -14,8 +14,8 @@ from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.networks import randomised
 from training.classifier.network import Classifier, ClassifierConfig
-from training.distillation.losses import feature_distance
-from training.distillation.student import easiest_points, student_table, teacher_x0, walk
+from training.distillation.losses import Lesson, end_to_end, feature_distance
+from training.distillation.student import Batch, easiest_points, student_table, teacher_x0, walk
 
 DIFFUSION = GaussianDiffusion(DiffusionConfig(schedule="cosine", prediction="v"))
 SHAPE = (1, 8, 8)
@@ -78,3 +78,27 @@ def test_a_learned_variance_stays_as_it_is(tiny_config: UNetConfig) -> None:
     schedule = student_table(DIFFUSION, np.array([999, 500]), "ddim", "clamp")
     *_, (_, x) = walk(network, schedule, torch.zeros(2, *SHAPE), torch.arange(2), False, False)
     assert x.shape == (2, *SHAPE)
+
+
+def test_an_anchor_is_the_teacher_with_and_without_classes(tiny: UNet) -> None:
+    asked: list[tuple[torch.Tensor, ...]] = []
+
+    def teacher(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        assert y is not None
+        asked.append((x, t, y))
+        return torch.zeros_like(x)
+
+    u = torch.arange(8) / 8
+    x_T, target, noise = torch.randn(3, 8, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind()
+    batch = Batch(x_T, target[:, None], torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), noise, u)
+    schedule = student_table(DIFFUSION, np.array([999, 500]), "ddim", "clamp")
+    lesson = Lesson(schedule, DIFFUSION, teacher, 2.0, 3, None, 0.0, 0.0, False)
+    (plain,) = end_to_end(tiny, batch, lesson)
+    assert not asked
+    (anchored,) = end_to_end(tiny, batch, replace(lesson, anchor=10.0))
+    ((x, t, y),) = asked
+    assert t.tolist() == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert torch.equal(x, DIFFUSION.q_sample(target, t, noise))
+    assert y.tolist() == [3, 1, 2, 0, 3, 2, 0, 1]
+    apart = tiny(x, t, y).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(anchored, plain + 10 * apart)
