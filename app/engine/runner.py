@@ -200,7 +200,7 @@ class ModelRunner:
             yield from self._capture(self._record)
         for size in self.sizes if self.device.type == "cpu" else ():
             yield
-            self._call(size)  # for the second time: its operations are recorded (see `model.backends.recorded`)
+            self._network(*take_last(size, x, t, y))  # again: so it is recorded (see `model.backends.recorded`)
         self._sizes_found = True
 
     def _try_batch(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:

@@ -75,7 +75,7 @@ class RecordedNetwork:
         arguments = (x, embedded, *weights)
         try:
             with warnings.catch_warnings(action="ignore"):  # of deprecation, and that sizes are taken as they are
-                recording = torch.jit.trace(forward, arguments, check_trace=False)  # type: ignore[no-untyped-call]
+                recording = trace(forward, arguments)
             if not all(torch.equal(recording(*arguments), out) for _ in range(PLAYS)):
                 raise RuntimeError("a recording gives other bits")
         except Exception as error:
@@ -86,6 +86,12 @@ class RecordedNetwork:
         finally:
             for conv, weight in zip(convs, weights, strict=True):
                 conv.weight = weight
+
+
+def trace(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """As `torch.jit.trace`, which keeps every recording for as long as the process, and the weights with it."""
+    graph, _ = torch._C._create_graph_by_tracing(function, arguments, lambda value: "", True, False, None, [])
+    return torch._C._create_function_from_graph("forward", graph)
 
 
 def _convolutions(part: Any) -> Iterator[PackedConv]:

@@ -9,10 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.request import Request, Sample
 from app.engine.runner import ModelRunner
+from model.backends import recorded
+from model.backends.recorded import RecordedNetwork
 from model.checkpoint import Checkpoint
 from model.images import to_uint8
 from model.nn.unet import UNet
@@ -187,6 +190,28 @@ def test_numbers_of_rows_that_give_other_bits_do_not_run(checkpoint: Checkpoint)
     assert runner.forward(x, t, t).shape == x.shape
     assert runner.forward(x[:2], t[:2], t[:2]).shape == x[:2].shape
     assert ran == [5, 5, 3]
+
+
+def test_warm_up_records_calls_that_are_right_for_noise(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warmed_up() -> RecordedNetwork:
+        runner = ModelRunner(checkpoint, CPU, micro_batch_size=2)
+        for _ in runner.find_invariant_sizes():
+            pass
+        assert isinstance(runner._network, RecordedNetwork)
+        assert runner.sizes == [1, 2]
+        return runner._network
+
+    assert [shape[0] for shape in warmed_up().recordings] == [1, 2]
+    trace = recorded.trace
+
+    def right_for_zeros(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        recording = trace(function, arguments)
+        return lambda x, *others: recording(x, *others) + x.sum()
+
+    monkeypatch.setattr(recorded, "trace", right_for_zeros)
+    assert not warmed_up().recordings
 
 
 def test_calls_have_eight_rows_on_a_cpu_openvinos_of_small_networks_more(checkpoint: Checkpoint) -> None:

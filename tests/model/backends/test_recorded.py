@@ -1,9 +1,12 @@
 """Recorded calls give the bits of the calls that were recorded, on any thread, or are not used."""
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from model.backends import recorded
 from model.backends.compile import compile_for_inference
+from model.backends.packed_conv import scripted
 from model.backends.recorded import RecordedNetwork
 from model.nn.unet import UNet
 
@@ -67,13 +71,13 @@ def test_threads_share_recordings(forward: RecordedNetwork, tiny: UNet) -> None:
 def test_there_is_no_recording_of_other_bits(
     forward: RecordedNetwork, tiny: UNet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trace = torch.jit.trace
+    trace = recorded.trace
 
-    def other(*args: object, **kwargs: object) -> Callable[..., Tensor]:
-        recording = trace(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def other(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        recording = trace(function, arguments)
         return lambda *inputs: recording(*inputs) + 1e-7
 
-    monkeypatch.setattr(torch.jit, "trace", other)
+    monkeypatch.setattr(recorded, "trace", other)
     outs = [forward(*inputs(tiny, 2)) for _ in range(3)]
     assert not forward.recordings
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -87,15 +91,21 @@ def test_where_recording_fails_the_network_runs_on(
 ) -> None:
     expected = forward(*inputs(tiny, 2))
 
-    def fails(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("not here")
+    out_conv = forward.network.out_conv  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(torch.jit, "trace", fails)
+    def fails(x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            raise RuntimeError("not here")
+        return out_conv(x)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(forward.network, "out_conv", fails)
     for rows in (2, 2, 1, 1):
         forward(*inputs(tiny, rows))
     assert torch.equal(forward(*inputs(tiny, 2)), expected)
-    assert len(caplog.records) == 1  # not one a call
-    monkeypatch.setattr(torch.jit, "trace", None)
+    (record,) = caplog.records  # not one a call
+    assert "not here" in str(record.exc_info)
+    assert not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    monkeypatch.setattr(recorded, "trace", None)
     forward(*inputs(tiny, 2))  # nor is it tried again
 
 
@@ -104,3 +114,24 @@ def test_there_are_not_endlessly_many(forward: RecordedNetwork, tiny: UNet, monk
     for rows in (1, 2, 3, 1, 2, 3, 3):
         forward(*inputs(tiny, rows))
     assert sorted(shape[0] for shape in forward.recordings) == [1, 2]
+
+
+def test_nothing_is_left_of_a_network_that_goes(tiny: UNet) -> None:
+    """Nor does it wait for the garbage collector, which the server keeps from what it began with."""
+    forward = compile_for_inference(tiny, CPU, "fp32")
+    assert isinstance(forward, RecordedNetwork)
+    forward(*inputs(tiny, 1))
+    scripted()  # which stays
+    functions: Any = torch.jit._state._python_cu.get_functions
+    before = len(functions())
+    for _ in range(3):
+        forward(*inputs(tiny, 1))
+    assert forward.recordings
+    network = weakref.ref(forward.network)
+    gc.disable()
+    try:
+        del forward
+        assert network() is None
+    finally:
+        gc.enable()
+    assert len(functions()) == before
