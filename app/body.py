@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.errors import Cancelled, InvalidRequest, UnsupportedMediaType
 from app.shortcut import shortcut_to
 
+JSON_TYPE = re.compile(r"application/([^/\s,]+\+)?json")
 # What json says, and what a person is told. The first that the message begins with holds.
 EXPECTED = {
     "Expecting property name": 'a name in double quotes is expected, as in {"n": 4}',
@@ -29,10 +31,15 @@ EXPECTED = {
 
 
 class JSONRoute(APIRoute):
-    """A route whose body is read here, and not by FastAPI, which says less about one that is wrong."""
+    """A route whose body is read here, and not by FastAPI, which says less about one that is wrong.
+
+    Where the handler takes no body, nobody reads one: of a GET it could be endless.
+    """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
+        if self.body_field is None:
+            return
         app, shortcut = self.app, shortcut_to(endpoint, "body")
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,6 +56,8 @@ class JSONRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """As FastAPI's, for a request whose body is JSON."""
         handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
 
         async def handle_json(request: Request) -> Response:
             read = JSONRequest(request.scope, request.receive)
@@ -75,9 +84,7 @@ class JSONRequest(Request):
         if not data.strip():
             return
         media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json" and not (
-            media_type.startswith("application/") and media_type.endswith("+json")
-        ):
+        if not JSON_TYPE.fullmatch(media_type):
             found = f"not {media_type:.80}" if media_type else "which is missing"
             raise UnsupportedMediaType(f"the body must be JSON: send Content-Type: application/json, {found}")
         self._data, self.value = data, parse(data)
