@@ -52,6 +52,7 @@ class LineHandler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._lines: list[str] = []
+        self._writer: asyncio.AbstractEventLoop | None = None  # which will write them, unless it ends before
 
     def emit(self, record: logging.LogRecord) -> None:
         """Takes a line, and writes it unless the loop will."""
@@ -60,7 +61,8 @@ class LineHandler(logging.StreamHandler[TextIO]):
             loop = _running_loop()
             if loop is None or record.levelno >= logging.WARNING:
                 self.flush()
-            elif len(self._lines) == 1:
+            elif self._writer is not loop:
+                self._writer = loop
                 loop.call_soon(self._write, record)
         except Exception:
             self.handleError(record)
@@ -68,7 +70,7 @@ class LineHandler(logging.StreamHandler[TextIO]):
     def flush(self) -> None:
         """Writes what waits."""
         with self.lock:  # type: ignore[union-attr]
-            lines, self._lines = self._lines, []
+            lines, self._lines, self._writer = self._lines, [], None
             if lines:
                 self.stream.write("".join(lines))
         super().flush()

@@ -81,6 +81,21 @@ def test_what_waits_is_written_at_the_end(log: logging.Logger, stream: Written) 
     assert stream.writes == ["a\n"]
 
 
+def test_a_loop_that_ends_keeps_no_other_from_writing(log: logging.Logger, stream: Written) -> None:
+    async def turns(line: str) -> None:
+        log.info(line)
+        await asyncio.sleep(0)
+
+    loop = asyncio.new_event_loop()
+    loop.call_soon(log.info, "a")
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    loop.close()
+    asyncio.run(turns("b"))
+    asyncio.run(turns("c"))
+    assert stream.writes == ["a\nb\n", "c\n"]
+
+
 def test_a_broken_stream_breaks_no_loop(
     log: logging.Logger, stream: Written, capsys: pytest.CaptureFixture[str]
 ) -> None:
