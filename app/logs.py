@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from typing import TextIO
@@ -39,8 +40,8 @@ class TextFormatter(logging.Formatter):
         level = "" if record.levelno == logging.INFO else record.levelname + " "
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         line = " ".join([f"{time} {level}{record.getMessage()}", *(f"{key}={value}" for key, value in extra.items())])
-        line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)  # none steers the terminal
-        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+        traceback = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        return "\n".join(map(_printable, [line, *traceback]))
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
@@ -82,6 +83,11 @@ class LineHandler(logging.StreamHandler[TextIO]):
             self.handleError(record)
 
 
+def _printable(line: str) -> str:
+    """None of its signs steers the terminal."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
+
+
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
@@ -92,8 +98,9 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 def configure(level: str, format: str = "auto") -> None:
     """Sends the logs of this process, uvicorn's among them, to standard error: as "json", as "text", or as a person or
     a program wants them who reads it ("auto")."""
-    handler = LineHandler(sys.stderr)
-    text = format == "text" or (format == "auto" and sys.stderr.isatty())
+    stream = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - none where it was closed: `2>&-`
+    handler = LineHandler(stream)
+    text = format == "text" or (format == "auto" and stream.isatty())
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what the client is told in its answer

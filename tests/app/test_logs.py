@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import sys
 import threading
 
 import pytest
 
-from app.logs import LineHandler
+from app import logs
+from app.logs import LineHandler, TextFormatter
 
 
 class Written(io.StringIO):
@@ -109,3 +111,29 @@ def test_a_broken_stream_breaks_no_loop(
 
     asyncio.run(turn())
     assert "--- Logging error ---" in capsys.readouterr().err
+
+
+def test_no_sign_of_a_traceback_steers_the_terminal() -> None:
+    try:
+        raise ValueError("\x1b[2J\r\nof a client")
+    except ValueError:
+        record = logging.LogRecord("ddpm", logging.ERROR, "", 0, "failed", None, sys.exc_info())
+    text = TextFormatter().format(record)
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert text.splitlines()[0].endswith("ERROR failed")
+    assert r"ValueError: \x1b[2J" in text.splitlines()
+
+
+def test_a_server_without_standard_error_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    monkeypatch.setattr(sys, "stderr", None)
+    try:
+        logs.configure("info")
+        logging.getLogger("ddpm").warning("into nothing")
+    finally:
+        (handler,) = root.handlers
+        handler.stream.close()  # type: ignore[attr-defined]
+        root.handlers[:] = before
+        root.setLevel(level)
