@@ -1,4 +1,4 @@
-"""Makes the picture of docs/guides/fewer-steps.md: python -m docs.fewer_steps [CHECKPOINT] [DISTILLED]
+"""Makes the picture of docs/guides/fewer-steps.md: python -m docs.fewer_steps [CHECKPOINT] [DISTILLED …]
 
 One digit of each class by number of steps: by dpmpp_2m, by the checkpoint's fitted tables, and by distilled students,
 if there are any; the same noise everywhere, and below each its network rows an image. Needs matplotlib.
@@ -16,8 +16,9 @@ from model.checkpoint import SOLVER, Checkpoint
 from model.sampling.schedule import FITTED, InvalidSamplingParams
 from model.sampling.step import sample
 
-STEPS = (1, 2, 4, 6, 8, 20)
+STEPS = (1, 2, 4, 5, 6, 8, 20)
 COLUMNS = 5
+NAMES = {SOLVER: SOLVER, "fitted": FITTED}
 
 
 def panel(source: Checkpoint, sampler: str, steps: int) -> tuple[np.ndarray | None, str]:
@@ -41,15 +42,16 @@ def panel(source: Checkpoint, sampler: str, steps: int) -> tuple[np.ndarray | No
 
 
 def main(argv: list[str]) -> None:
-    source = checkpoint.load(argv[0] if argv else "mnist")
-    rows = {SOLVER: (source, SOLVER), "fitted": (source, FITTED)}
-    if len(argv) > 1:
-        rows["distilled"] = (checkpoint.load(argv[1]), FITTED)
-    made = {name: [panel(of, sampler, steps) for steps in STEPS] for name, (of, sampler) in rows.items()}
+    source = checkpoint.load(argv[0] if argv else "mnist-teacher")
+    made = {name: [panel(source, sampler, steps) for steps in STEPS] for name, sampler in NAMES.items()}
+    for student in map(checkpoint.load, argv[1:]):
+        own = [panel(student, FITTED, steps) for steps in STEPS]
+        others = made.get("distilled", own)
+        made["distilled"] = [mine if mine[0] is not None else other for mine, other in zip(own, others, strict=True)]
     white = np.full_like(made[SOLVER][0][0], 255)
     pictures = [[white if image is None else image for image, _ in row] for row in made.values()]
     figure = panels(pictures, list(made), ["1 step", *(f"{steps} steps" for steps in STEPS[1:])], 9)
-    figure.subplots_adjust(hspace=0.2)
+    figure.subplots_adjust(hspace=0.5)
     for axis, (_, cost) in zip(figure.axes, [entry for row in made.values() for entry in row], strict=True):
         axis.text(0.5, -0.02, cost, ha="center", va="top", fontsize=7, transform=axis.transAxes)
     save("fewer-steps", figure, colours=16)

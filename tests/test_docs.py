@@ -169,7 +169,7 @@ def test_sampler_tables_are_what_the_code_computes() -> None:
 
     text = diffusion.CHAPTER.read_text()
     assert diffusion.schedule_table() in text
-    assert diffusion.origin(checkpoint.load("mnist")) in text
+    assert diffusion.origin(checkpoint.load("mnist-teacher")) in text
 
 
 def test_generated_reference_is_what_the_code_says() -> None:

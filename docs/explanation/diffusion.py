@@ -255,7 +255,9 @@ def unet(config: UNetConfig) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", nargs="?", default="mnist", help="a class-conditional one (default: mnist)")
+    parser.add_argument(
+        "checkpoint", nargs="?", default="mnist-teacher", help="a class-conditional one (default: mnist-teacher)"
+    )
     source = checkpoint.load(parser.parse_args().checkpoint)
     count = source.config.unet.num_classes
     if count is None or not source.config.unet.null_class:
