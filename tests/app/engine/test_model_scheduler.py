@@ -20,7 +20,7 @@ from model.checkpoint import Checkpoint
 from tests.app.engine.conftest import CHUNK, HeldRunner, until
 from tests.app.engine.test_engine import Ask, run
 
-WARMUP_PIECES = CHUNK + WARMUP_STEPS  # a micro-batch, and every smaller number of rows; then full batches
+WARMUP_PIECES = 2 * CHUNK + WARMUP_STEPS  # every number of rows up to a micro-batch, twice; then full batches
 
 
 @pytest.fixture
