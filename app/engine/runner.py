@@ -198,7 +198,7 @@ class ModelRunner:
         self.micro_batch_size = self.sizes[-1]
         if self._record is not None:
             yield from self._capture(self._record)
-        for size in self.sizes if self.device.type == "cpu" else ():
+        for size in self.sizes if self.device.type == "cpu" and self.runtime == "torch" else ():
             yield
             self._network(*take_last(size, x, t, y))  # again: so it is recorded (see `model.backends.recorded`)
         self._sizes_found = True

@@ -62,8 +62,13 @@ def _anchor(network: nn.Module, batch: Batch, lesson: Lesson) -> Tensor:
         y = torch.where(torch.arange(len(y), device=y.device) % 4 == 0, lesson.null_class, y)
     with torch.no_grad():
         target = lesson.teacher(x, t, y).float()
+    return _apart(network, x, t, y, target, lesson)
+
+
+def _apart(network: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, target: Tensor, lesson: Lesson) -> Tensor:
+    """The mean squared difference of the student's output and the teacher's `target`, [n]."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=lesson.bf16):
-        out = network(x, t, y)
+        out: Tensor = network(x, t, y)
     return (out.float() - target).square().mean(dim=(1, 2, 3))
 
 
@@ -79,9 +84,7 @@ def guidance(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tenso
     with torch.no_grad():
         g = torch.full((len(x),), lesson.guidance, device=x.device)
         target = cfg_forward(lesson.teacher, x, t, batch.y, g, lesson.null_class).float()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=lesson.bf16):
-        out = network(x, t, batch.y)
-    yield (out.float() - target).square().mean(dim=(1, 2, 3))
+    yield _apart(network, x, t, batch.y, target, lesson)
 
 
 LOSSES: dict[str, Callable[[nn.Module, Batch, Lesson], Iterator[Tensor]]] = {
