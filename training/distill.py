@@ -15,10 +15,12 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.nn.networks import AnyUNet, build
 from model.sampling.schedule import SamplingParams
+from training import data
 from training.classifier.network import Classifier
 from training.cli.options import Parser, choice_option, expanded, format_value, integers
 from training.console import exit_code, lasting_output
 from training.distillation.config import FIXED, DistillConfig
+from training.distillation.matching import FeatureMatching
 from training.distillation.trainer import DistillTrainer
 from training.evaluation import feature_extractor
 from training.memory import memory_for
@@ -41,7 +43,8 @@ def distill(config: DistillConfig, resume: bool = False) -> Path:
         raise ValueError(f"--teacher {config.teacher} has EDM's levels of noise, which no student can be taught here")
     params = teacher_params(config, teacher)
     student = begin_with("" if resume else config.student, teacher)
-    judge = load_judge(config, teacher, device)
+    judges = tuple(load_judge(path, teacher, device) for path in config.features.split(",") if path)
+    matching = load_real_images(config, teacher, judges, device)
     with RunDir(config, resume) as run:
         saved = run.load_state() if resume else None
         done = saved["iteration"] if saved else 0
@@ -51,7 +54,7 @@ def distill(config: DistillConfig, resume: bool = False) -> Path:
             print(f"Nothing to do: {run.path} has done its {done} iterations; give more --iterations to go on")
             return config.run_dir
         with memory_for("the student", "give a smaller --batch_size"):
-            trainer = DistillTrainer(config, teacher, student, params, judge, device, run, saved)
+            trainer = DistillTrainer(config, teacher, student, params, judges, matching, device, run, saved)
         trainer.fit()
     return config.run_dir
 
@@ -112,21 +115,39 @@ def begin_with(student: str, teacher: Checkpoint) -> AnyUNet:
     return network
 
 
-def load_judge(config: DistillConfig, teacher: Checkpoint, device: torch.device) -> Classifier | None:
-    """The classifier of --features, frozen. Raises ValueError where it takes other images."""
-    if not config.features:
-        return None
-    found = feature_extractor.load(config.features, device)
+def load_judge(path: str, teacher: Checkpoint, device: torch.device) -> Classifier:
+    """A classifier of --features, frozen. Raises ValueError where it takes other images."""
+    found = feature_extractor.load(path, device)
     if not isinstance(found.network, Classifier):
-        raise ValueError(
-            f"--features {config.features}: only classifiers of training.classifier have their layers read"
-        )
+        raise ValueError(f"--features {path}: only classifiers of training.classifier have their layers read")
     if found.image_shape != teacher.config.unet.image_shape:
         raise ValueError(
-            f"--features {config.features} takes images of (channels, height, width) {found.image_shape}, "
+            f"--features {path} takes images of (channels, height, width) {found.image_shape}, "
             f"the teacher makes {teacher.config.unet.image_shape}"
         )
     return found.network
+
+
+def load_real_images(
+    config: DistillConfig, teacher: Checkpoint, judges: tuple[Classifier, ...], device: torch.device
+) -> FeatureMatching | None:
+    """What compares with the --real_images. Raises ValueError where they are others than the teacher's."""
+    if not config.real_images:
+        return None
+    unet, cache = teacher.config.unet, expanded(config.log_dir, "--log_dir")
+    images, _ = data.load(
+        config.real_images, unet.image_size, use_labels=unet.num_classes is not None, cache=cache, quiet=True
+    )
+    if tuple(images.images.shape[1:]) != unet.image_shape:
+        raise ValueError(
+            f"--real_images {config.real_images} are of (channels, height, width) {tuple(images.images.shape[1:])}, "
+            f"the teacher makes {unet.image_shape}"
+        )
+    if unet.num_classes not in (None, len(images.class_names)):
+        raise ValueError(
+            f"--real_images {config.real_images} has {len(images.class_names)} classes, the teacher {unet.num_classes}"
+        )
+    return FeatureMatching(judges, images, unet.num_classes, device)
 
 
 def parse(argv: list[str] | None) -> tuple[DistillConfig, bool]:

@@ -40,13 +40,19 @@ class DistillConfig:
     )
     teacher_steps: int | None = _option(None, "of a trajectory of the teacher; default: 16, or a student's own")
     trajectories: int = _option(8192, "how many are made and kept; 0: none is kept, each step has new ones")
-    features: str = _option("", "a classifier of training.classifier, in whose layers the images are compared, too")
+    features: str = _option("", "classifiers of training.classifier, FILE,FILE, whose layers compare images, too")
     feature_weight: float = _option(1.0, "of the distance in these layers, beside that of pixels")
     anchor: float = _option(
         0.0,
         "of the distance to the teacher at all timesteps, guided or not, for end_to_end: the student then keeps every "
         "sampler and guidance, and its own steps become a fitted table; 0: none",
     )
+    real_images: str = _option(
+        "",
+        "a data set, as for training.train, whose train images' mean and covariance the student's images shall have in "
+        "the layers of --features, for end_to_end; default: none, the teacher alone counts",
+    )
+    real_weight: float = _option(1.0, "of the distance to --real_images, beside that to the teacher")
 
     batch_size: int = _option(64, "trajectories per iteration")
     iterations: int = _option(4000, "batches in all; sfd updates the weights after each step of the student")
@@ -79,7 +85,7 @@ class DistillConfig:
         for name in ("batch_size", "iterations", "log_rate", "checkpoint_rate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup", "grad_clip", "trajectories", "feature_weight", "anchor"):
+        for name in ("warmup", "grad_clip", "trajectories", "feature_weight", "anchor", "real_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, as {getattr(self, name)} is")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
@@ -100,6 +106,8 @@ class DistillConfig:
             raise ValueError("--features compare images: --method guidance makes none")
         if self.anchor and self.method != "end_to_end":
             raise ValueError(f"--anchor is for --method end_to_end, not {self.method}")
+        if self.real_images and (self.method != "end_to_end" or not self.features):
+            raise ValueError("--real_images is for --method end_to_end, and needs --features to compare by")
         if not self.run_name:
             object.__setattr__(self, "run_name", datetime.now().strftime("distill-%Y-%m-%d-%H-%M"))
         if Path(self.run_name).name != self.run_name or self.run_name == "..":
@@ -140,6 +148,8 @@ FIXED = (
     "features",
     "feature_weight",
     "anchor",
+    "real_images",
+    "real_weight",
     "ema_decay",
     "seed",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from model.diffusion import GaussianDiffusion, Network
 from model.sampling.schedule import COEFFICIENTS, SamplingSchedule
 from model.sampling.step import cfg_forward
 from training.classifier.network import Classifier
+from training.distillation.matching import FeatureMatching
 from training.distillation.student import Batch, walk
 
 B = COEFFICIENTS.index("b")
@@ -20,9 +21,10 @@ B = COEFFICIENTS.index("b")
 
 @dataclass(frozen=True)
 class Lesson:
-    """What all batches have in common. `judge` compares images by its layers, with `weight`, where there is one.
+    """What all batches have in common. `judges` compare images by their layers, with `weight`.
 
-    `anchor` is the weight of the distance to the teacher at other timesteps.
+    `anchor` is the weight of the distance to the teacher at other timesteps. `matching` compares the student's images
+    with real ones, with `matching_weight`, where there are any.
     """
 
     schedule: SamplingSchedule
@@ -30,9 +32,11 @@ class Lesson:
     teacher: Network
     guidance: float
     null_class: int | None
-    judge: Classifier | None
+    judges: tuple[Classifier, ...]
     weight: float
     anchor: float
+    matching: FeatureMatching | None
+    matching_weight: float
     bf16: bool
 
 
@@ -51,6 +55,8 @@ def end_to_end(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Ten
     """The distance of the images alone, through all steps (Luhman & Luhman 2021, 2101.02388, for more than one)."""
     *_, (_, x) = walk(network, lesson.schedule, batch.x_T, batch.y, lesson.bf16, detached=False)
     loss = _l1(x, batch.targets[:, -1]) + _features(x, batch.targets[:, -1], lesson)
+    if lesson.matching is not None:
+        loss = loss + lesson.matching_weight * lesson.matching(x)
     yield loss + lesson.anchor * _anchor(network, batch, lesson) if lesson.anchor else loss
 
 
@@ -99,16 +105,21 @@ def _l1(x: Tensor, target: Tensor) -> Tensor:
 
 
 def _features(x: Tensor, target: Tensor, lesson: Lesson) -> Tensor | float:
-    if lesson.judge is None or not lesson.weight:
+    if not lesson.judges or not lesson.weight:
         return 0.0
-    return lesson.weight * feature_distance(lesson.judge, x, target, lesson.bf16)
+    return lesson.weight * feature_distance(lesson.judges, x, target, lesson.bf16)
 
 
-def feature_distance(judge: Classifier, x: Tensor, target: Tensor, bf16: bool) -> Tensor:
+def feature_distance(judges: Sequence[Classifier], x: Tensor, target: Tensor, bf16: bool) -> Tensor:
     """How far images look apart, [n]: squared distances of a judge's layers, each position's channels of length 1.
 
-    As LPIPS (Zhang et al. 2018), without learned weights; the last layer's features count as a layer.
+    As LPIPS (Zhang et al. 2018), without learned weights; the last layer's features count as a layer. The mean over
+    judges.
     """
+    return torch.stack([_distance(judge, x, target, bf16) for judge in judges]).mean(dim=0)
+
+
+def _distance(judge: Classifier, x: Tensor, target: Tensor, bf16: bool) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         with torch.no_grad():
             wanted = list(_layers(judge, target))

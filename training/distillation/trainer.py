@@ -21,6 +21,7 @@ from model.sampling.schedule import FITTED, SamplingParams, make_schedule
 from training.classifier.network import Classifier
 from training.distillation.config import DistillConfig
 from training.distillation.losses import LOSSES, Lesson, feature_distance
+from training.distillation.matching import FeatureMatching
 from training.distillation.student import Batch, easiest_points, student_table, walk
 from training.distillation.trajectories import AT_ONCE, Trajectories
 from training.loop.distributed import DistributedContext
@@ -34,6 +35,7 @@ from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
 
 HELD_OUT = 64  # trajectories at the beginning of the file, by which students are compared
+SEEN_FIRST = 1024  # images of the student, before its first update, that are compared with real ones
 ALONE = DistributedContext()
 
 
@@ -46,13 +48,14 @@ class DistillTrainer:
         teacher: Checkpoint,
         student: AnyUNet,
         params: SamplingParams,
-        judge: Classifier | None,
+        judges: tuple[Classifier, ...],
+        matching: FeatureMatching | None,
         device: torch.device,
         run: RunDir,
         saved: dict[str, Any] | None,
     ) -> None:
         self.config, self.teacher, self.device, self.run, self.params = config, teacher, device, run, params
-        self._taught_by = taught_by(teacher, params, judge)
+        self._taught_by = taught_by(teacher, params, judges)
         if saved and saved.get("taught_by", self._taught_by) != self._taught_by:
             raise ValueError(f"--teacher {config.teacher} or --features has changed since {run.path} began: begin anew")
         self.network = student.eval().requires_grad_(True).to(device)  # no dropout: the teacher has none either
@@ -64,6 +67,7 @@ class DistillTrainer:
         self.trajectories = Trajectories(
             teacher, params, device, config.seed, self._wanted(), run.path.parent, config.precision
         )
+        self._matching = matching
         self._revision = git_revision()
         self._timesteps: list[float] = list(config.timesteps)
         self._last_loss: float | None = None
@@ -76,9 +80,11 @@ class DistillTrainer:
             compile_for_inference(teacher.network, device, config.precision),
             params.guidance_scale,
             null_class,
-            judge,
+            judges,
             config.feature_weight,
             config.anchor,
+            matching,
+            config.real_weight,
             config.precision == "bf16",
         )
 
@@ -110,7 +116,8 @@ class DistillTrainer:
         if self.iteration < config.iterations:
             print(f"Stopped at iteration {self.iteration}; go on with: {self._go_on()}")
         else:
-            print(f"Done: {self.run.path}/best.safetensors (nearest to the teacher's images, {self.best:.5f})")
+            nearest_to = "the teacher's" if self._matching is None else "the real"
+            print(f"Done: {self.run.path}/best.safetensors (nearest to {nearest_to} images, {self.best:.5f})")
 
     def _go_on(self) -> str:
         return f"python -m training.distill --resume {self.run.path}"
@@ -134,6 +141,16 @@ class DistillTrainer:
             schedule = student_table(self.diffusion, np.array(self._timesteps), self.config.sampler, self.params.limit)
         self._held_out = Batch(x_T, states[:, self._points], self.trajectories.classes(indices), x_T, x_T[:, 0, 0, 0])
         self.lesson = self._lesson_of(schedule)
+        if self._matching is not None and self.iteration == 0:
+            self._look_at_first(self._matching)
+
+    @torch.no_grad()
+    def _look_at_first(self, matching: FeatureMatching) -> None:
+        """Shows what a student makes that has not learned yet, so that its first update knows where it stands."""
+        for iteration in range(-(-SEEN_FIRST // self.config.batch_size)):
+            batch = self._batch(iteration)
+            *_, (_, x) = walk(self.network, self.lesson.schedule, batch.x_T, batch.y, self.lesson.bf16, detached=True)
+            matching(x)
 
     def _batch(self, iteration: int) -> Batch:
         """The batch of an iteration: its trajectories in an order that follows from seed and pass."""
@@ -173,9 +190,11 @@ class DistillTrainer:
         self.meter.clear()
         rate = self._since / (time.perf_counter() - self._started)
         self._started, self._since = time.perf_counter(), 0
+        matched = {} if self._matching is None else {"distance_to_real": round(self._matching.distance(), 6)}
         self.run.log(
             iteration=self.iteration,
             train_loss=count.loss,
+            **matched,
             skipped_steps=count.skipped,
             images_per_second=round(rate, 1),
             time=round(time.time(), 1),
@@ -192,6 +211,8 @@ class DistillTrainer:
         distance, by_features = self._validate(network)
         self.run.log(iteration=self.iteration, validation_loss=distance, validation_features=by_features)
         judged = finite(distance if by_features is None else by_features, self.iteration)
+        if self._matching is not None:
+            judged = self._matching.distance()
         is_best, self.best = judged < self.best, min(self.best, judged)
         self.run.save(self.iteration, self.ema.weights, self._checkpoint_config(distance), self.state_dict(), is_best)
         schedule, classes = self.lesson.schedule, network.config.num_classes
@@ -202,15 +223,15 @@ class DistillTrainer:
 
     @torch.no_grad()
     def _validate(self, network: AnyUNet) -> tuple[float, float | None]:
-        """How far the student's images are from the teacher's, of the same noise: by pixels, and by a judge."""
+        """How far the student's images are from the teacher's, of the same noise: by pixels, and by judges."""
         held, parts = self._held_out, []
         for part in torch.arange(HELD_OUT).split(AT_ONCE):
             y = None if held.y is None else held.y[part]
             *_, (_, x) = walk(network, self.lesson.schedule, held.x_T[part], y, bf16=False, detached=False)
             parts.append(x)
-        x, target, judge = torch.cat(parts), held.targets[:, -1], self.lesson.judge
+        x, target, judges = torch.cat(parts), held.targets[:, -1], self.lesson.judges
         distance = float((x - target).abs().mean())
-        return distance, None if judge is None else float(feature_distance(judge, x, target, False).mean())
+        return distance, float(feature_distance(judges, x, target, False).mean()) if judges else None
 
     def _distilled(self) -> Distilled:
         scale = self.params.guidance_scale
@@ -263,6 +284,7 @@ class DistillTrainer:
             "iteration": self.iteration,
             "images_seen": self.images_seen,
             "best": self.best,
+            "matching": self._matching and self._matching.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -279,11 +301,13 @@ class DistillTrainer:
         load_state(self.optimizer, state["optimizer"])
         self.meter.numbers = state["tally"].to(self.meter.numbers)
         self._timesteps = list(state["timesteps"])
+        if self._matching is not None:
+            self._matching.load_state_dict(state["matching"])
         self.iteration, self.images_seen, self.best = state["iteration"], state["images_seen"], state["best"]
 
 
-def taught_by(teacher: Checkpoint, params: SamplingParams, judge: Classifier | None) -> list[str]:
-    """What a student's losses are of: digests of the teacher's weights, of its schedule, and of the judge's weights."""
+def taught_by(teacher: Checkpoint, params: SamplingParams, judges: tuple[Classifier, ...]) -> list[str]:
+    """What a student's losses are of: digests of the teacher's weights, of its schedule, and of the judges' weights."""
     schedule = teacher.config.schedule(params).digest()
     digests = [weights_digest(teacher.network.state_dict()), schedule]
-    return [*digests, *([] if judge is None else [weights_digest(judge.state_dict())])]
+    return [*digests, *(weights_digest(judge.state_dict()) for judge in judges)]

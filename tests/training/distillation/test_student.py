@@ -67,8 +67,8 @@ def test_images_that_look_alike_are_at_no_distance() -> None:
     torch.manual_seed(0)
     judge = Classifier(ClassifierConfig(1, (8, 8), 3, width=3)).eval()
     x = torch.rand(4, *SHAPE) * 2 - 1
-    assert torch.allclose(feature_distance(judge, x, x, bf16=False), torch.zeros(4))
-    near, far = (feature_distance(judge, x, x + scale * torch.randn_like(x), bf16=False) for scale in (0.02, 0.5))
+    assert torch.allclose(feature_distance([judge], x, x, bf16=False), torch.zeros(4))
+    near, far = (feature_distance([judge], x, x + scale * torch.randn_like(x), bf16=False) for scale in (0.02, 0.5))
     assert (near < far).all()
     assert near.shape == (4,)
 
@@ -92,7 +92,7 @@ def test_an_anchor_is_the_teacher_with_and_without_classes(tiny: UNet) -> None:
     x_T, target, noise = torch.randn(3, 8, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind()
     batch = Batch(x_T, target[:, None], torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), noise, u)
     schedule = student_table(DIFFUSION, np.array([999, 500]), "ddim", "clamp")
-    lesson = Lesson(schedule, DIFFUSION, teacher, 2.0, 3, None, 0.0, 0.0, False)
+    lesson = Lesson(schedule, DIFFUSION, teacher, 2.0, 3, (), 0.0, 0.0, None, 0.0, False)
     (plain,) = end_to_end(tiny, batch, lesson)
     assert not asked
     (anchored,) = end_to_end(tiny, batch, replace(lesson, anchor=10.0))
