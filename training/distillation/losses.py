@@ -56,7 +56,7 @@ def end_to_end(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Ten
     *_, (_, x) = walk(network, lesson.schedule, batch.x_T, batch.y, lesson.bf16, detached=False)
     loss = _l1(x, batch.targets[:, -1]) + _features(x, batch.targets[:, -1], lesson)
     if lesson.matching is not None:
-        loss = loss + lesson.matching_weight * lesson.matching(x)
+        loss = loss + lesson.matching_weight * lesson.matching(x, batch.y)
     yield loss + lesson.anchor * _anchor(network, batch, lesson) if lesson.anchor else loss
 
 

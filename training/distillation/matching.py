@@ -26,52 +26,67 @@ class FeatureMatching:
     The student's mean and covariance are moving averages. A batch's loss is how the distance changes with the part
     that its images have in them, so its gradient is right on average for a batch of any size. Distances are of each of
     the judges' layers, averaged over places, and of their features; each is divided by the real images' variance.
+    The squared distance of each class's mean to that of its real images is added, its own mean over classes.
     """
 
     def __init__(
         self, judges: Sequence[Classifier], real: Images, num_classes: int | None, device: torch.device
     ) -> None:
-        self._judges, wanted = judges, list[Moments]()
-        with torch.no_grad():
-            for part in balanced(real, num_classes).split(AT_ONCE):
-                rows = [*self._rows(from_uint8(real.images[part].to(device)))]
-                wanted = wanted or [Moments(x.shape[1]) for x in rows]
-                for moments, x in zip(wanted, rows, strict=True):
-                    moments.add(x)
-        self._means = [moments.mean.to(device) for moments in wanted]
-        self._variances = [float(moments.covariance.trace()) for moments in wanted]
-        self._roots = [square_root(moments.covariance).to(device) for moments in wanted]
-        self.seen = 0  # of the student's images
-        self.first = [torch.zeros_like(mean) for mean in self._means]  # their mean, from that of the real ones
-        self.second = [torch.zeros_like(root) for root in self._roots]  # the mean of outer products, likewise
+        self._judges, self._device = judges, device
+        order, k = balanced(real, num_classes), num_classes or 1
+        rows = [torch.cat(parts).double() for parts in zip(*self._of_real(real.images[order]), strict=True)]
+        moments = [Moments(x.shape[1]).add(x) for x in rows]  # of each layer
+        self._means = [m.mean.to(device) for m in moments]
+        self._class_means = [
+            torch.stack([x[i::k].mean(dim=0) for i in range(k)]) - m for x, m in zip(rows, self._means, strict=True)
+        ]
+        self._variances = [float(m.covariance.trace()) for m in moments]
+        self._roots = [square_root(m.covariance).to(device) for m in moments]
+        # Of the student's images, all from the real ones' mean: how many, their mean, that of their outer products,
+        # how many of each class, and its mean.
+        self.seen, self.seen_by_class = 0, torch.zeros(k, dtype=torch.float64, device=device)
+        self.first = [torch.zeros_like(mean) for mean in self._means]
+        self.second = [torch.zeros_like(root) for root in self._roots]
+        self.by_class = [torch.zeros_like(means) for means in self._class_means]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The losses [n] of the student's images x [n, C, H, W]; of use once it has seen more images than features."""
-        losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        self.seen += len(x)
+    @torch.no_grad()
+    def _of_real(self, images: Tensor) -> Iterator[list[Tensor]]:
+        for part in images.split(AT_ONCE):
+            yield list(self._rows(from_uint8(part.to(self._device))))
+
+    def __call__(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """The losses [n] of the student's images x [n, C, H, W] of classes y [n], if there are classes.
+
+        They are of use once more images were seen than there are features.
+        """
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
+        here = y.bincount(minlength=len(self.seen_by_class)).double()
+        self.seen, self.seen_by_class = self.seen + len(x), self.seen_by_class + here
         share = len(x) / min(self.seen, REMEMBERED)
+        shares = here / self.seen_by_class.clamp(min=1, max=REMEMBERED / len(here))
+        losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for i, rows in enumerate(self._rows(x)):
             apart = rows.double() - self._means[i]
             with torch.no_grad():
                 self.first[i].lerp_(apart.mean(dim=0), share)
                 self.second[i].lerp_(apart.T @ apart / len(x), share)
-                slope = self._slope(i)
+                sums = torch.zeros_like(self.by_class[i]).index_add_(0, y, apart)
+                self.by_class[i].lerp_(sums / here.clamp(min=1)[:, None], shares[:, None])
+                slope, off = self._slope(i), (self.by_class[i] - self._class_means[i])[y]
             centred = apart - self.first[i]
-            change = 2 * apart @ self.first[i] + (centred @ slope * centred).sum(dim=1)
+            change = 2 * apart @ self.first[i] + (centred @ slope * centred).sum(dim=1) + 2 * (apart * off).sum(dim=1)
             losses = losses + change / self._variances[i] / len(self._judges)
         return losses.float()
 
     def distance(self) -> float:
-        """The Fréchet distance over the real images' variance, of the student's latest images.
-
-        Summed over a judge's layers, the mean over judges.
-        """
+        """The distance of the student's latest images: summed over a judge's layers, the mean over judges."""
         total = 0.0
         for i, root in enumerate(self._roots):
             covariance = self._covariance(i)
             overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
             apart = self.first[i].square().sum() + covariance.trace() - 2 * overlap
-            total += float(apart) / self._variances[i] + 1
+            by_class = (self.by_class[i] - self._class_means[i]).square().sum(dim=1).mean()
+            total += float(apart + by_class) / self._variances[i] + 1
         return total / len(self._judges)
 
     def _covariance(self, i: int) -> Tensor:
@@ -89,12 +104,19 @@ class FeatureMatching:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"seen": self.seen, "first": self.first, "second": self.second}
+        return {
+            "seen": self.seen,
+            "seen_by_class": self.seen_by_class,
+            "first": self.first,
+            "second": self.second,
+            "by_class": self.by_class,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`."""
         self.seen = state["seen"]
-        for name in ("first", "second"):
+        self.seen_by_class = state["seen_by_class"].to(self.seen_by_class)
+        for name in ("first", "second", "by_class"):
             for own, saved in zip(getattr(self, name), state[name], strict=True):
                 own.copy_(saved)
 

@@ -150,7 +150,7 @@ class DistillTrainer:
         for iteration in range(-(-SEEN_FIRST // self.config.batch_size)):
             batch = self._batch(iteration)
             *_, (_, x) = walk(self.network, self.lesson.schedule, batch.x_T, batch.y, self.lesson.bf16, detached=True)
-            matching(x)
+            matching(x, batch.y)
 
     def _batch(self, iteration: int) -> Batch:
         """The batch of an iteration: its trajectories in an order that follows from seed and pass."""
