@@ -14,6 +14,7 @@ beside the neighbours. Not a test: pytest does not collect it.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -25,14 +26,10 @@ from pathlib import Path
 
 import torch
 
-from model import checkpoint
-from model.checkpoint import CheckpointConfig
-from model.diffusion import DiffusionConfig
-from tests.bench.networks import CONFIGS, ours
 from tests.bench.timing import circumstances
 from tests.bench.tree_server import TreeServer, trees
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 
 
 class Contender:
@@ -64,11 +61,24 @@ def neighbours(count: int) -> Iterator[None]:
             process.wait()
 
 
-def large(folder: Path) -> str:
-    """A checkpoint of Ho et al.'s network, whose weights are random."""
-    config = CheckpointConfig(CONFIGS["cifar10"], DiffusionConfig(), ())
-    checkpoint.save(folder / "ho2020.safetensors", ours(CONFIGS["cifar10"], CPU), config)
-    return str(folder / "ho2020.safetensors")
+LARGE = """
+import sys
+from model import checkpoint
+from model.diffusion import DiffusionConfig
+try:
+    from model.nn.unet import UNet, UNetConfig
+except ImportError:  # before it moved
+    from model.unet import UNet, UNetConfig
+config = checkpoint.CheckpointConfig(UNetConfig(), DiffusionConfig(), ())
+checkpoint.save(sys.argv[1], UNet(config.unet).state_dict(), config)
+"""
+
+
+def large(folder: Path, tree: Path) -> str:
+    """A checkpoint of Ho et al.'s network, whose weights are random, by a tree's own code: it reads no later format."""
+    made = str(folder / "ho2020.safetensors")
+    subprocess.run([sys.executable, "-c", LARGE, made], cwd=tree, env={**os.environ, "PYTHONPATH": "."}, check=True)
+    return made
 
 
 def measure(name: str, source: str, args: argparse.Namespace) -> None:
@@ -108,7 +118,8 @@ def main() -> None:
     print(circumstances(CPU))
     with tempfile.TemporaryDirectory() as folder:
         for name in args.checkpoints.split(","):
-            measure(name, large(Path(folder)) if name == "ho2020" else name, args)
+            oldest = Path(args.baseline or ROOT)
+            measure(name, large(Path(folder), oldest) if name == "ho2020" else name, args)
 
 
 if __name__ == "__main__":
