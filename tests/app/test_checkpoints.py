@@ -84,7 +84,7 @@ def test_a_path_may_have_commas_and_signs(runs: Path) -> None:
     assert parse(str(file)) == [Source("birds,2", file)]
     assert names(f"mnist,{file},{runs}/photos") == ["mnist", "birds,2", "photos"]
     assert parse(f"mnist , x={file}")[1] == Source("x", file)
-    there = "cifar10, mnist, mnist-fast, mnist-teacher"
+    there = "cifar10, cifar10-teacher, mnist, mnist-fast, mnist-teacher"
     assert refused(f"{runs}/a=b") == f"no checkpoint '{runs}/a=b': neither a file nor bundled ({there})"
 
 
