@@ -49,8 +49,8 @@ class DistillConfig:
     )
     real_images: str = _option(
         "",
-        "a data set, as for training.train, whose train images' mean, covariance and classes' means the student's shall "
-        "have in the layers of --features, for end_to_end; default: none, the teacher alone counts",
+        "a data set, as for training.train: the student's images shall have the mean, covariance and classes' means of "
+        "its train images, in the layers of --features, for end_to_end; default: none",
     )
     real_weight: float = _option(1.0, "of the distance to --real_images, beside that to the teacher")
 
