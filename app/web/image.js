@@ -26,6 +26,7 @@ async function enlarge(image, label) {
     remember({image, ...(label !== undefined && {class: label})});
     const done = await Promise.all(["xt", "x0"].map(view =>
       denoise({...shown.fields, view}, mine.signal, () => {}, (picture, step, steps) => {
+        if (mine.signal.aborted) return;  // the other view has said so
         if (shown[view].at(-1)?.step !== step) shown[view].push({step, picture});
         shown.steps = steps;
         if (view === "xt") look(shown.xt.length - 1);
