@@ -6,6 +6,7 @@ a single GPU", after Page's ResNet-9).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -90,9 +91,18 @@ class Classifier(nn.Module):
         self.stem.weight.copy_(both.reshape(self.stem.weight.shape))
         self.stem.bias.copy_(-both @ patches.mean(dim=0))
 
+    def layers(self, x: Tensor) -> Iterator[Tensor]:
+        """x [N, C, H, W] in [-1, 1] → what the stem and each group make of it, [N, channels, h, w]."""
+        h = F.gelu(self.stem(x))
+        yield h
+        for group in self.groups:
+            h = group(h)
+            yield h
+
     def features(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] in [-1, 1] → what the last layer sees, [N, 4·width]: maxima over the image."""
-        return self.groups(F.gelu(self.stem(x))).amax(dim=(2, 3))
+        *_, last = self.layers(x)
+        return last.amax(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] in [-1, 1] → logits [N, num_classes]."""

@@ -129,9 +129,6 @@ def _distance(judge: Classifier, x: Tensor, target: Tensor, bf16: bool) -> Tenso
 
 
 def _layers(judge: Classifier, x: Tensor) -> Iterator[Tensor]:
-    h = F.gelu(judge.stem(x.contiguous(memory_format=torch.channels_last)))
-    yield F.normalize(h.float(), dim=1)
-    for group in judge.groups:
-        h = group(h)
+    for h in judge.layers(x.contiguous(memory_format=torch.channels_last)):
         yield F.normalize(h.float(), dim=1)
     yield F.normalize(h.float().amax(dim=(2, 3)), dim=1)

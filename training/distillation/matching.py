@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.images import from_uint8
@@ -123,9 +122,6 @@ class FeatureMatching:
 
 def _pooled(judge: Classifier, x: Tensor) -> Iterator[Tensor]:
     """Of each layer the mean over places, and of the last one the maximum, too: [n, channels] each, float32."""
-    h = F.gelu(judge.stem(x.contiguous(memory_format=torch.channels_last)))
-    yield h.mean(dim=(2, 3))
-    for group in judge.groups:
-        h = group(h)
+    for h in judge.layers(x.contiguous(memory_format=torch.channels_last)):
         yield h.mean(dim=(2, 3))
     yield h.amax(dim=(2, 3))

@@ -26,10 +26,7 @@ def feature_distance(network: Classifier) -> Distance:
     length 1 at every place, and squared differences summed over channels, averaged over places. Plus 0.1 × pixels."""
 
     def layers(x: Tensor) -> list[Tensor]:
-        found = [F.gelu(network.stem(x))]
-        for group in network.groups:
-            found.append(group(found[-1]))
-        return [F.normalize(layer.float(), dim=1) for layer in found]
+        return [F.normalize(layer.float(), dim=1) for layer in network.layers(x)]
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
