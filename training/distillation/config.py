@@ -50,7 +50,7 @@ class DistillConfig:
     real_images: str = _option(
         "",
         "a data set, as for training.train: the student's images shall have the mean, covariance and classes' means of "
-        "its train images, in the layers of --features, for end_to_end; default: none",
+        "its train images, in the layers of --features and in looks, for end_to_end; default: none",
     )
     real_weight: float = _option(1.0, "of the distance to --real_images, beside that to the teacher")
 

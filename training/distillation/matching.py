@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.images import from_uint8
@@ -17,6 +18,8 @@ from training.evaluation.statistics import Moments, square_root
 AT_ONCE = 500  # real images that go through the judge together
 REMEMBERED = 4096  # about how many of the student's images its mean and covariance are of
 SMALLEST = 1e-10  # an eigenvalue of their product, of the largest, which smaller ones count as
+GRID = 8  # places across and down whose brightness and colour are compared
+COLOUR = 3  # what colour counts for beside brightness, from which it is about a third as far in photographs
 
 
 class FeatureMatching:
@@ -24,7 +27,8 @@ class FeatureMatching:
 
     The student's mean and covariance are moving averages. A batch's loss is how the distance changes with the part
     that its images have in them, so its gradient is right on average for a batch of any size. Distances are of each of
-    the judges' layers, averaged over places, and of their features; each is divided by the real images' variance.
+    the judges' layers, averaged over places, of their features, and of what classifiers overlook: brightness, colour
+    and grain of the pixels, which count as much as one judge. Each is divided by the real images' variance.
     The squared distance of each class's mean to that of its real images is added, its own mean over classes.
     """
 
@@ -40,6 +44,7 @@ class FeatureMatching:
             torch.stack([x[i::k].mean(dim=0) for i in range(k)]) - m for x, m in zip(rows, self._means, strict=True)
         ]
         self._variances = [float(m.covariance.trace()) for m in moments]
+        self._units = [variance * (len(judges) + 1) for variance in self._variances]
         self._roots = [square_root(m.covariance).to(device) for m in moments]
         # Of the student's images, all from the real ones' mean: how many, their mean, that of their outer products,
         # how many of each class, and its mean.
@@ -74,19 +79,19 @@ class FeatureMatching:
                 slope, off = self._slope(i), (self.by_class[i] - self._class_means[i])[y]
             centred = apart - self.first[i]
             change = 2 * apart @ self.first[i] + (centred @ slope * centred).sum(dim=1) + 2 * (apart * off).sum(dim=1)
-            losses = losses + change / self._variances[i] / len(self._judges)
+            losses = losses + change / self._units[i]
         return losses.float()
 
     def distance(self) -> float:
-        """The distance of the student's latest images: summed over a judge's layers, the mean over judges."""
+        """The distance of the student's latest images: summed over layers, the mean over judges and pixels."""
         total = 0.0
         for i, root in enumerate(self._roots):
             covariance = self._covariance(i)
             overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
             apart = self.first[i].square().sum() + covariance.trace() - 2 * overlap
             by_class = (self.by_class[i] - self._class_means[i]).square().sum(dim=1).mean()
-            total += float(apart + by_class) / self._variances[i] + 1
-        return total / len(self._judges)
+            total += (float(apart + by_class) + self._variances[i]) / self._units[i]
+        return total
 
     def _covariance(self, i: int) -> Tensor:
         return self.second[i] - torch.outer(self.first[i], self.first[i])
@@ -99,7 +104,9 @@ class FeatureMatching:
         return torch.eye(len(root), dtype=root.dtype, device=root.device) - root @ inverse @ root
 
     def _rows(self, x: Tensor) -> Iterator[Tensor]:
-        return (rows for judge in self._judges for rows in _pooled(judge, x))
+        for judge in self._judges:
+            yield from _pooled(judge, x)
+        yield from _looks(x)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
@@ -125,3 +132,16 @@ def _pooled(judge: Classifier, x: Tensor) -> Iterator[Tensor]:
     for h in judge.layers(x.contiguous(memory_format=torch.channels_last)):
         yield h.mean(dim=(2, 3))
     yield h.amax(dim=(2, 3))
+
+
+def _looks(x: Tensor) -> Iterator[Tensor]:
+    """Of images [n, C, H, W] brightness and colour at each place [n, C · places], and grain [n, 4 · C].
+
+    Grain is how far neighbours differ, of even and odd places apart: a grid of 2 × 2 pixels shows in it.
+    """
+    small = F.adaptive_avg_pool2d(x, GRID)
+    brightness = small.mean(dim=1, keepdim=True)
+    yield (brightness + COLOUR * (small - brightness)).flatten(1)
+    across, down = x.diff(dim=3).abs(), x.diff(dim=2).abs()
+    halves = (across[..., ::2], across[..., 1::2], down[:, :, ::2], down[:, :, 1::2])
+    yield torch.cat([half.mean(dim=(2, 3)) for half in halves], dim=1)

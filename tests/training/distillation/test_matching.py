@@ -1,12 +1,13 @@
 """The loss that makes a student's images, as a set, be like real ones."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.images import from_uint8
+from model.images import from_uint8, to_uint8
 from training.classifier.network import Classifier, ClassifierConfig
 from training.data import Images
 from training.distillation import matching
@@ -46,6 +47,7 @@ def test_the_distance_is_frechets_over_the_real_images_variance(
 ) -> None:
     """And the classes' means are in it. Of one layer here; a moving average divides by n, `Moments` by n - 1."""
     monkeypatch.setattr(matching, "_pooled", lambda judge, x: [judge.features(x)])
+    monkeypatch.setattr(matching, "_looks", lambda x: [])
     ours, theirs = (judge.features(x) for x in (students(), from_uint8(real.images)))
     a, b = (Moments(ours.shape[1]).add(rows) for rows in (ours, theirs))
     matched = new()
@@ -53,7 +55,7 @@ def test_the_distance_is_frechets_over_the_real_images_variance(
         matched(part, y)
     by_class = torch.stack([ours[k == Y].mean(dim=0) - theirs[k == Y].mean(dim=0) for k in range(3)])
     distance = frechet_distance(a, b) + float(by_class.square().sum(dim=1).mean())
-    assert matched.distance() == pytest.approx(distance / float(b.covariance.trace()), rel=0.01)
+    assert 2 * matched.distance() == pytest.approx(distance / float(b.covariance.trace()), rel=0.01)
     matched = new()
     matched(from_uint8(real.images), Y)
     assert matched.distance() == pytest.approx(0, abs=1e-4)
@@ -84,6 +86,60 @@ def test_batches_have_the_gradient_of_their_set(new: Callable[[], FeatureMatchin
         parts.append(torch.autograd.grad(again(part, y).sum() / COUNT, x)[0])
     apart = torch.stack(parts).sum(dim=0) - whole
     assert float(apart.norm()) < 0.1 * float(whole.norm())
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        pytest.param(lambda x: x.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1), id="grey"),
+        pytest.param(lambda x: torch.where(Y.bool()[:, None, None, None], x, x.roll(1, 1)), id="a class's colours"),
+        pytest.param(lambda x: x + 0.2, id="brighter"),
+        pytest.param(lambda x: x.lerp(x.roll(1, 3), 0.3), id="blurred"),
+    ],
+)
+def test_what_classifiers_overlook_counts(
+    spoiled: Callable[[Tensor], Tensor], judge: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matching, "_pooled", lambda judge, x: [])
+    hue = torch.eye(3)[Y][:, :, None, None]
+    draws = [torch.rand(COUNT, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    a, b = (0.5 * hue + 0.8 * x - 0.7 for x in draws)
+    real = Images(to_uint8(a), Y, ("cat", "dog", "emu"), "pictures")
+    distances = []
+    for x in (b, spoiled(b)):
+        matched = FeatureMatching([judge], real, 3, torch.device("cpu"))
+        matched(x, Y)
+        distances.append(matched.distance())
+    assert distances[1] > 1.5 * distances[0]
+
+
+def test_a_grid_of_2_by_2_counts(judge: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same squares, which begin at any place in real images, and always at even ones in the student's."""
+    monkeypatch.setattr(matching, "_pooled", lambda judge, x: [])
+    draws = [torch.rand(COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) - 0.5 for seed in (1, 2)]
+    a, b = (x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in draws)
+    anywhere = [
+        torch.stack([image.roll((i // 3 % 2, i // 3 % 2), (1, 2)) for i, image in enumerate(x)]) for x in (a, b)
+    ]
+    real = Images(to_uint8(anywhere[0]), Y, ("cat", "dog", "emu"), "pictures")
+    distances = []
+    for x in (anywhere[1], b):
+        matched = FeatureMatching([judge], real, 3, torch.device("cpu"))
+        matched(x, Y)
+        distances.append(matched.distance())
+    assert distances[1] > 5 * distances[0]
+
+
+def test_grey_images_in_three_channels_teach_grey(real: Images) -> None:
+    torch.manual_seed(0)
+    judge = Classifier(ClassifierConfig(3, (8, 8), 3, width=3)).eval().requires_grad_(False)
+    real = replace(real, images=real.images.expand(-1, 3, -1, -1))
+    matched = FeatureMatching([judge], real, 3, torch.device("cpu"))
+    coloured = (students().expand(-1, 3, -1, -1) + torch.tensor([0.1, 0, -0.1])[:, None, None]).requires_grad_()
+    matched(coloured.detach(), Y)
+    (gradient,) = torch.autograd.grad(matched(coloured, Y).sum(), coloured)
+    assert matched.distance() < 100
+    assert gradient[:, 0].mean() > 0 > gradient[:, 2].mean()
 
 
 def test_a_state_goes_on(new: Callable[[], FeatureMatching]) -> None:
