@@ -24,6 +24,7 @@ from app.engine.workers import WorkerPool
 from model.backends.compile import compile_for_inference
 from model.backends.cuda import CudaRecorder, Record
 from model.backends.openvino import compile_openvino
+from model.backends.recorded import RecordedNetwork
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
 from model.sampling.noise import normals, normals_of
@@ -198,9 +199,11 @@ class ModelRunner:
         self.micro_batch_size = self.sizes[-1]
         if self._record is not None:
             yield from self._capture(self._record)
-        for size in self.sizes if self.device.type == "cpu" and self.runtime == "torch" else ():
-            yield
-            self._network(*take_last(size, x, t, y))  # again: so it is recorded (see `model.backends.recorded`)
+        if isinstance(network := self._network, RecordedNetwork):
+            for size in self.sizes:
+                yield
+                if not network.record(*take_last(size, x, t, y)):
+                    break  # larger calls take longer
         self._sizes_found = True
 
     def _try_batch(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:

@@ -1,15 +1,18 @@
 """A packed network's calls, recorded once for each shape and played without Python.
 
-A call on a CPU is hundreds of operations of some 20 µs. Python takes a tenth of a call to ask for them and holds its
-lock meanwhile, so two threads that run the same network wait for one another. TorchScript's interpreter asks for the
-same operations and needs no lock. It is deprecated, but nothing else that torch has does this without a compiler.
+A small network's call on a CPU is hundreds of operations of some 20 µs. Python takes a tenth of it to ask for them and
+holds its lock meanwhile, so two threads that run the same network wait for one another. TorchScript's interpreter asks
+for the same operations and needs no lock. It is deprecated, but nothing else that torch has does this without a
+compiler. A large network's operations take so long that this is no gain.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -21,6 +24,7 @@ from model.backends.packed_conv import PackedConv
 log = logging.getLogger("ddpm.model")
 
 MOST_SHAPES = 64  # that are recorded; the others run operation by operation
+LONGEST_S = 0.1  # of a call that is recorded, of the processor's time
 PLAYS = 2  # until the interpreter has seen and simplified a recording
 
 
@@ -37,14 +41,15 @@ class PackedNetwork(Protocol):
 class RecordedNetwork:
     """`network` as a function of x [N, C, H, W], t [N], y [N] or None.
 
-    A shape of x that comes a second time is recorded. The recording must give the same bits; if it doesn't, or can't
-    be made, the network runs operation by operation from then on, and the log says so. Threads may call it.
+    A shape of x that comes a second time is recorded if that call is short: making a recording takes four. It must give
+    the same bits; if it doesn't, or can't be made, the network runs operation by operation from then on, and the log
+    says so. Threads may call it.
     """
 
     def __init__(self, network: PackedNetwork) -> None:
         self.network = network
         self._lock = threading.Lock()
-        self._seen: set[torch.Size] = set()
+        self._calls: Counter[torch.Size] = Counter()
         self.recordings: dict[torch.Size, Callable[..., Tensor]] = {}  # by the shape of x
         self._weights: tuple[Tensor, ...] = ()
         self._works = True
@@ -54,14 +59,20 @@ class RecordedNetwork:
         embedded = self.network.embed(t, y)
         if recording := self.recordings.get(x.shape):
             return recording(x, embedded, *self._weights)
+        began = time.thread_time()
         out = self.network.forward(x, embedded)
+        is_long = time.thread_time() - began > LONGEST_S
         if self._works and len(self.recordings) < MOST_SHAPES:
             with self._lock:
-                if x.shape not in self._seen:
-                    self._seen.add(x.shape)
-                elif x.shape not in self.recordings:
+                self._calls[x.shape] += 1
+                if self._calls[x.shape] == 2 and not is_long:
                     self._record(x, embedded, out)
         return out
+
+    def record(self, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
+        """Calls it once more. Whether calls of this shape are recorded now."""
+        self(x, t, y)
+        return x.shape in self.recordings
 
     def _record(self, x: Tensor, embedded: Tensor, out: Tensor) -> None:
         convs = list(_convolutions(self.network))

@@ -214,6 +214,19 @@ def test_warm_up_records_calls_that_are_right_for_noise(
     assert not warmed_up().recordings
 
 
+def test_warm_up_tries_no_call_again_that_is_longer_than_a_long_one(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "LONGEST_S", 0)
+    runner, ran = ModelRunner(checkpoint, CPU, micro_batch_size=3), list[int]()
+    assert isinstance(network := runner._network, RecordedNetwork)
+    forward = network.network.forward
+    monkeypatch.setattr(network.network, "forward", lambda x, y: (ran.append(len(x)), forward(x, y))[1])
+    for _ in runner.find_invariant_sizes():
+        pass
+    assert ran == [3, 2, 1, 1]
+
+
 def test_calls_have_eight_rows_on_a_cpu_openvinos_of_small_networks_more(checkpoint: Checkpoint) -> None:
     assert default_micro_batch_size(checkpoint.network, CPU, "openvino") == 32
     with torch.device("meta"):

@@ -116,6 +116,16 @@ def test_there_are_not_endlessly_many(forward: RecordedNetwork, tiny: UNet, monk
     assert sorted(shape[0] for shape in forward.recordings) == [1, 2]
 
 
+def test_long_calls_are_not_recorded(forward: RecordedNetwork, tiny: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor later, in the middle of a service, where such a call happens to be quick."""
+    monkeypatch.setattr(recorded, "LONGEST_S", 0)
+    for _ in range(3):
+        forward(*inputs(tiny, 2))
+    monkeypatch.undo()
+    forward(*inputs(tiny, 2))
+    assert not forward.recordings
+
+
 def test_nothing_is_left_of_a_network_that_goes(tiny: UNet) -> None:
     """Nor does it wait for the garbage collector, which the server keeps from what it began with."""
     forward = compile_for_inference(tiny, CPU, "fp32")
