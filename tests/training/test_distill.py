@@ -183,14 +183,19 @@ def real_images(image_folder: Callable[..., Path], save_extractor: Callable[...,
 def test_a_student_of_real_images_is_nearer_to_them(
     words: list[str], real_images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "SEEN_FIRST", 64)
+    monkeypatch.setattr(trainer, "SHOWN", 64)
     monkeypatch.setattr(matching, "REMEMBERED", 64)
     words = [*words, *real_images, "--batch_size", "32", "--iterations", "24", "--checkpoint_rate", "12"]
     ends = {}
     for weight in ("0", "10"):
         assert distill.main([*words, "--real_weight", weight, "--run_name", weight]) == 0
-        ends[weight] = [line["distance_to_real"] for line in log(tmp_path / "runs" / weight) if "train_loss" in line]
+        run = tmp_path / "runs" / weight
+        ends[weight] = [line["distance_to_real"] for line in log(run) if "train_loss" in line]
     assert ends["10"][-1] < 0.5 * ends["0"][-1]
+    judged = {line["validation_real"]: line["iteration"] for line in log(run) if "validation_real" in line}
+    assert len(judged) == 2
+    assert checkpoint.load(str(run / "best.safetensors")).config.provenance["iterations"] == judged[min(judged)]
+    assert not set(judged) & set(ends["10"])  # of the average's images, which it has not learned from
     monkeypatch.setattr(trainer, "learning_rate", lambda config, iteration: 1e-3)  # not that of a shorter run
     for name in ("whole", "half"):
         assert distill.main([*words, "--run_name", name, "--iterations", "4" if name == "half" else "8"]) == 0

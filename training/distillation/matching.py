@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,12 +47,22 @@ class FeatureMatching:
         self._variances = [float(m.covariance.trace()) for m in moments]
         self._units = [variance * (len(judges) + 1) for variance in self._variances]
         self._roots = [square_root(m.covariance).to(device) for m in moments]
-        # Of the student's images, all from the real ones' mean: how many, their mean, that of their outer products,
-        # how many of each class, and its mean.
-        self.seen, self.seen_by_class = 0, torch.zeros(k, dtype=torch.float64, device=device)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Of the student's images, all from the real ones' mean: how many, their mean, that of their outer products,
+        how many of each class, and its mean."""
+        classes = len(self._class_means[0])
+        self.seen, self.seen_by_class = 0, torch.zeros(classes, dtype=torch.float64, device=self._device)
         self.first = [torch.zeros_like(mean) for mean in self._means]
         self.second = [torch.zeros_like(root) for root in self._roots]
         self.by_class = [torch.zeros_like(means) for means in self._class_means]
+
+    def anew(self) -> FeatureMatching:
+        """A comparison with the same real images, of no images of a student yet."""
+        other = copy.copy(self)
+        other._begin()
+        return other
 
     @torch.no_grad()
     def _of_real(self, images: Tensor) -> Iterator[list[Tensor]]:

@@ -35,7 +35,8 @@ from training.run.run_dir import RunDir
 from training.run.signals import StopSignals
 
 HELD_OUT = 64  # trajectories at the beginning of the file, by which students are compared
-SEEN_FIRST = 1024  # images of the student, before its first update, that are compared with real ones
+SHOWN = 1024  # images of a student that are compared with real ones: before its first update, and of its average
+FRESH = 2**31  # where noise begins that no trajectory has
 ALONE = DistributedContext()
 
 
@@ -142,15 +143,16 @@ class DistillTrainer:
         self._held_out = Batch(x_T, states[:, self._points], self.trajectories.classes(indices), x_T, x_T[:, 0, 0, 0])
         self.lesson = self._lesson_of(schedule)
         if self._matching is not None and self.iteration == 0:
-            self._look_at_first(self._matching)
+            self._show(self.network, self._matching)  # so that the first update knows where it stands
 
     @torch.no_grad()
-    def _look_at_first(self, matching: FeatureMatching) -> None:
-        """Shows what a student makes that has not learned yet, so that its first update knows where it stands."""
-        for iteration in range(-(-SEEN_FIRST // self.config.batch_size)):
-            batch = self._batch(iteration)
-            *_, (_, x) = walk(self.network, self.lesson.schedule, batch.x_T, batch.y, self.lesson.bf16, detached=True)
-            matching(x, batch.y)
+    def _show(self, network: AnyUNet, matching: FeatureMatching) -> FeatureMatching:
+        """Images of a student, of noise from which it does not learn."""
+        for part in torch.arange(FRESH, FRESH + SHOWN).split(self.config.batch_size):
+            x_T, y = self.trajectories.x_T(part), self.trajectories.classes(part)
+            *_, (_, x) = walk(network, self.lesson.schedule, x_T, y, self.lesson.bf16, detached=True)
+            matching(x, y)
+        return matching
 
     def _batch(self, iteration: int) -> Batch:
         """The batch of an iteration: its trajectories in an order that follows from seed and pass."""
@@ -209,11 +211,13 @@ class DistillTrainer:
         network.load_state_dict(self.ema.weights)
         network.eval()
         distance, by_features = self._validate(network)
-        self.run.log(iteration=self.iteration, validation_loss=distance, validation_features=by_features)
         judged = finite(distance if by_features is None else by_features, self.iteration)
+        numbers = {"validation_loss": distance, "validation_features": by_features}
         if self._matching is not None:
-            judged = self._matching.distance()
-        is_best, self.best = judged < self.best, min(self.best, judged)
+            numbers["validation_real"] = judged = self._show(network, self._matching.anew()).distance()
+        self.run.log(iteration=self.iteration, **numbers)
+        is_best = judged < self.best
+        self.best = min(self.best, judged)
         self.run.save(self.iteration, self.ema.weights, self._checkpoint_config(distance), self.state_dict(), is_best)
         schedule, classes = self.lesson.schedule, network.config.num_classes
         labels = None if classes is None else range(min(NUM_PREVIEW, classes))

@@ -219,7 +219,8 @@ def test_warm_up_tries_no_call_again_that_is_longer_than_a_long_one(
 ) -> None:
     monkeypatch.setattr(recorded, "LONGEST_S", 0)
     runner, ran = ModelRunner(checkpoint, CPU, micro_batch_size=3), list[int]()
-    assert isinstance(network := runner._network, RecordedNetwork)
+    network = runner._network
+    assert isinstance(network, RecordedNetwork)
     forward = network.network.forward
     monkeypatch.setattr(network.network, "forward", lambda x, y: (ran.append(len(x)), forward(x, y))[1])
     for _ in runner.find_invariant_sizes():
