@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from operator import is_
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ class ModelRunner:
             self._network = compile_for_inference(checkpoint.network, device, precision)
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
         self._graphs: CUDAGraphRunner | None = None
+        self._whole: list[tuple[Tensor, tuple[Tensor, ...]]] = []  # x, x0, x0 before of the last step; their rows
         self._last_timestep = checkpoint.config.diffusion.num_timesteps - 1
         self.sizes = [micro_batch_size]  # numbers of rows that may run, ascending
         self._sizes_found = False
@@ -129,11 +131,19 @@ class ModelRunner:
         """Their next x and x_0, and whose x is finite, kernel by kernel."""
         if self._graphs is not None:
             self._graphs.slots.evict(samples)
-        x = torch.stack([s.x for s in samples])  # type: ignore[misc]
-        x0_prev = torch.stack([s.x0 for s in samples]) if batch.uses("c") else None  # type: ignore[misc]
-        x0_prev2 = torch.stack([s.x0_prev for s in samples]) if batch.uses("d") else None  # type: ignore[misc]
+        x = self._stacked([s.x for s in samples])
+        x0_prev = self._stacked([s.x0 for s in samples]) if batch.uses("c") else None
+        x0_prev2 = self._stacked([s.x0_prev for s in samples]) if batch.uses("d") else None
         x_next, x0 = self._update(batch, x, x0_prev, x0_prev2, kept_parts(samples, x))
-        return list(zip(x_next.unbind(), x0.unbind(), strict=True)), finite_rows(x_next)
+        self._whole = [(x_next, x_next.unbind()), (x0, x0.unbind()), *self._whole[1:2]]
+        return list(zip(self._whole[0][1], self._whole[1][1], strict=True)), finite_rows(x_next)
+
+    def _stacked(self, states: Sequence[Tensor | None]) -> Tensor:
+        """One tensor of them: not a copy where the last steps were of the same samples."""
+        for whole, rows in self._whole:
+            if len(rows) == len(states) and all(map(is_, rows, states)):
+                return whole
+        return torch.stack(list(states))  # type: ignore[arg-type]
 
     def _update(
         self, batch: Batch, x: Tensor, x0_prev: Tensor | None, x0_prev2: Tensor | None, kept: Kept | None = None
@@ -250,7 +260,7 @@ class ModelRunner:
             states = [of(sample) for sample in samples]
         else:
             states = [s.x0 if view == "x0" else s.x for s in samples]  # type: ignore[misc]
-        return to_uint8(torch.stack(states)).cpu().numpy()
+        return to_uint8(self._stacked(states)).cpu().numpy()
 
     def autotune(self) -> Generator[None, None, tuple[int, int]]:
         """How many rows a step usually has, and how many at most. Yields after each call."""
@@ -293,6 +303,7 @@ class ModelRunner:
 
     def free_memory(self) -> None:
         """Gives back what the allocator keeps for later; another shape may need it."""
+        self._whole.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         else:

@@ -68,6 +68,34 @@ def test_mixed_samplers_in_one_batch_equal_the_naive_loop(checkpoint: Checkpoint
         assert torch.allclose(got, expected, atol=2e-5)
 
 
+def test_a_step_of_the_same_samples_copies_no_states(
+    checkpoint: Checkpoint, mixed: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another order they are stacked anew; `test_mixed_samplers…` and those below tell of the numbers."""
+    runner, copied = ModelRunner(checkpoint, CPU, micro_batch_size=4), list[int]()
+    stack = torch.stack
+
+    def counting(tensors: list[Tensor], dim: int = 0) -> Tensor:
+        if tensors[0].dim() == 3:  # states, and not embedded timesteps
+            copied.append(len(tensors))
+        return stack(tensors, dim)
+
+    samples = [s for request in mixed for s in request.samples]
+    runner.init_latents(samples)
+    runner.step(samples)
+    monkeypatch.setattr(torch, "stack", counting)
+    runner.step(samples)
+    assert copied == []
+    states = [s.x.clone() for s in samples if s.x is not None]
+    images = runner.to_images(samples, "xt")
+    assert copied == []
+    assert (runner.to_images(samples[::-1], "xt") == images[::-1]).all()
+    assert copied == [6]
+    runner.step(samples[:2])
+    assert copied == [6, 2]
+    assert all(torch.equal(a, b.x) for a, b in zip(states[2:], samples[2:], strict=True) if b.x is not None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
 def test_an_image_does_not_depend_on_its_mates_to_the_last_bit(
