@@ -22,7 +22,7 @@ ROUNDS = 3  # of all sizes in turn, so that a disturbance meets them alike; medi
 STEP_OVERHEAD_S = 1e-3  # of a step: what the engine does
 LATENCY_SLACK, THROUGHPUT_SLACK = 1.2, 1.02  # times the least per row; the times are uncertain by some percent
 TIME_BUDGET_S = 2.5  # that it may take; larger batches are not tried where they would take longer
-FREE_CALLS = 4  # times as many calls as else, where they cost nothing
+FREE_CALLS = 16  # times as many calls as else, where they cost nothing
 MIN_TIMEABLE_S = 2e-4  # such a call tells of the clock, not of the network
 
 

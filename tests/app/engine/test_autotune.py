@@ -88,7 +88,7 @@ def test_a_workers_call_is_timed_from_one_row_on() -> None:
     assert tuned(lambda rows: 0.01 * rows) == ((3, 24), {1, 2, 4, 8})
     assert tuned(lambda rows: 0.006 * rows + 0.005) == ((12, 48), {1, 2, 4, 8})
     assert tuned(lambda rows: 1.0 * rows) == ((3, 48), {8}), "a network so slow has no use for more"
-    assert tuned(lambda rows: 0.0) == ((24, 192), {8}), "calls that cost nothing"
+    assert tuned(lambda rows: 0.0) == ((24, 768), {8}), "calls that cost nothing"
 
 
 def test_what_does_not_fit_into_the_memory_is_not_allowed() -> None:
