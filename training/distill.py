@@ -134,20 +134,33 @@ def load_real_images(
     """What compares with the --real_images. Raises ValueError where they are others than the teacher's."""
     if not config.real_images:
         return None
-    unet, cache = teacher.config.unet, expanded(config.log_dir, "--log_dir")
+    unet, source = teacher.config.unet, f"--real_images {config.real_images}"
     images, _ = data.load(
-        config.real_images, unet.image_size, use_labels=unet.num_classes is not None, cache=cache, quiet=True
+        config.real_images,
+        unet.image_size,
+        use_labels=unet.num_classes is not None,
+        cache=expanded(config.log_dir, "--log_dir"),
     )
     if tuple(images.images.shape[1:]) != unet.image_shape:
         raise ValueError(
-            f"--real_images {config.real_images} are of (channels, height, width) {tuple(images.images.shape[1:])}, "
+            f"{source} are of (channels, height, width) {tuple(images.images.shape[1:])}, "
             f"the teacher makes {unet.image_shape}"
         )
-    if unet.num_classes not in (None, len(images.class_names)):
-        raise ValueError(
-            f"--real_images {config.real_images} has {len(images.class_names)} classes, the teacher {unet.num_classes}"
-        )
-    return FeatureMatching(judges, images, unet.num_classes, device)
+    if unet.num_classes is not None:
+        images = images.ordered_as(teacher.config.class_names)
+        if images.class_names != teacher.config.class_names:
+            here, there = ", ".join(images.class_names), ", ".join(teacher.config.class_names)
+            raise ValueError(f"{source}: its classes are {here}, the teacher's {there}")
+    try:
+        with memory_for("the features of real images", "give smaller --features"):
+            matching = FeatureMatching(judges, images, unet.num_classes, device)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    equally = "" if unet.num_classes is None else ", equally many of each class"
+    print(f"{source}: {matching.count} of {len(images)} train images are compared{equally}", file=sys.stderr)
+    if matching.count <= matching.features:
+        print(f"{source}: so few, beside {matching.features} features of a layer, teach little", file=sys.stderr)
+    return matching
 
 
 def parse(argv: list[str] | None) -> tuple[DistillConfig, bool]:

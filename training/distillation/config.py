@@ -50,7 +50,8 @@ class DistillConfig:
     real_images: str = _option(
         "",
         "a data set, as for training.train: the student's images shall have the mean, covariance and classes' means of "
-        "its train images, in the layers of --features and in looks, for end_to_end; default: none",
+        "its train images, equally many of each class, in the layers of --features and in looks, for end_to_end; "
+        "default: none",
     )
     real_weight: float = _option(1.0, "of the distance to --real_images, beside that to the teacher")
 
@@ -86,8 +87,8 @@ class DistillConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup", "grad_clip", "trajectories", "feature_weight", "anchor", "real_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must not be negative, as {getattr(self, name)} is")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must not be negative or infinite, as {getattr(self, name)} is")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ValueError(f"--guidance_scale must be finite, not {self.guidance_scale}")
         if not 0 < self.learning_rate < 1:
@@ -106,8 +107,14 @@ class DistillConfig:
             raise ValueError("--features compare images: --method guidance makes none")
         if self.anchor and self.method != "end_to_end":
             raise ValueError(f"--anchor is for --method end_to_end, not {self.method}")
-        if self.real_images and (self.method != "end_to_end" or not self.features):
-            raise ValueError("--real_images is for --method end_to_end, and needs --features to compare by")
+        if self.features and not all(path.strip() for path in self.features.split(",")):
+            raise ValueError(f"--features {self.features}: a name is missing")
+        if self.real_images and self.method != "end_to_end":
+            raise ValueError(f"--real_images is for --method end_to_end, not {self.method}")
+        if self.real_images and not self.features:
+            raise ValueError("--real_images needs --features to compare by")
+        if self.real_weight != 1 and not self.real_images:
+            raise ValueError(f"--real_weight {self.real_weight:g} is of --real_images: name a data set")
         if not self.run_name:
             object.__setattr__(self, "run_name", datetime.now().strftime("distill-%Y-%m-%d-%H-%M"))
         if Path(self.run_name).name != self.run_name or self.run_name == "..":

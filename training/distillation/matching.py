@@ -13,6 +13,7 @@ from torch import Tensor
 from model.images import from_uint8
 from training.classifier.network import Classifier
 from training.data import Images
+from training.data_record import fingerprint
 from training.evaluation.metrics import balanced
 from training.evaluation.statistics import Moments, square_root
 
@@ -30,7 +31,11 @@ class FeatureMatching:
     that its images have in them, so its gradient is right on average for a batch of any size. Distances are of each of
     the judges' layers, averaged over places, of their features, and of what classifiers overlook: brightness, colour
     and grain of the pixels, which count as much as one judge. Each is divided by the real images' variance.
-    The squared distance of each class's mean to that of its real images is added, its own mean over classes.
+    Where there are classes, as many real images of each are compared, and the squared distance of each class's mean to
+    that of its real images is added, its own mean over classes.
+
+    Raises ValueError where the real images do not differ, or are fewer than two. `count` says how many are compared,
+    `features` how many the largest layer has, `fingerprint` which images they are.
     """
 
     def __init__(
@@ -38,13 +43,15 @@ class FeatureMatching:
     ) -> None:
         self._judges, self._device = judges, device
         order, k = balanced(real, num_classes), num_classes or 1
-        rows = [torch.cat(parts).double() for parts in zip(*self._of_real(real.images[order]), strict=True)]
-        moments = [Moments(x.shape[1]).add(x) for x in rows]  # of each layer
+        self.fingerprint = fingerprint(real)
+        self.count, self._of_classes = len(order), float(num_classes is not None)
+        moments, sums = self._of_real(real.images, order, k)
         self._means = [m.mean.to(device) for m in moments]
-        self._class_means = [
-            torch.stack([x[i::k].mean(dim=0) for i in range(k)]) - m for x, m in zip(rows, self._means, strict=True)
-        ]
+        self._class_means = [s.to(device) * k / len(order) - m for s, m in zip(sums, self._means, strict=True)]
         self._variances = [float(m.covariance.trace()) for m in moments]
+        if any(v <= SMALLEST * float(m.square().sum()) for v, m in zip(self._variances, self._means, strict=True)):
+            raise ValueError("the real images are too alike: in a layer, or in brightness or grain, none differs")
+        self.features = max(map(len, self._means))
         self._units = [variance * (len(judges) + 1) for variance in self._variances]
         self._roots = [square_root(m.covariance).to(device) for m in moments]
         self._begin()
@@ -65,20 +72,33 @@ class FeatureMatching:
         return other
 
     @torch.no_grad()
-    def _of_real(self, images: Tensor) -> Iterator[list[Tensor]]:
-        for part in images.split(AT_ONCE):
-            yield list(self._rows(from_uint8(part.to(self._device))))
+    def _of_real(self, images: Tensor, order: Tensor, classes: int) -> tuple[list[Moments], list[Tensor]]:
+        """Of each layer the moments, and the sum over each class [classes, F], which follow one another in `order`."""
+        moments: list[Moments] = []
+        sums: list[Tensor] = []
+        for places in torch.arange(len(order)).split(AT_ONCE):
+            for i, rows in enumerate(self._rows(from_uint8(images[order[places]].to(self._device)))):
+                rows = rows.double().cpu()
+                if i == len(moments):
+                    moments.append(Moments(rows.shape[1]))
+                    sums.append(torch.zeros(classes, rows.shape[1], dtype=torch.float64))
+                moments[i].add(rows)
+                sums[i].index_add_(0, places % classes, rows)
+        return moments, sums
 
     def __call__(self, x: Tensor, y: Tensor | None) -> Tensor:
         """The losses [n] of the student's images x [n, C, H, W] of classes y [n], if there are classes.
 
-        They are of use once more images were seen than there are features.
+        They are of use once more images were seen than there are features. Images that are not finite are not seen:
+        their losses aren't finite, either.
         """
+        if not x.isfinite().all():
+            return x.flatten(1).sum(dim=1) * torch.nan
         y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
         here = y.bincount(minlength=len(self.seen_by_class)).double()
         self.seen, self.seen_by_class = self.seen + len(x), self.seen_by_class + here
-        share = len(x) / min(self.seen, REMEMBERED)
-        shares = here / self.seen_by_class.clamp(min=1, max=REMEMBERED / len(here))
+        share = min(1, len(x) / min(self.seen, REMEMBERED))
+        shares = (here / self.seen_by_class.clamp(max=REMEMBERED / len(here)).clamp(min=1)).clamp(max=1)
         losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for i, rows in enumerate(self._rows(x)):
             apart = rows.double() - self._means[i]
@@ -87,7 +107,7 @@ class FeatureMatching:
                 self.second[i].lerp_(apart.T @ apart / len(x), share)
                 sums = torch.zeros_like(self.by_class[i]).index_add_(0, y, apart)
                 self.by_class[i].lerp_(sums / here.clamp(min=1)[:, None], shares[:, None])
-                slope, off = self._slope(i), (self.by_class[i] - self._class_means[i])[y]
+                slope, off = self._slope(i), self._of_classes * (self.by_class[i] - self._class_means[i])[y]
             centred = apart - self.first[i]
             change = 2 * apart @ self.first[i] + (centred @ slope * centred).sum(dim=1) + 2 * (apart * off).sum(dim=1)
             losses = losses + change / self._units[i]
@@ -100,7 +120,7 @@ class FeatureMatching:
             covariance = self._covariance(i)
             overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
             apart = self.first[i].square().sum() + covariance.trace() - 2 * overlap
-            by_class = (self.by_class[i] - self._class_means[i]).square().sum(dim=1).mean()
+            by_class = self._of_classes * (self.by_class[i] - self._class_means[i]).square().sum(dim=1).mean()
             total += (float(apart + by_class) + self._variances[i]) / self._units[i]
         return total
 

@@ -1,18 +1,23 @@
-"""The student's schedule: which of the teacher's timesteps it visits, and its steps, through which gradients flow."""
+"""The student's schedule: which of the teacher's timesteps it visits, its steps, through which gradients flow, and what
+a checkpoint says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.checkpoint import Checkpoint, CheckpointConfig
 from model.diffusion import GaussianDiffusion, Table
-from model.sampling.schedule import COEFFICIENTS, THRESHOLDING, SamplingSchedule
+from model.distilled import ANY_STEPS, Distilled
+from model.sampling.fitted import FITTED_TO, FittedTable, weights_digest
+from model.sampling.schedule import COEFFICIENTS, FITTED, THRESHOLDING, SamplingParams, SamplingSchedule
 from model.sampling.solvers import SAMPLERS
 from model.sampling.step import _limited
+from training.distillation.config import DistillConfig
 
 
 def easiest_points(diffusion: GaussianDiffusion, teacher: SamplingSchedule, states: Tensor, steps: int) -> list[int]:
@@ -102,3 +107,25 @@ def walk(
         yield i, x
         if detached:
             x, x0, x0_prev = x.detach(), x0.detach(), x0_prev.detach()
+
+
+def student_config(
+    config: DistillConfig,
+    teacher: Checkpoint,
+    params: SamplingParams,
+    schedule: SamplingSchedule,
+    weights: Mapping[str, Tensor],
+) -> CheckpointConfig:
+    """The teacher's, with the student's sampling: its own table, or, where it has all timesteps, the sampler's.
+
+    With an anchor it has all timesteps and its own table, and guidance as its teacher has it.
+    """
+    sampling, tables = replace(params, steps=config.steps), tuple[FittedTable, ...]()
+    if config.method != ANY_STEPS:
+        sampling = replace(sampling, sampler=FITTED)
+        inside = {name: getattr(params, name) for name in FITTED_TO}
+        timesteps, rows = map(tuple, (schedule.timesteps.tolist(), schedule.table.tolist()))
+        digest, draws = weights_digest(weights), tuple(range(1, config.steps + 1))
+        tables = (FittedTable(config.steps, **inside, timesteps=timesteps, rows=rows, draws=draws, weights=digest),)
+    distilled = Distilled(params.guidance_scale, config.steps, config.method, teacher.sha256)
+    return replace(teacher.config, sampling=sampling, fitted=tables, distilled=None if config.anchor else distilled)

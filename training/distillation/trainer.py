@@ -13,16 +13,15 @@ from tqdm import tqdm
 
 from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint, CheckpointConfig
-from model.distilled import ANY_STEPS, Distilled
 from model.nn.ema import EMA
 from model.nn.networks import AnyUNet, build
-from model.sampling.fitted import FITTED_TO, FittedTable, weights_digest
-from model.sampling.schedule import FITTED, SamplingParams, make_schedule
+from model.sampling.fitted import weights_digest
+from model.sampling.schedule import SamplingParams, make_schedule
 from training.classifier.network import Classifier
 from training.distillation.config import DistillConfig
 from training.distillation.losses import LOSSES, Lesson, feature_distance
 from training.distillation.matching import FeatureMatching
-from training.distillation.student import Batch, easiest_points, student_table, walk
+from training.distillation.student import Batch, easiest_points, student_config, student_table, walk
 from training.distillation.trajectories import AT_ONCE, Trajectories
 from training.loop.distributed import DistributedContext
 from training.loop.loss_meter import LossMeter
@@ -59,6 +58,8 @@ class DistillTrainer:
         self._taught_by = taught_by(teacher, params, judges)
         if saved and saved.get("taught_by", self._taught_by) != self._taught_by:
             raise ValueError(f"--teacher {config.teacher} or --features has changed since {run.path} began: begin anew")
+        if saved and matching and saved.get("real_images", matching.fingerprint) != matching.fingerprint:
+            raise ValueError(f"--real_images {config.real_images} has changed since {run.path} began: begin anew")
         self.network = student.eval().requires_grad_(True).to(device)  # no dropout: the teacher has none either
         self.ema = EMA(self.network, config.ema_decay)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, fused=True)
@@ -214,7 +215,8 @@ class DistillTrainer:
         judged = finite(distance if by_features is None else by_features, self.iteration)
         numbers = {"validation_loss": distance, "validation_features": by_features}
         if self._matching is not None:
-            numbers["validation_real"] = judged = self._show(network, self._matching.anew()).distance()
+            to_real = self._show(network, self._matching.anew()).distance()
+            numbers["validation_real"] = judged = finite(to_real, self.iteration)
         self.run.log(iteration=self.iteration, **numbers)
         is_best = judged < self.best
         self.best = min(self.best, judged)
@@ -237,32 +239,11 @@ class DistillTrainer:
         distance = float((x - target).abs().mean())
         return distance, float(feature_distance(judges, x, target, False).mean()) if judges else None
 
-    def _distilled(self) -> Distilled:
-        scale = self.params.guidance_scale
-        return Distilled(scale, self.config.steps, self.config.method, self.teacher.sha256)
-
     def _checkpoint_config(self, distance: float) -> CheckpointConfig:
-        """The teacher's, with the student's sampling: its own table, or, where it has all timesteps, the sampler's.
-
-        With an anchor it has all timesteps and its own table, and guidance as its teacher has it.
-        """
-        config, source, schedule = self.config, self.teacher, self.lesson.schedule
-        sampling = replace(self.params, steps=config.steps)
-        tables: tuple[FittedTable, ...] = ()
-        if config.method != ANY_STEPS:
-            sampling = replace(sampling, sampler=FITTED)
-            inside = {name: getattr(self.params, name) for name in FITTED_TO}
-            timesteps, rows = map(tuple, (schedule.timesteps.tolist(), schedule.table.tolist()))
-            weights = weights_digest(self.ema.weights)
-            draws = tuple(range(1, config.steps + 1))
-            tables = (
-                FittedTable(config.steps, **inside, timesteps=timesteps, rows=rows, draws=draws, weights=weights),
-            )
+        config, source = self.config, self.teacher
+        made = student_config(config, source, self.params, self.lesson.schedule, self.ema.weights)
         return replace(
-            source.config,
-            sampling=sampling,
-            fitted=tables,
-            distilled=None if config.anchor else self._distilled(),
+            made,
             provenance={
                 "teacher": {"name": source.name, "sha256": source.sha256},
                 "dataset": source.config.provenance.get("dataset"),
@@ -289,6 +270,7 @@ class DistillTrainer:
             "images_seen": self.images_seen,
             "best": self.best,
             "matching": self._matching and self._matching.state_dict(),
+            "real_images": self._matching and self._matching.fingerprint,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -298,6 +280,11 @@ class DistillTrainer:
             if is_out_of_memory(error):
                 raise
             raise ValueError(f"the state of {self.run.path} is of another network than the teacher's") from error
+        if self._matching is not None:
+            try:
+                self._matching.load_state_dict(state["matching"])
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"the state of {self.run.path} compares no real images as now: begin anew") from error
 
     def _load_weights(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
@@ -305,8 +292,6 @@ class DistillTrainer:
         load_state(self.optimizer, state["optimizer"])
         self.meter.numbers = state["tally"].to(self.meter.numbers)
         self._timesteps = list(state["timesteps"])
-        if self._matching is not None:
-            self._matching.load_state_dict(state["matching"])
         self.iteration, self.images_seen, self.best = state["iteration"], state["images_seen"], state["best"]
 
 

@@ -142,6 +142,49 @@ def test_grey_images_in_three_channels_teach_grey(real: Images) -> None:
     assert gradient[:, 0].mean() > 0 > gradient[:, 2].mean()
 
 
+def test_of_the_last_layer_the_largest_counts_too_and_colour_counts_threefold(judge: Classifier) -> None:
+    *_, last = matching._pooled(judge, students())
+    assert torch.equal(last, [*judge.layers(students())][-1].amax(dim=(2, 3)))
+    grey = students().expand(-1, 3, -1, -1)
+    red = torch.tensor([0.2, -0.1, -0.1])[:, None, None]
+    plain, coloured = (next(matching._looks(x)).unflatten(1, (3, 8, 8)) for x in (grey, grey + red))
+    assert torch.allclose(coloured - plain, 3 * red.expand(3, 8, 8), atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "left"), [(60, 0.5**6), (240, 0)])
+def test_averages_are_of_the_latest_images(
+    new: Callable[[], FeatureMatching], monkeypatch: pytest.MonkeyPatch, size: int, left: float
+) -> None:
+    """Of 120 images, or of a batch that is larger; of a class of its share of them, however rarely it comes."""
+    monkeypatch.setattr(matching, "REMEMBERED", 120)
+    loss, only = new(), new()
+    for part, y in zip(students().split(60), Y.split(60), strict=True):
+        loss(0.3 * part, y)
+    before, rare = [x.clone() for x in loss.first], [x.clone() for x in loss.by_class]
+    y = 1 + Y[:size] % 2  # of class 0 there is one
+    y[0] = 0
+    only(students(3)[:size], y)
+    for _ in range(6):
+        loss(students(3)[:size], y)
+    for old, ours, theirs in zip(before, loss.first, only.first, strict=True):
+        assert torch.allclose(ours, theirs + left * (old - theirs))
+    for old, ours, theirs in zip(rare, loss.by_class, only.by_class, strict=True):
+        assert torch.allclose(ours[0], theirs[0] + (39 / 40) ** 6 * (old[0] - theirs[0]))
+
+
+def test_without_classes_no_mean_counts_twice(judge: Classifier, real: Images) -> None:
+    """A shift of everything by its own mean: the same distance as for one class, less that of the class's mean."""
+    one, none = (
+        FeatureMatching([judge], replace(real, labels=labels), classes, torch.device("cpu"))
+        for labels, classes in ((torch.zeros(COUNT, dtype=torch.int64), 1), (None, None))
+    )
+    one(students(), torch.zeros(COUNT, dtype=torch.int64))
+    none(students(), None)
+    units = zip(one.by_class, one._class_means, one._units, strict=True)
+    of_class = sum(float((ours - theirs).square().sum()) / unit for ours, theirs, unit in units)
+    assert none.distance() == pytest.approx(one.distance() - of_class, rel=1e-6)
+
+
 def test_a_state_goes_on(new: Callable[[], FeatureMatching]) -> None:
     first, second = new(), new()
     first(students(), Y)

@@ -1,6 +1,5 @@
 """python -m training.distill: a tiny teacher and its students."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,44 +19,11 @@ from model.sampling.schedule import FITTED, SamplingParams
 from model.sampling.step import sample
 from tests.fixtures import theirs
 from tests.networks import randomised
+from tests.training.distillation.conftest import G, log
 from training import distill
-from training.distillation import matching, trainer
 from training.distillation.config import DistillConfig
 from training.distillation.trajectories import OWN_SEEDS, Trajectories
 from training.export_checkpoint import main as export_main
-from training.run import run_dir
-
-G = 2.0
-
-
-@pytest.fixture
-def teacher(tiny: UNet, tmp_path: Path) -> str:
-    path = tmp_path / "teacher.safetensors"
-    config = CheckpointConfig(
-        tiny.config,
-        DiffusionConfig(schedule="cosine", prediction="v"),
-        ("cat", "dog", "emu"),
-        SamplingParams("dpmpp_2m", 20, 0.0, G),
-    )
-    checkpoint.save(path, tiny.state_dict(), config)
-    return str(path)
-
-
-@pytest.fixture
-def words(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The words of a distillation of some milliseconds."""
-    monkeypatch.setattr(trainer, "HELD_OUT", 32)
-    monkeypatch.setattr(run_dir, "save_plot", lambda path, log: None)
-    monkeypatch.setattr(trainer, "git_revision", lambda: "0123")
-    options = {"teacher": teacher, "steps": 2, "teacher_steps": 4, "trajectories": 64, "batch_size": 16}
-    options |= {"iterations": 8, "log_rate": 2, "checkpoint_rate": 4, "log_dir": tmp_path / "runs", "run_name": "run"}
-    options |= {"device": "cpu", "learning_rate": 1e-3, "warmup": 0}
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
 
 
 @pytest.mark.slow
@@ -172,52 +138,6 @@ def test_the_extractor_decides_which_student_is_best(
     assert line["validation_features"] > 0
 
 
-@pytest.fixture
-def real_images(image_folder: Callable[..., Path], save_extractor: Callable[..., str]) -> list[str]:
-    """Words that make a student's images, as a set, be like others."""
-    photos = image_folder("photos", ("cat", "dog", "emu"), 30, (8, 8))
-    return ["--features", save_extractor(), "--real_images", str(photos)]
-
-
-@pytest.mark.slow
-def test_a_student_of_real_images_is_nearer_to_them(
-    words: list[str], real_images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer, "SHOWN", 64)
-    monkeypatch.setattr(matching, "REMEMBERED", 64)
-    words = [*words, *real_images, "--batch_size", "32", "--iterations", "24", "--checkpoint_rate", "12"]
-    ends = {}
-    for weight in ("0", "10"):
-        assert distill.main([*words, "--real_weight", weight, "--run_name", weight]) == 0
-        run = tmp_path / "runs" / weight
-        ends[weight] = [line["distance_to_real"] for line in log(run) if "train_loss" in line]
-    assert ends["10"][-1] < 0.5 * ends["0"][-1]
-    judged = {line["validation_real"]: line["iteration"] for line in log(run) if "validation_real" in line}
-    assert len(judged) == 2
-    assert checkpoint.load(str(run / "best.safetensors")).config.provenance["iterations"] == judged[min(judged)]
-    assert not set(judged) & set(ends["10"])  # of the average's images, which it has not learned from
-    monkeypatch.setattr(trainer, "learning_rate", lambda config, iteration: 1e-3)  # not that of a shorter run
-    for name in ("whole", "half"):
-        assert distill.main([*words, "--run_name", name, "--iterations", "4" if name == "half" else "8"]) == 0
-    assert distill.main(["--resume", str(tmp_path / "runs/half"), "--iterations", "8"]) == 0
-    states = [torch.load(tmp_path / f"runs/{name}/state-0000008.pt", weights_only=True) for name in ("whole", "half")]
-    for name in ("network", "matching"):
-        assert states[0][name].keys() == states[1][name].keys()
-    assert all(torch.equal(states[0]["network"][name], states[1]["network"][name]) for name in states[0]["network"])
-    assert states[0]["matching"]["seen"] == states[1]["matching"]["seen"] == 64 + 8 * 32
-
-
-def test_real_images_are_of_the_teachers_size(
-    words: list[str], real_images: list[str], image_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    others = str(image_folder("colour", ("cat", "dog", "emu"), 10, (8, 8), "RGB"))
-    assert distill.main([*words, *real_images, "--real_images", others]) == 2
-    assert "are of (channels, height, width) (3, 8, 8), the teacher makes (1, 8, 8)" in capsys.readouterr().err
-    fewer = str(image_folder("fewer", ("cat", "dog"), 10, (8, 8)))
-    assert distill.main([*words, *real_images, "--real_images", fewer]) == 2
-    assert "has 2 classes, the teacher 3" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
@@ -237,8 +157,6 @@ def test_real_images_are_of_the_teachers_size(
         (["--method", "guidance", "--timesteps", "999,499"], "--method guidance learns all timesteps"),
         (["--method", "sfd", "--anchor", "1"], "--anchor is for --method end_to_end, not sfd"),
         (["--anchor", "-1"], "--anchor must not be negative"),
-        (["--real_images", "photos"], "--real_images is for --method end_to_end, and needs --features"),
-        (["--real_weight", "-1"], "--real_weight must not be negative"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_writes_nothing(
