@@ -109,6 +109,11 @@ def walk(
             x, x0, x0_prev = x.detach(), x0.detach(), x0_prev.detach()
 
 
+def inside(config: DistillConfig, teacher: Checkpoint, params: SamplingParams) -> Distilled:
+    """What a student without an anchor has learned of its teacher."""
+    return Distilled(params.guidance_scale, config.steps, config.method, teacher.sha256)
+
+
 def student_config(
     config: DistillConfig,
     teacher: Checkpoint,
@@ -123,9 +128,9 @@ def student_config(
     sampling, tables = replace(params, steps=config.steps), tuple[FittedTable, ...]()
     if config.method != ANY_STEPS:
         sampling = replace(sampling, sampler=FITTED)
-        inside = {name: getattr(params, name) for name in FITTED_TO}
+        fitted_to = {name: getattr(params, name) for name in FITTED_TO}
         timesteps, rows = map(tuple, (schedule.timesteps.tolist(), schedule.table.tolist()))
         digest, draws = weights_digest(weights), tuple(range(1, config.steps + 1))
-        tables = (FittedTable(config.steps, **inside, timesteps=timesteps, rows=rows, draws=draws, weights=digest),)
-    distilled = Distilled(params.guidance_scale, config.steps, config.method, teacher.sha256)
-    return replace(teacher.config, sampling=sampling, fitted=tables, distilled=None if config.anchor else distilled)
+        tables = (FittedTable(config.steps, **fitted_to, timesteps=timesteps, rows=rows, draws=draws, weights=digest),)
+    distilled = None if config.anchor else inside(config, teacher, params)
+    return replace(teacher.config, sampling=sampling, fitted=tables, distilled=distilled)

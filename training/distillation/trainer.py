@@ -21,7 +21,7 @@ from training.classifier.network import Classifier
 from training.distillation.config import DistillConfig
 from training.distillation.losses import LOSSES, Lesson, feature_distance
 from training.distillation.matching import FeatureMatching
-from training.distillation.student import Batch, easiest_points, student_config, student_table, walk
+from training.distillation.student import Batch, easiest_points, inside, student_config, student_table, walk
 from training.distillation.trajectories import AT_ONCE, Trajectories
 from training.loop.distributed import DistributedContext
 from training.loop.loss_meter import LossMeter
@@ -132,7 +132,8 @@ class DistillTrainer:
         if self.config.method == "guidance":
             self._points = [len(grid_t) - 1]
             own = replace(self.params, steps=self.config.steps)
-            schedule = self._distilled().schedule(make_schedule(self.diffusion, **vars(own)))
+            of_one_row = inside(self.config, self.teacher, self.params)
+            schedule = of_one_row.schedule(make_schedule(self.diffusion, **vars(own)))
         else:
             if not self._timesteps:
                 every = torch.cat([x_T[:, None], states], dim=1)
