@@ -1,7 +1,7 @@
 """Makes the picture of docs/guides/fewer-steps.md: python -m docs.fewer_steps [CHECKPOINT] [DISTILLED …]
 
-One digit of each class by number of steps: by dpmpp_2m, by the checkpoint's fitted tables, and by distilled students,
-if there are any; the same noise everywhere, and below each its network rows an image. Needs matplotlib.
+One digit of each class by number of steps: by dpmpp_2m, by the checkpoint's fitted tables, and by distilled students;
+by default of the bundled ones. The same noise everywhere, and below each its network rows an image. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def panel(source: Checkpoint, sampler: str, steps: int) -> tuple[np.ndarray | No
 
 
 def main(argv: list[str]) -> None:
-    source = checkpoint.load(argv[0] if argv else "mnist-teacher")
+    argv = argv or ["mnist-teacher", "mnist", "mnist-fast"]
+    source = checkpoint.load(argv[0])
     made = {name: [panel(source, sampler, steps) for steps in STEPS] for name, sampler in NAMES.items()}
     for student in map(checkpoint.load, argv[1:]):
         own = [panel(student, FITTED, steps) for steps in STEPS]
