@@ -66,9 +66,9 @@ import sys
 from model import checkpoint
 from model.diffusion import DiffusionConfig
 try:
-    from model.nn.unet import UNet, UNetConfig
-except ImportError:  # before it moved
     from model.unet import UNet, UNetConfig
+except ImportError:  # it moved; asked for first, the new place would be found in an installed tree
+    from model.nn.unet import UNet, UNetConfig
 config = checkpoint.CheckpointConfig(UNetConfig(), DiffusionConfig(), ())
 checkpoint.save(sys.argv[1], UNet(config.unet).state_dict(), config)
 """
