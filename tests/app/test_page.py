@@ -170,10 +170,15 @@ def test_the_steps_follow_the_sampler(page: Any, server: ServerProcess) -> None:
 
 
 # In the page: on a busy machine a click from outside may come when all the steps are done.
-STOP_AFTER_A_FRAME = """() => new Promise(done => {
-  const find = id => document.querySelector(id);
-  const look = () => find("#scrub").disabled ? setTimeout(look) : done(find("#halt").click());
-  look();
+STOP_AFTER_A_FRAME = """() => new Promise(done => {  // before the next one, however fast the server is
+  const find = id => document.querySelector(id), scrub = find("#scrub");
+  const watch = new MutationObserver(() => {
+    if (scrub.disabled) return;
+    watch.disconnect();
+    done(find("#halt").click());
+  });
+  watch.observe(scrub, {attributes: true});
+  find("#gallery li:nth-child(1) button").click();
 })"""
 
 
@@ -181,7 +186,6 @@ def test_stopping_keeps_frames_and_seed(page: Any, server: ServerProcess) -> Non
     page.goto(server.url)
     page.select_option("#sampler", "ddpm")
     page.fill("#steps", "1000")
-    page.click("#gallery li:nth-child(1) button")
     page.evaluate(STOP_AFTER_A_FRAME)
     page.wait_for_selector("text=Stopped. What came is kept")
     assert "image=0" in page.url

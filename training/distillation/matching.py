@@ -18,7 +18,7 @@ from training.evaluation.metrics import balanced
 from training.evaluation.statistics import Moments, square_root
 
 AT_ONCE = 500  # real images that go through the judge together
-REMEMBERED = 1024  # about how many of the student's images its mean and covariance are of
+REMEMBERED = 4096  # about how many of the student's images its mean and covariance are of
 SMALLEST = 1e-10  # an eigenvalue of their product, of the largest, which smaller ones count as
 GRID = 8  # places across and down whose brightness and colour are compared
 COLOUR = 3  # what colour counts for beside brightness, from which it is about a third as far in photographs
