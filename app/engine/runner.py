@@ -135,8 +135,9 @@ class ModelRunner:
         x0_prev = self._stacked([s.x0 for s in samples]) if batch.uses("c") else None
         x0_prev2 = self._stacked([s.x0_prev for s in samples]) if batch.uses("d") else None
         x_next, x0 = self._update(batch, x, x0_prev, x0_prev2, kept_parts(samples, x))
-        self._whole = [(x_next, x_next.unbind()), (x0, x0.unbind()), *self._whole[1:2]]
-        return list(zip(self._whole[0][1], self._whole[1][1], strict=True)), finite_rows(x_next)
+        rows, x0_rows = x_next.unbind(), x0.unbind()
+        self._whole = [(x_next, rows), (x0, x0_rows), *self._whole[1:2]]
+        return list(zip(rows, x0_rows, strict=True)), finite_rows(x_next)
 
     def _stacked(self, states: Sequence[Tensor | None]) -> Tensor:
         """One tensor of them: not a copy where the last steps were of the same samples."""

@@ -89,29 +89,43 @@ class FeatureMatching:
     def __call__(self, x: Tensor, y: Tensor | None) -> Tensor:
         """The losses [n] of the student's images x [n, C, H, W] of classes y [n], if there are classes.
 
-        They are of use once more images were seen than there are features. Images that are not finite are not seen:
-        their losses aren't finite, either.
+        They are of use once more images were seen than there are features. Of images that are not finite they aren't,
+        either.
+        """
+        found = self.add(x, y)
+        if not found:
+            return x.flatten(1).sum(dim=1) * torch.nan
+        losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        for i, apart in enumerate(found):
+            with torch.no_grad():
+                slope, off = self._slope(i), self.by_class[i] - self._class_means[i]
+            centred = apart - self.first[i]
+            change = 2 * apart @ self.first[i] + (centred @ slope * centred).sum(dim=1)
+            if y is not None:
+                change = change + 2 * (apart * off[y]).sum(dim=1)
+            losses = losses + change / self._units[i]
+        return losses.float()
+
+    def add(self, x: Tensor, y: Tensor | None) -> list[Tensor]:
+        """Takes images into the averages. Returns how far each layer's features are from the real mean, [n, F].
+
+        Images that are not finite are left out, all of them, and nothing is returned.
         """
         if not x.isfinite().all():
-            return x.flatten(1).sum(dim=1) * torch.nan
+            return []
         y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
         here = y.bincount(minlength=len(self.seen_by_class)).double()
         self.seen, self.seen_by_class = self.seen + len(x), self.seen_by_class + here
         share = min(1, len(x) / min(self.seen, REMEMBERED))
         shares = (here / self.seen_by_class.clamp(max=REMEMBERED / len(here)).clamp(min=1)).clamp(max=1)
-        losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for i, rows in enumerate(self._rows(x)):
-            apart = rows.double() - self._means[i]
-            with torch.no_grad():
+        found = [rows.double() - mean for rows, mean in zip(self._rows(x), self._means, strict=True)]
+        with torch.no_grad():
+            for i, apart in enumerate(found):
                 self.first[i].lerp_(apart.mean(dim=0), share)
                 self.second[i].lerp_(apart.T @ apart / len(x), share)
                 sums = torch.zeros_like(self.by_class[i]).index_add_(0, y, apart)
                 self.by_class[i].lerp_(sums / here.clamp(min=1)[:, None], shares[:, None])
-                slope, off = self._slope(i), self._of_classes * (self.by_class[i] - self._class_means[i])[y]
-            centred = apart - self.first[i]
-            change = 2 * apart @ self.first[i] + (centred @ slope * centred).sum(dim=1) + 2 * (apart * off).sum(dim=1)
-            losses = losses + change / self._units[i]
-        return losses.float()
+        return found
 
     def distance(self) -> float:
         """The distance of the student's latest images: summed over layers, the mean over judges and pixels."""

@@ -153,7 +153,7 @@ class DistillTrainer:
         for part in torch.arange(FRESH, FRESH + SHOWN).split(self.config.batch_size):
             x_T, y = self.trajectories.x_T(part), self.trajectories.classes(part)
             *_, (_, x) = walk(network, self.lesson.schedule, x_T, y, self.lesson.bf16, detached=True)
-            matching(x, y)
+            matching.add(x, y)
         return matching
 
     def _batch(self, iteration: int) -> Batch:
