@@ -54,7 +54,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="number of network calls at once on a CPU, each on one thread; "
+        description="number of network calls at once on a CPU, each on one thread, but a lone row's on up to 4; "
         "0: one per core, of a container one per core of its limit",
     )
     runtime: Literal["auto", "torch", "openvino"] = Field(

@@ -21,12 +21,14 @@ from app.engine.edits import Kept, first_states, kept_parts
 from app.engine.latent_pool import LatentPool, pool_size
 from app.engine.memory import is_out_of_memory, trim_malloc
 from app.engine.request import Sample, View
+from app.engine.thread_team import ThreadTeam
 from app.engine.workers import WorkerPool
 from model.backends.compile import compile_for_inference
 from model.backends.cuda import CudaRecorder, Record
 from model.backends.openvino import compile_openvino
 from model.backends.recorded import RecordedNetwork
 from model.checkpoint import Checkpoint
+from model.diffusion import Network
 from model.images import Image, to_uint8
 from model.sampling.noise import normals, normals_of
 from model.sampling.step import apply_step, cfg_forward
@@ -41,7 +43,8 @@ class ModelRunner:
 
     The U-Net runs on `micro_batch_size` rows, or on fewer where that gives the same bits. The first warm-up finds out
     which numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a CPU the
-    calls of a step run side by side, on one thread each (see `app.engine.workers`). On a GPU each number that agrees
+    calls of a step run side by side, on one thread each (see `app.engine.workers`), but a lone row may have several
+    threads (see `app.engine.thread_team`). On a GPU each number that agrees
     gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps that are not
     among those run without, to the same bits. Runtime and precision are those of all batches.
     """
@@ -66,6 +69,10 @@ class ModelRunner:
             self._network = compile_openvino(checkpoint.network, precision, self._threads)
         else:
             self._network = compile_for_inference(checkpoint.network, device, precision)
+        self._teams_network: Network | None = None  # until the warm-up: its first call packs its weights
+        if self._workers.size > 1:
+            self._teams_network = compile_for_inference(checkpoint.network, device, precision)
+        self._team: ThreadTeam | None = None  # for a call of the fewest rows, alone in its step
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
         self._graphs: CUDAGraphRunner | None = None
         self._whole: list[tuple[Tensor, tuple[Tensor, ...]]] = []  # x, x0, x0 before of the last step; their rows
@@ -171,13 +178,15 @@ class ModelRunner:
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
         cuts = split_rows(len(x), self.sizes, self._workers.size)
+        if len(x) <= self.sizes[0]:
+            return self._padded((x, t, y), self._team)
         classes = [None] * len(cuts) if y is None else y.split_with_sizes(cuts)
         outs = self._workers.map(
             self._padded, list(zip(x.split_with_sizes(cuts), t.split_with_sizes(cuts), classes, strict=True))
         )
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _padded(self, rows: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+    def _padded(self, rows: tuple[Tensor, Tensor, Tensor | None], network: Network | None = None) -> Tensor:
         x, t, y = rows
         n = len(x)
         padding = next(size for size in self.sizes if size >= n) - n
@@ -185,7 +194,7 @@ class ModelRunner:
             x = torch.cat([x, x.new_zeros(padding, *x.shape[1:])])
             t = torch.cat([t, t.new_zeros(padding)])
             y = None if y is None else torch.cat([y, y.new_zeros(padding)])
-        return self._network(x, t, y)[:n]
+        return (network or self._network)(x, t, y)[:n]
 
     @torch.inference_mode()
     def find_invariant_sizes(self) -> Iterator[None]:
@@ -215,6 +224,11 @@ class ModelRunner:
                 yield
                 if not network.record(*take_last(size, x, t, y)):
                     break  # larger calls take longer
+        if self._teams_network is not None:
+            yield
+            team = ThreadTeam(self._teams_network, self._network, self._workers.size)
+            self._team = team if team.agrees(*take_last(self.sizes[0], x, t, y)) else None
+            self._teams_network = None
         self._sizes_found = True
 
     def _try_batch(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
@@ -298,7 +312,7 @@ class ModelRunner:
     def close(self) -> None:
         """Ends the workers, and gives back the weights and what the allocator kept for them. It cannot run any more."""
         self._workers.close()
-        self._graphs = None
+        self._graphs = self._team = self._teams_network = None
         del self._network
         self.free_memory()
 

@@ -223,7 +223,7 @@ def test_a_failing_call_fails_only_its_culprit(
     async def main() -> None:
         loop = asyncio.get_running_loop()
         requests = [ask(loop, seed=i, n=2, label=label, served=model) for i, label in enumerate((0, 2, 1))]
-        runner._network = fails_for_class_2
+        runner._network, runner._team = fails_for_class_2, None
         for request in requests:
             engine.submit(request)  # type: ignore[call-arg, arg-type]
         with pytest.raises(answer):

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.engine import thread_team
+from app.engine.runner import ModelRunner
+from app.engine.thread_team import CREDIT, MOST_THREADS, PATIENCE, ThreadTeam
+from model import checkpoint as checkpoints
+from model.checkpoint import Checkpoint
+from tests.app.engine.conftest import equal
+
+CPU = torch.device("cpu")
+PRETRAINED = Path(__file__).parents[3] / "model" / "pretrained"
+ROW = torch.ones(1, 1, 2, 2), torch.zeros(1), None
+
+
+class Clock:
+    """Of a machine on which a call takes as long as it says."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.seconds = {"team": 0.006, "alone": 0.008}
+        self.calls: list[tuple[str, int]] = []  # and the threads that it had
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def network(self, name: str, bias: float = 0.0) -> thread_team.Network:
+        def run(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            self.calls.append((name, torch.get_num_threads()))
+            self.now += self.seconds[name]
+            return x + bias
+
+        return run
+
+    def ran(self, team: ThreadTeam, calls: int = 1) -> list[str]:
+        self.calls.clear()
+        for _ in range(calls):
+            team(*ROW)
+        return [name for name, _ in self.calls]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(thread_team, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def team(clock: Clock) -> ThreadTeam:
+    team = ThreadTeam(clock.network("team"), clock.network("alone"), 3)
+    assert team.agrees(*ROW)
+    return team
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 2), (64, MOST_THREADS)])
+def test_a_call_has_the_teams_threads_and_the_next_has_one(clock: Clock, cores: int, threads: int) -> None:
+    team = ThreadTeam(clock.network("team"), clock.network("alone"), cores)
+    assert team.agrees(*ROW)
+    assert set(clock.calls) == {("alone", 1), ("team", threads)}
+    clock.calls.clear()
+    team(*ROW)
+    assert clock.calls == [("team", threads)]
+    assert torch.get_num_threads() == 1
+
+
+def test_a_call_that_raises_leaves_the_thread_alone(clock: Clock, team: ThreadTeam) -> None:
+    clock.seconds.clear()
+    with pytest.raises(KeyError):
+        team(*ROW)
+    assert torch.get_num_threads() == 1
+
+
+def test_other_bits_are_no_team(clock: Clock) -> None:
+    assert not ThreadTeam(clock.network("team", 1e-7), clock.network("alone"), 2).agrees(*ROW)
+
+
+def test_where_the_team_is_slower_calls_have_one_thread_for_a_while(clock: Clock, team: ThreadTeam) -> None:
+    assert clock.ran(team, 3) == ["team"] * 3
+    clock.seconds["team"] = 0.108
+    assert clock.ran(team, 3) == ["team", "alone", "alone"], "what it had gained does not cover 0.1 s"
+    lost = 0.1 - 3 * 0.002
+    assert team.resumes - (clock.now - 2 * 0.008) == pytest.approx(PATIENCE * lost)
+    clock.now = team.resumes - 0.001
+    assert clock.ran(team, 2) == ["alone", "team"], "one more try, and the same again"
+    clock.seconds["team"] = 0.006
+    assert clock.ran(team) == ["alone"]
+    clock.now = team.resumes
+    assert clock.ran(team, 20) == ["team"] * 20
+
+
+def test_a_hiccup_ends_nothing_but_hiccups_all_the_time_do(clock: Clock, team: ThreadTeam) -> None:
+    clock.ran(team, 100)
+    assert team.gained_s == pytest.approx(CREDIT * 0.008), "no more is lost at once, however long it went well"
+    clock.seconds["team"] = 0.023
+    assert clock.ran(team, 2) == ["team", "team"]
+    clock.seconds["team"] = 0.006
+    assert clock.ran(team, 8) == ["team"] * 8
+    clock.seconds["team"] = 0.023
+    assert clock.ran(team, 5) == ["team", "team", "alone", "alone", "alone"]
+
+
+def test_what_a_call_on_one_thread_takes_is_known_from_the_newest_ones(clock: Clock, team: ThreadTeam) -> None:
+    """The whole machine has slowed down: the team is as much faster as before."""
+    clock.seconds.update(team=0.06, alone=0.08)
+    clock.ran(team, 200)
+    assert team.alone_s == pytest.approx(0.08, rel=0.01)
+    clock.now = max(clock.now, team.resumes)
+    assert clock.ran(team, 20) == ["team"] * 20
+
+
+def test_only_a_lone_row_has_a_team(checkpoint: Checkpoint) -> None:
+    runner, ran = ModelRunner(checkpoint, CPU, 4, threads=2), list[int]()
+    x, t = torch.zeros(4, *checkpoint.config.unet.image_shape), torch.zeros(4, dtype=torch.int64)
+    runner.warm_up(1)
+    assert runner.sizes[0] == 1
+    expected = runner.forward(x, t, t)
+    runner._team = lambda x, t, y: (ran.append(len(x)), torch.zeros_like(x))[1]  # type: ignore[assignment]
+    assert all(equal(runner.forward(x[:n], t[:n], t[:n]), expected[:n]) for n in (2, 3, 4))
+    assert not runner.forward(x[:1], t[:1], t[:1]).any()
+    assert ran == [1]
+    runner.close()
+    assert runner._team is None, "it has weights"
+    assert not ModelRunner(checkpoint, CPU, 4, threads=1)._teams_network
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "mnist-fast", "cifar10"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_bundled_network_gives_the_same_bits_on_a_team(name: str, precision: str) -> None:
+    loaded = checkpoints.load(PRETRAINED / f"{name}.safetensors")
+    shape, noise = loaded.config.unet.image_shape, torch.Generator().manual_seed(0)
+    rows = torch.randn(9, *shape, generator=noise), torch.linspace(0, 999, 9).floor(), torch.arange(9)
+    outs = []
+    for threads in (1, 2):
+        runner = ModelRunner(loaded, CPU, 2, threads, "torch", precision)
+        runner.warm_up(1)
+        if threads > 1 and runner._team is None:
+            pytest.skip("on this processor a team gives other bits, and is not used")
+        with torch.inference_mode():
+            outs.append([runner.forward(*(part[i : i + 1] for part in rows)) for i in range(9)])
+        runner.close()
+    assert equal(*outs)
