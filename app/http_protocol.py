@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httptools
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from app.client_transport import ClientTransport
 from app.errors import BadRequest, HeadersTooLarge, NotReady, RequestTimeout, ServiceError
 
 PARSE_CHUNK = 1024  # bytes that are parsed at once
 READ_AHEAD = 65_536  # bytes that are read while earlier requests are answered: enough to see the client leave
 NOTSENT_LOWAT = 16_384  # bytes that the kernel may hold for a client before it sends them; its default is megabytes
-JOINED_BODY = 65_536  # bytes of a body that are worth a copy, so that its head goes out with them
 WRITE_CHECKS = 4  # at a client that takes nothing, before it is cut off
 UPGRADE_HEADERS = {
     b"upgrade",
@@ -33,55 +34,6 @@ class ConnectionLimits:
     read_s: float
     write_s: float
     idle: dict[HardenedHttpProtocol, None] = field(default_factory=dict)  # those without a request; longest first
-
-
-class ClientTransport:
-    """A transport that counts `bytes_flushed` to its client, and reads none while it is `read_paused`.
-
-    An answer's head goes out with what follows it: for each send the event loop gives up Python's lock.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._written = 0
-        self._head = b""  # written, and held until the loop's next turn at most
-        self.read_paused = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """As the transport's own."""
-        self._written += len(data)
-        if data.startswith(b"HTTP/1.1 ") and not self._head:
-            self._head = data
-            asyncio.get_running_loop().call_soon(self._flush_head)
-        elif self._head and len(data) <= JOINED_BODY:
-            data, self._head = self._head + data, b""
-            self._transport.write(data)
-        else:
-            self._flush_head()
-            self._transport.write(data)
-
-    def close(self) -> None:
-        """As the transport's own."""
-        self._flush_head()
-        self._transport.close()
-
-    def _flush_head(self) -> None:
-        data, self._head = self._head, b""
-        if data and not self._transport.is_closing():
-            self._transport.write(data)
-
-    def resume_reading(self) -> None:
-        """As the transport's own, which uvicorn calls at every request and every answer."""
-        if not self.read_paused:
-            self._transport.resume_reading()
-
-    @property
-    def bytes_flushed(self) -> int:
-        """Bytes that were written and do not wait here any more."""
-        return self._written - len(self._head) - self._transport.get_write_buffer_size()
 
 
 class HardenedHttpProtocol(HttpToolsProtocol):
@@ -212,6 +164,8 @@ class HardenedHttpProtocol(HttpToolsProtocol):
         self._limits.idle.pop(self, None)
         self._arm_read_timer()
         super().on_headers_complete()
+        if version == "1.0":  # uvicorn would end the connection, though the client asks to keep it
+            self.cycle.keep_alive = self.parser.should_keep_alive()
         if self.pipeline:  # uvicorn reads no more then, and would not see that the client leaves
             self.flow.resume_reading()
 
@@ -236,7 +190,7 @@ class HardenedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _kept_alive(cycle, app) if cycle.scope["http_version"] == "1.0" else app)
 
     def _arm_read_timer(self) -> None:
         if self._read_timer is not None:
@@ -299,3 +253,20 @@ class HardenedHttpProtocol(HttpToolsProtocol):
             self._recheck_write(flushed, checks - 1)
         else:
             self.transport.abort()
+
+
+def _kept_alive(cycle: RequestResponseCycle, app: ASGIApp) -> Any:
+    """Says that a connection is kept which a client of HTTP/1.0 asks to keep, if the answer says how long it is."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_connection(message: Message) -> None:
+            if message["type"] == "http.response.start" and cycle.keep_alive:
+                headers = list(message.get("headers", ()))
+                cycle.keep_alive = any(name == b"content-length" for name, _ in headers)
+                if cycle.keep_alive:
+                    message = {**message, "headers": [*headers, (b"connection", b"keep-alive")]}
+            await send(message)
+
+        await app(scope, receive, send_with_connection)
+
+    return answer

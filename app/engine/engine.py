@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -87,6 +88,15 @@ class Engine:
                 raise NotReady(reason, retry_after=5)
             self._admission.admit(model, request)
             self._inbox.append((model, request))
+        if asyncio._get_running_loop() is request.output.loop:
+            # Others may submit in this turn of the loop: woken by each, the two threads would take turns at the lock
+            # of Python's, and steps have fewer images.
+            request.output.loop.call_soon(self._wake)
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
             self._lock.notify()
 
     def cancel(self, request: Request) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.http_protocol import ClientTransport
+from app.client_transport import ClientTransport
 from app.settings import Settings
 from tests.app.processes import PATIENCE, ServerProcess, metric, wait_for
 
@@ -329,6 +329,41 @@ def test_an_idle_connection_is_kept_for_the_time_of_the_setting(guarded: ServerP
 H2C = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"]
 WEBSOCKET = ["Connection: keep-alive, Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
 BODY = b'{"n": 2, "steps": 2}'
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "kept"),
+    [
+        ("/livez", ["Connection: keep-alive"], True),
+        ("/models", ["Connection: Keep-Alive", AUTH], True),
+        ("/models", ["Connection: Keep-Alive"], True),  # a refusal
+        ("/livez", [], False),
+        ("/livez", ["Connection: close"], False),
+        ("/diffusion-sequence?steps=2&format=sse", ["Connection: keep-alive", AUTH], False),  # of no known length
+    ],
+)
+def test_a_client_of_http_1_0_may_keep_its_connection(
+    guarded: ServerProcess, path: str, headers: list[str], kept: bool
+) -> None:
+    request = "\r\n".join([f"GET {path} HTTP/1.0", *headers, "", ""]).encode()
+    with connect(guarded) as connection:
+        connection.sendall(request)
+        first = ended(connection) if not kept else b""
+        while kept and (b"\r\n\r\n" not in first or len(first) < whole(first)):
+            first += connection.recv(65536)
+        head = first.partition(b"\r\n\r\n")[0].lower()
+        assert (b"\r\nconnection: keep-alive" in head) == kept
+        assert (b"\r\nconnection: close" in head) != kept
+        if kept:
+            connection.sendall(request.replace(b"Keep-Alive", b"close").replace(b"keep-alive", b"close"))
+            assert ended(connection).startswith(first[:12])
+
+
+def whole(answer: bytes) -> int:
+    """How long it says that it is."""
+    head, _, _ = answer.partition(b"\r\n\r\n")
+    length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+    return len(head) + 4 + int(length.partition(b":")[2])
 
 
 def offering(server: ServerProcess, offer: list[str], *parts: bytes, declared: str) -> list[bytes]:

@@ -94,12 +94,13 @@ class AskedRequest(Request):
 
 
 class TestedEngine(Engine):
-    """Takes requests as `ask` makes them."""
+    """Takes requests as `ask` makes them, and wakes for each at once: tests hold up the event loop meanwhile."""
 
     __test__ = False
 
     def submit(self, request: AskedRequest) -> None:  # type: ignore[override]
         super().submit(request.instance, request)
+        self._wake()
 
 
 class Metrics(EngineMetrics):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from app.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, Servic
 from model.checkpoint import Checkpoint
 from model.images import Image, to_uint8
 from model.sampling.step import sample
-from tests.app.engine.conftest import HeldRunner, Metrics, until
+from tests.app.engine.conftest import AskedRequest, HeldRunner, Metrics, until
 
 Ask = Callable[..., Request]
 
@@ -377,6 +378,32 @@ def test_a_slow_client_loses_frames_but_never_the_answer(engine: Engine, ask: As
         assert np.array_equal(frames[0].images, images)
 
     run(main)
+
+
+def test_requests_of_one_turn_of_the_event_loop_begin_in_one_step(
+    engine: Engine, runner: HeldRunner, ask: Callable[..., AskedRequest]
+) -> None:
+    async def main(loop: asyncio.AbstractEventLoop) -> None:
+        requests = [ask(loop, seed=s, steps=1) for s in range(3)]
+        for request in requests:
+            Engine.submit(engine, request.instance, request)
+            time.sleep(0.05)  # noqa: ASYNC251 - in which the engine would begin
+        for request in requests:
+            await request.output.images()
+
+    run(main)
+    assert runner.batches == [[(0, 0, 0), (1, 0, 0), (2, 0, 0)]]
+
+
+def test_a_request_from_another_thread_than_the_loops_begins_at_once(
+    engine: Engine, runner: HeldRunner, ask: Callable[..., AskedRequest]
+) -> None:
+    loop = asyncio.new_event_loop()
+    request = ask(loop, steps=1)
+    time.sleep(0.1)  # the engine waits
+    Engine.submit(engine, request.instance, request)
+    until(lambda: len(runner.batches) == 1)
+    loop.close()
 
 
 def test_a_step_wakes_the_event_loop_once(
