@@ -17,8 +17,7 @@ from model.diffusion import Network
 MOST_THREADS = 4  # a row's operations are too short for more
 TRIES = 3  # the fastest was least disturbed by others
 SMOOTHING = 0.1  # of the newest call on one thread in the running estimate
-CREDIT = 4  # calls on one thread, in whose time the team may lose what it has gained before: a hiccup ends nothing
-PATIENCE = 100  # times what the team has lost, until it is tried again: it loses 1 % at most
+PATIENCE = 100  # times what a slow call has lost, until the team is tried again: it loses about 1 %
 
 
 class ThreadTeam:
@@ -31,7 +30,7 @@ class ThreadTeam:
         self.threads = min(threads, MOST_THREADS)
         self._network, self._alone = network, alone
         self.alone_s = 0.0  # of a call, about
-        self.gained_s = 0.0  # by the team
+        self.lost_s = 0.0  # by the team's last call
         self.resumes = 0.0  # on the monotonic clock: until then calls have one thread
 
     def agrees(self, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
@@ -54,10 +53,10 @@ class ThreadTeam:
             return out
         out = self._on_all(x, t, y)
         now = time.monotonic()
-        self.gained_s = min(self.gained_s + self.alone_s - (now - began), CREDIT * self.alone_s)
-        if self.gained_s < 0:
-            self.resumes = now - PATIENCE * self.gained_s
-            self.gained_s = 0.0
+        lost = max(0.0, now - began - self.alone_s)
+        if lost > self.alone_s or (lost and self.lost_s):  # once, and by little, it is a hiccup
+            self.resumes = now + PATIENCE * lost
+        self.lost_s = lost
         return out
 
     def _on_all(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
