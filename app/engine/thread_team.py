@@ -15,9 +15,9 @@ from torch import Tensor
 from model.diffusion import Network
 
 MOST_THREADS = 4  # a row's operations are too short for more
-TRIES = 3  # the fastest was least disturbed by others
+TRIES = 2  # the faster was less disturbed by others
 SMOOTHING = 0.1  # of the newest call on one thread in the running estimate
-PATIENCE = 100  # times what a slow call has lost, until the team is tried again: it loses about 1 %
+PATIENCE = 30  # times what a slow call has lost is spent on one thread before the next try: tries cost 3 %
 
 
 class ThreadTeam:
@@ -31,7 +31,7 @@ class ThreadTeam:
         self._network, self._alone = network, alone
         self.alone_s = 0.0  # of a call, about
         self.lost_s = 0.0  # by the team's last call
-        self.resumes = 0.0  # on the monotonic clock: until then calls have one thread
+        self.rest_s = 0.0  # so long calls have one thread; time without calls does not count
 
     def agrees(self, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
         """Whether both give the same bits; where not, it may not be called. Packs, records and times them."""
@@ -47,15 +47,16 @@ class ThreadTeam:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """As the network. From one thread only."""
         began = time.monotonic()
-        if began < self.resumes:
+        if self.rest_s > 0:
             out = self._alone(x, t, y)
-            self.alone_s += SMOOTHING * (time.monotonic() - began - self.alone_s)
+            took = time.monotonic() - began
+            self.alone_s += SMOOTHING * (took - self.alone_s)
+            self.rest_s -= took
             return out
         out = self._on_all(x, t, y)
-        now = time.monotonic()
-        lost = max(0.0, now - began - self.alone_s)
+        lost = max(0.0, time.monotonic() - began - self.alone_s)
         if lost > self.alone_s or (lost and self.lost_s):  # once, and by little, it is a hiccup
-            self.resumes = now + PATIENCE * lost
+            self.rest_s = PATIENCE * lost
         self.lost_s = lost
         return out
 
