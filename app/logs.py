@@ -59,7 +59,7 @@ class LineHandler(logging.StreamHandler[TextIO]):
         """Takes a line, and writes it unless the loop will."""
         try:
             self._lines.append(self.format(record) + self.terminator)
-            loop = _running_loop()
+            loop = asyncio._get_running_loop()
             if loop is None or record.levelno >= logging.WARNING:
                 self.flush()
             elif self._writer is not loop:
@@ -86,13 +86,6 @@ class LineHandler(logging.StreamHandler[TextIO]):
 def _printable(line: str) -> str:
     """None of its signs steers the terminal."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 def configure(level: str, format: str = "auto") -> None:

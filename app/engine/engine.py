@@ -89,8 +89,8 @@ class Engine:
             self._admission.admit(model, request)
             self._inbox.append((model, request))
         if asyncio._get_running_loop() is request.output.loop:
-            # Others may submit in this turn of the loop: woken by each, the two threads would take turns at the lock
-            # of Python's, and steps have fewer images.
+            # Others may submit in this turn of the loop: woken by each, the engine would contend with it for Python's
+            # lock, and its steps would have fewer images.
             request.output.loop.call_soon(self._wake)
         else:
             self._wake()

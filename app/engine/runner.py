@@ -44,9 +44,9 @@ class ModelRunner:
     The U-Net runs on `micro_batch_size` rows, or on fewer where that gives the same bits. The first warm-up finds out
     which numbers of rows agree (see `app.engine.batch_invariance`); the others are filled up with zeros. On a CPU the
     calls of a step run side by side, on one thread each (see `app.engine.workers`), but a lone row may have several
-    threads (see `app.engine.thread_team`). On a GPU each number that agrees
-    gets CUDA graphs of whole steps then (see `app.engine.cuda_graphs`), and samples are in slots; steps that are not
-    among those run without, to the same bits. Runtime and precision are those of all batches.
+    threads (see `app.engine.thread_team`). On a GPU each number that agrees gets CUDA graphs of whole steps then (see
+    `app.engine.cuda_graphs`), and samples are in slots; steps that are not among those run without, to the same bits.
+    Runtime and precision are those of all batches.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class ModelRunner:
             self._network = compile_openvino(checkpoint.network, precision, self._threads)
         else:
             self._network = compile_for_inference(checkpoint.network, device, precision)
-        self._teams_network: Network | None = None  # until the warm-up: its first call packs its weights
+        self._team: ThreadTeam | None = None  # of a call of the fewest rows, alone in its step; see the warm-up
         if self._workers.size > 1:
-            self._teams_network = compile_for_inference(checkpoint.network, device, precision)
-        self._team: ThreadTeam | None = None  # for a call of the fewest rows, alone in its step
+            packed_anew = compile_for_inference(checkpoint.network, device, precision)
+            self._team = ThreadTeam(packed_anew, self._network, self._workers.size)
         self._record: Record | None = CudaRecorder() if device.type == "cuda" else None
         self._graphs: CUDAGraphRunner | None = None
         self._whole: list[tuple[Tensor, tuple[Tensor, ...]]] = []  # x, x0, x0 before of the last step; their rows
@@ -177,9 +177,9 @@ class ModelRunner:
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The network, never on a number of rows outside `sizes`. x [N, C, H, W], t [N], y [N] or None → as x."""
-        cuts = split_rows(len(x), self.sizes, self._workers.size)
-        if len(x) <= self.sizes[0]:
+        if self._sizes_found and len(x) <= self.sizes[0]:
             return self._padded((x, t, y), self._team)
+        cuts = split_rows(len(x), self.sizes, self._workers.size)
         classes = [None] * len(cuts) if y is None else y.split_with_sizes(cuts)
         outs = self._workers.map(
             self._padded, list(zip(x.split_with_sizes(cuts), t.split_with_sizes(cuts), classes, strict=True))
@@ -224,11 +224,10 @@ class ModelRunner:
                 yield
                 if not network.record(*take_last(size, x, t, y)):
                     break  # larger calls take longer
-        if self._teams_network is not None:
+        if self._team is not None:
             yield
-            team = ThreadTeam(self._teams_network, self._network, self._workers.size)
-            self._team = team if team.agrees(*take_last(self.sizes[0], x, t, y)) else None
-            self._teams_network = None
+            if not self._team.agrees(*take_last(self.sizes[0], x, t, y)):
+                self._team = None
         self._sizes_found = True
 
     def _try_batch(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
@@ -312,7 +311,7 @@ class ModelRunner:
     def close(self) -> None:
         """Ends the workers, and gives back the weights and what the allocator kept for them. It cannot run any more."""
         self._workers.close()
-        self._graphs = self._team = self._teams_network = None
+        self._graphs = self._team = None
         del self._network
         self.free_memory()
 

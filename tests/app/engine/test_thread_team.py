@@ -125,7 +125,7 @@ def test_only_a_lone_row_has_a_team(checkpoint: Checkpoint) -> None:
     assert ran == [1]
     runner.close()
     assert runner._team is None, "it has weights"
-    assert not ModelRunner(checkpoint, CPU, 4, threads=1)._teams_network
+    assert not ModelRunner(checkpoint, CPU, 4, threads=1)._team
 
 
 @pytest.mark.slow
