@@ -171,6 +171,9 @@ def serve(settings: Settings, make_runner: MakeRunner = ModelRunner) -> None:
     `make_runner` is for tests.
     """
     logs.configure(settings.log_level, settings.log_format)
+    # What no line says is not looked up: where a record was made, and in which thread and process.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     if links := service_links():
         log.warning("ignoring environment variables that are an orchestrator's service links: %s", ", ".join(links))
     operations, operations_sockets = None, []

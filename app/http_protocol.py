@@ -165,9 +165,20 @@ class HardenedHttpProtocol(HttpToolsProtocol):
         self._arm_read_timer()
         super().on_headers_complete()
         if version == "1.0":  # uvicorn would end the connection, though the client asks to keep it
-            self.cycle.keep_alive = self.parser.should_keep_alive()
+            self.cycle.keep_alive = self._asks_to_keep()
         if self.pipeline:  # uvicorn reads no more then, and would not see that the client leaves
             self.flow.resume_reading()
+
+    def _asks_to_keep(self) -> bool:
+        """Whether a client of HTTP/1.0 does. It is doubtful where a message with Transfer-Encoding ends (RFC 9112)."""
+        options = {
+            option.strip().lower()
+            for name, value in self.headers
+            if name == b"connection"
+            for option in value.split(b",")
+        }
+        framed = any(name == b"transfer-encoding" for name, _ in self.headers)
+        return b"keep-alive" in options and b"close" not in options and not framed
 
     def on_message_complete(self) -> None:
         """Head and body are here."""

@@ -96,7 +96,4 @@ def configure(level: str, format: str = "auto") -> None:
     text = format == "text" or (format == "auto" and stream.isatty())
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # What no line says is not looked up: where a record was made, and in which thread and process.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what the client is told in its answer

@@ -8,6 +8,7 @@ so the times choose at every call.
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from model.diffusion import Network
 
 MOST_THREADS = 4  # a row's operations are too short for more
 TRIES = 2  # the faster was less disturbed by others
-SMOOTHING = 0.1  # of the newest call on one thread in the running estimate
-PATIENCE = 30  # times what a slow call has lost is spent on one thread before the next try: tries cost 3 %
+SMOOTHING = 0.1  # of the newest call on one thread in the running estimate, where it took longer
+PATIENCE = 50  # times what a slow call has lost is spent on one thread before the next try: tries cost 2 %
+LONGEST_REST_S = 10.0  # a process that stood still, or was stopped, tells of no slow team
+PROBE_AFTER = 100  # calls of the team, one has one thread: it may be faster than it was
 
 
 class ThreadTeam:
@@ -31,32 +34,39 @@ class ThreadTeam:
         self._network, self._alone = network, alone
         self.alone_s = 0.0  # of a call, about
         self.lost_s = 0.0  # by the team's last call
+        self.in_a_row = 0  # calls of the team
         self.rest_s = 0.0  # so long calls have one thread; time without calls does not count
 
-    def agrees(self, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
-        """Whether both give the same bits; where not, it may not be called. Packs, records and times them."""
+    def agrees(self, x: Tensor, t: Tensor, y: Tensor | None) -> Generator[None, None, bool]:
+        """Whether both give the same bits; where not, it may not be called. Packs, records and times them, and yields
+        after each call."""
         seconds, outs = [], []
         for _ in range(TRIES):
             began = time.monotonic()
             outs.append(self._alone(x, t, y))
             seconds.append(time.monotonic() - began)
+            yield
             outs.append(self._on_all(x, t, y))
+            yield
         self.alone_s = min(seconds)
         return all(torch.equal(out, outs[0]) for out in outs)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """As the network. From one thread only."""
         began = time.monotonic()
-        if self.rest_s > 0:
+        if self.rest_s > 0 or self.in_a_row == PROBE_AFTER:
             out = self._alone(x, t, y)
             took = time.monotonic() - began
-            self.alone_s += SMOOTHING * (took - self.alone_s)
+            longer = took - self.alone_s  # of which a call that was held up counts as twice as long at most
+            self.alone_s += longer if longer < 0 else SMOOTHING * min(longer, self.alone_s)
             self.rest_s -= took
+            self.in_a_row = 0
             return out
+        self.in_a_row += 1
         out = self._on_all(x, t, y)
         lost = max(0.0, time.monotonic() - began - self.alone_s)
         if lost > self.alone_s or (lost and self.lost_s):  # once, and by little, it is a hiccup
-            self.rest_s = PATIENCE * lost
+            self.rest_s = min(PATIENCE * lost, LONGEST_REST_S)
         self.lost_s = lost
         return out
 

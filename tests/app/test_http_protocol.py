@@ -339,6 +339,9 @@ BODY = b'{"n": 2, "steps": 2}'
         ("/models", ["Connection: Keep-Alive"], True),  # a refusal
         ("/livez", [], False),
         ("/livez", ["Connection: close"], False),
+        ("/livez", ["Connection: keep-alive, close"], False),
+        ("/livez", ["Connection: close", "Connection: keep-alive"], False),
+        ("/livez", ["Transfer-Encoding: chunked", "Connection: keep-alive"], False),  # who knows where it ends
         ("/diffusion-sequence?steps=2&format=sse", ["Connection: keep-alive", AUTH], False),  # of no known length
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from app.engine import thread_team
 from app.engine.runner import ModelRunner
-from app.engine.thread_team import MOST_THREADS, PATIENCE, ThreadTeam
+from app.engine.thread_team import LONGEST_REST_S, MOST_THREADS, PATIENCE, PROBE_AFTER, TRIES, ThreadTeam
 from model import checkpoint as checkpoints
 from model.checkpoint import Checkpoint
 from tests.app.engine.conftest import equal
@@ -37,6 +37,17 @@ class Clock:
 
         return run
 
+    def agree(self, team: ThreadTeam) -> bool:
+        """What `agrees` returns, after four calls with a pause behind each."""
+        steps = team.agrees(*ROW)
+        for calls in range(1, 2 * TRIES + 1):
+            next(steps)
+            assert len(self.calls) == calls
+        with pytest.raises(StopIteration) as end:
+            next(steps)
+        self.calls.clear()
+        return bool(end.value.value)
+
     def ran(self, team: ThreadTeam, calls: int = 1) -> list[str]:
         self.calls.clear()
         for _ in range(calls):
@@ -54,18 +65,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def team(clock: Clock) -> ThreadTeam:
     team = ThreadTeam(clock.network("team"), clock.network("alone"), 3)
-    assert team.agrees(*ROW)
+    assert clock.agree(team)
     return team
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(2, 2), (64, MOST_THREADS)])
 def test_a_call_has_the_teams_threads_and_the_next_has_one(clock: Clock, cores: int, threads: int) -> None:
     team = ThreadTeam(clock.network("team"), clock.network("alone"), cores)
-    assert team.agrees(*ROW)
-    assert set(clock.calls) == {("alone", 1), ("team", threads)}
-    clock.calls.clear()
+    assert clock.agree(team)
     team(*ROW)
-    assert clock.calls == [("team", threads)]
+    team.rest_s = 1.0
+    team(*ROW)
+    assert clock.calls == [("team", threads), ("alone", 1)]
     assert torch.get_num_threads() == 1
 
 
@@ -77,14 +88,14 @@ def test_a_call_that_raises_leaves_the_thread_alone(clock: Clock, team: ThreadTe
 
 
 def test_other_bits_are_no_team(clock: Clock) -> None:
-    assert not ThreadTeam(clock.network("team", 1e-7), clock.network("alone"), 2).agrees(*ROW)
+    assert not clock.agree(ThreadTeam(clock.network("team", 1e-7), clock.network("alone"), 2))
 
 
 def test_where_the_team_is_much_slower_calls_have_one_thread_for_a_while(clock: Clock, team: ThreadTeam) -> None:
     assert clock.ran(team, 3) == ["team"] * 3
-    clock.seconds["team"] = 0.108
+    clock.seconds["team"] = 0.058
     assert clock.ran(team, 3) == ["team", "alone", "alone"]
-    assert team.rest_s == pytest.approx(PATIENCE * 0.1 - 2 * 0.008)
+    assert team.rest_s == pytest.approx(PATIENCE * 0.05 - 2 * 0.008)
     clock.now += 1000
     assert clock.ran(team) == ["alone"], "an idle machine has not changed"
     rest = round(team.rest_s / 0.008)
@@ -103,6 +114,28 @@ def test_a_hiccup_ends_nothing_and_two_calls_that_are_a_little_slower_do(clock: 
     assert team.rest_s == pytest.approx(PATIENCE * 0.001 - 0.008)
     team.rest_s = 0.0
     assert clock.ran(team, 2) == ["team", "alone"], "it is as slow as before"
+
+
+def test_a_call_that_was_held_up_for_long_ends_no_team(clock: Clock, team: ThreadTeam) -> None:
+    """As by SIGSTOP."""
+    clock.seconds["team"] = 60.0
+    assert clock.ran(team) == ["team"]
+    assert team.rest_s == LONGEST_REST_S
+    clock.seconds.update(team=0.012, alone=60.0)
+    assert clock.ran(team) == ["alone"]
+    assert team.alone_s < 0.009
+    clock.seconds["alone"], team.rest_s = 0.008, 0.0
+    assert clock.ran(team, 2) == ["team", "alone"]
+
+
+def test_a_warm_up_beside_others_is_forgotten(clock: Clock) -> None:
+    """What one thread takes was measured on a busy machine: the team seems faster, and is not."""
+    team = ThreadTeam(clock.network("team"), clock.network("alone"), 2)
+    clock.seconds.update(team=0.036, alone=0.024)
+    assert clock.agree(team)
+    clock.seconds.update(team=0.012, alone=0.008)
+    assert clock.ran(team, PROBE_AFTER + 1) == ["team"] * PROBE_AFTER + ["alone"]
+    assert clock.ran(team, 4) == ["team", "team", "alone", "alone"]
 
 
 def test_what_a_call_on_one_thread_takes_is_known_from_the_newest_ones(clock: Clock, team: ThreadTeam) -> None:
@@ -126,6 +159,32 @@ def test_only_a_lone_row_has_a_team(checkpoint: Checkpoint) -> None:
     runner.close()
     assert runner._team is None, "it has weights"
     assert not ModelRunner(checkpoint, CPU, 4, threads=1)._team
+
+
+def test_without_the_memory_for_a_team_a_model_is_served(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_room(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(ThreadTeam, "_on_all", no_room)
+    runner = ModelRunner(checkpoint, CPU, 4, threads=2)
+    runner.warm_up(1)
+    assert runner._team is None
+    assert "no team of threads" in caplog.text
+    x, t = torch.zeros(1, *checkpoint.config.unet.image_shape), torch.zeros(1, dtype=torch.int64)
+    assert runner.forward(x, t, t).shape == x.shape
+    runner.close()
+
+
+def test_before_the_warm_up_no_row_has_a_team(checkpoint: Checkpoint) -> None:
+    """Nobody knows then whether it gives the same bits."""
+    runner = ModelRunner(checkpoint, CPU, 4, threads=2)
+    assert runner._team is not None
+    runner._team = lambda x, t, y: pytest.fail("it was asked")  # type: ignore[assignment]
+    x, t = torch.zeros(1, *checkpoint.config.unet.image_shape), torch.zeros(1, dtype=torch.int64)
+    assert runner.forward(x, t, t).shape == x.shape
+    runner.close()
 
 
 @pytest.mark.slow
