@@ -385,6 +385,7 @@ def test_requests_of_one_turn_of_the_event_loop_begin_in_one_step(
 ) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         requests = [ask(loop, seed=s, steps=1) for s in range(3)]
+        until(lambda: bool(engine._lock._waiters))  # type: ignore[attr-defined] # it has no work
         for request in requests:
             Engine.submit(engine, request.instance, request)
             time.sleep(0.05)  # noqa: ASYNC251 - in which the engine would begin
@@ -400,7 +401,7 @@ def test_a_request_from_another_thread_than_the_loops_begins_at_once(
 ) -> None:
     loop = asyncio.new_event_loop()
     request = ask(loop, steps=1)
-    time.sleep(0.1)  # the engine waits
+    until(lambda: bool(engine._lock._waiters))  # type: ignore[attr-defined] # it has no work
     Engine.submit(engine, request.instance, request)
     until(lambda: len(runner.batches) == 1)
     loop.close()
