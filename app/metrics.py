@@ -143,6 +143,22 @@ class EngineMetrics:
             registry=r,
         )
 
+        @lru_cache(64)
+        def of_steps(model: str) -> tuple[Histogram, Histogram, Histogram, Counter, Counter]:
+            one = (self.step_seconds, self.batch_size, self.batch_utilization, self.image_steps, self.nfe)
+            return tuple(metric.labels(model) for metric in one)  # type: ignore[return-value]
+
+        self._of_steps = of_steps
+
+    def count_step(self, model: str, images: int, rows: int, budget: int, seconds: float) -> None:
+        """A step of so many images in `rows` network rows, of which there could have been `budget`."""
+        duration, batch_size, utilization, image_steps, nfe = self._of_steps(model)
+        duration.observe(seconds)
+        batch_size.observe(rows)
+        utilization.observe(rows / budget)
+        image_steps.inc(images)
+        nfe.inc(rows)
+
     def init_labels(self, model: str) -> None:
         """Makes the series of a checkpoint that will be served: a rate needs the 0 before the first event."""
         for counter in (self.image_steps, self.nfe, self.images, self.failed_steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from model.sampling.schedule import COEFFICIENTS, THRESHOLDING, SamplingSchedule
 
 Ints = NDArray[np.int64]
 G, LIMIT, S = (COEFFICIENTS.index(name) for name in ("g", "limit", "s"))
+DYNAMIC = THRESHOLDING.index("dynamic")
 UINT32_MASK = 0xFFFFFFFF
 
 
@@ -46,21 +48,29 @@ class Batch:
             y = np.array([s.request.classes[s.i] for s in samples], np.int64)  # type: ignore[index]
         return cls(t[which], y, rows[which], rng_counters(samples, [draws[place] for place in which]))
 
-    def of_those(self, which: NDArray[np.bool_]) -> Batch:
-        """The rows where `which` [N] is true."""
-        if which.all():
-            return self
-        y = None if self.y is None else self.y[which]
-        return Batch(self.t[which], y, self.coefficients[which], self.words[which])
+    @cached_property
+    def _range(self) -> tuple[list[float], list[float]]:
+        """The least and the most that each coefficient is."""
+        return np.minimum.reduce(self.coefficients).tolist(), np.maximum.reduce(self.coefficients).tolist()
+
+    def _is(self, column: int, value: float) -> bool:
+        """Whether a coefficient is that in all rows."""
+        least, most = self._range
+        return least[column] == most[column] == value
 
     def uses(self, name: str) -> bool:
-        """Whether that coefficient is not zero in all rows."""
-        return bool(self.coefficients[:, COEFFICIENTS.index(name)].any())
+        """Whether that coefficient does something in any row: g where it is not 1, others where they are not 0."""
+        return not self._is(COEFFICIENTS.index(name), float(name == "g"))
 
     @property
     def all_clamped(self) -> bool:
         """Whether the limit of every x_0 is clamp."""
-        return bool((self.coefficients[:, LIMIT] == THRESHOLDING.index("clamp")).all())
+        return self._is(LIMIT, THRESHOLDING.index("clamp"))
+
+    @property
+    def has_dynamic(self) -> bool:
+        """Whether the limit of any x_0 is dynamic, the last of them."""
+        return self._range[1][LIMIT] == DYNAMIC
 
     @property
     def noisy(self) -> NDArray[np.bool_]:
@@ -71,11 +81,6 @@ class Batch:
     def guided(self) -> NDArray[np.bool_]:
         """Whose step takes two rows of the network, one of them for the null class [N]."""
         return np.not_equal(self.coefficients[:, G], 1)
-
-    @property
-    def dynamic(self) -> NDArray[np.bool_]:
-        """Whose x_0 has a dynamic limit [N]."""
-        return np.equal(self.coefficients[:, LIMIT], THRESHOLDING.index("dynamic"))
 
 
 def rng_counters(samples: Sequence[Sample], steps: Sequence[int]) -> Ints:

@@ -84,8 +84,8 @@ class CUDAGraphRunner:
 
     def can_run(self, batch: Batch) -> bool:
         """Whether a step of it is one of those that are recorded."""
-        most_rows = 2 if batch.guided.any() else 1
-        return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.dynamic.any()
+        most_rows = 2 if batch.uses("g") else 1
+        return len(batch.t) <= self.slots.count and most_rows <= self._sizes[-1] and not batch.has_dynamic
 
     def init_latents(self, slots: Ints, words: Ints, scales: NDArray[np.float64] | float = 1.0) -> None:
         """Puts x_T of these words there, of these scales, and zeros for x_0."""
@@ -95,7 +95,7 @@ class CUDAGraphRunner:
 
     def step(self, slots: Ints, steps: Ints, batch: Batch) -> Bools:
         """Steps number `steps` of what is in `slots`, which stays there, beside what comes of it. Whose x is finite."""
-        return self._run(STOCHASTIC if batch.noisy.any() else DETERMINISTIC, slots, steps, batch)
+        return self._run(STOCHASTIC if batch.uses("s") else DETERMINISTIC, slots, steps, batch)
 
     def fill(self) -> None:
         """Puts noise into all slots, for `replay_dummy`. Nobody has one yet."""

@@ -247,11 +247,7 @@ class Engine:
             # What comes between two steps delays requests as the steps do.
             model.throughput.observe(batch_size, ended - (self._last_step_end or started), budget)
             self._last_step_end = ended
-            self._metrics.step_seconds.labels(model.name).observe(ended - started)
-            self._metrics.batch_size.labels(model.name).observe(batch_size)
-            self._metrics.batch_utilization.labels(model.name).observe(batch_size / budget)
-            self._metrics.image_steps.labels(model.name).inc(len(samples))
-            self._metrics.nfe.labels(model.name).inc(batch_size)
+            self._metrics.count_step(model.name, len(samples), batch_size, budget, ended - started)
 
     def _finish(self, request: Request, output: RequestOutput) -> None:
         """The request leaves with its answer, unless it has one."""

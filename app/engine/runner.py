@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.autotune import autotune_batch_size
-from app.engine.batch import Batch, finite_rows, rng_counters
+from app.engine.batch import DYNAMIC, LIMIT, Batch, finite_rows, rng_counters
 from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant_set, split_rows, take_last
 from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
 from app.engine.edits import Kept, first_states, kept_parts
@@ -103,28 +103,26 @@ class ModelRunner:
 
         Nothing is changed if it raises: the same samples can be stepped again.
         """
-        batch = Batch.of(samples)
-        recorded = self._recorded(samples, batch)
-        graphed = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if is_recorded]
-        others = [sample for sample, is_recorded in zip(samples, recorded, strict=True) if not is_recorded]
-        states, finite = self._step_eagerly(others, batch.of_those(~recorded)) if others else ([], [])
-        if graphed:
-            finite += self._step_by_graphs(graphed, batch.of_those(recorded))
+        graphed, batch = self._recorded(samples)
+        those = set(graphed)
+        others = [sample for sample in samples if sample not in those] if graphed else samples
+        states, finite = self._step_eagerly(others, Batch.of(others)) if others else ([], [])
+        if batch is not None:
+            finite += self._step_by_graphs(graphed, batch)
         # Nothing fails from here on.
         for sample, (x, x0) in zip(others, states, strict=True):
             sample.x, sample.x0, sample.x0_prev = x, x0, sample.x0
         for sample in samples:
             sample.step += 1
-        return [sample for sample, ok in zip(others + graphed, finite, strict=True) if not ok]
+        return [sample for sample, ok in zip([*others, *graphed], finite, strict=True) if not ok]
 
-    def _recorded(self, samples: list[Sample], batch: Batch) -> NDArray[np.bool_]:
-        """Whom graphs step [N]. A dynamic limit or a mask is its own request's affair: the others keep theirs."""
+    def _recorded(self, samples: list[Sample]) -> tuple[list[Sample], Batch | None]:
+        """Whom graphs step. A dynamic limit or a mask is its own request's affair: the others keep theirs."""
         if self._graphs is None:
-            return np.zeros(len(samples), bool)
-        recorded: NDArray[np.bool_] = ~batch.dynamic & np.array([sample.kept is None for sample in samples])
-        if not recorded.any() or not self._graphs.can_run(batch.of_those(recorded)):
-            return np.zeros_like(recorded)
-        return recorded
+            return [], None
+        those = [s for s in samples if s.kept is None and s.request.schedule.table[s.step, LIMIT] != DYNAMIC]
+        batch = Batch.of(those) if those else None
+        return (those, batch) if batch is not None and self._graphs.can_run(batch) else ([], None)
 
     def _step_by_graphs(self, samples: list[Sample], batch: Batch) -> list[bool]:
         """Whose x is finite. The new states lie beside the old ones, which are theirs until the step is counted."""
@@ -160,12 +158,12 @@ class ModelRunner:
         table = torch.from_numpy(batch.coefficients.astype(np.float32)).to(self.device)
         t = torch.from_numpy(batch.t.astype(np.float32)).to(self.device)
         y = None if batch.y is None else torch.from_numpy(batch.y).to(self.device)
-        if batch.guided.any():
+        if batch.uses("g"):
             out = cfg_forward(self.forward, x, t, y, table[:, 0], self._null_class)
         else:
             out = self.forward(x, t, y)
         z = self._noise_of_step(batch, x) if batch.uses("s") else None
-        return apply_step(x, out, x0_prev, x0_prev2, table, z, bool(batch.dynamic.any()), kept, batch.all_clamped)
+        return apply_step(x, out, x0_prev, x0_prev2, table, z, batch.has_dynamic, kept, batch.all_clamped)
 
     def _noise_of_step(self, batch: Batch, x: Tensor) -> Tensor:
         """Of the rows that add some; zeros for the others."""

@@ -18,8 +18,7 @@ from model.diffusion import Network
 MOST_THREADS = 4  # a row's operations are too short for more
 TRIES = 2  # the faster was less disturbed by others
 SMOOTHING = 0.1  # of the newest call on one thread in the running estimate, where it took longer
-PATIENCE = 50  # times what a slow call has lost is spent on one thread before the next try: tries cost 2 %
-LONGEST_REST_S = 10.0  # a process that stood still, or was stopped, tells of no slow team
+SHORTEST_REST, LONGEST_REST = 2, 64  # times what a slow call has lost: tries cost at most 2 % where none is faster
 PROBE_AFTER = 100  # calls of the team, one has one thread: it may be faster than it was
 
 
@@ -34,6 +33,7 @@ class ThreadTeam:
         self._network, self._alone = network, alone
         self.alone_s = 0.0  # of a call, about
         self.lost_s = 0.0  # by the team's last call
+        self.patience = SHORTEST_REST  # of the next rest; doubled by a slow call after a slow one, halved by a fast one
         self.in_a_row = 0  # calls of the team
         self.rest_s = 0.0  # so long calls have one thread; time without calls does not count
 
@@ -64,10 +64,12 @@ class ThreadTeam:
             return out
         self.in_a_row += 1
         out = self._on_all(x, t, y)
-        lost = max(0.0, time.monotonic() - began - self.alone_s)
-        if lost > self.alone_s or (lost and self.lost_s):  # once, and by little, it is a hiccup
-            self.rest_s = min(PATIENCE * lost, LONGEST_REST_S)
-        self.lost_s = lost
+        before, self.lost_s = self.lost_s, max(0.0, time.monotonic() - began - self.alone_s)
+        if not self.lost_s:
+            self.patience = max(self.patience // 2, SHORTEST_REST)
+        elif before:  # once it is a hiccup, which one thread has too
+            self.rest_s = self.patience * min(self.lost_s, before)
+            self.patience = min(2 * self.patience, LONGEST_REST)
         return out
 
     def _on_all(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

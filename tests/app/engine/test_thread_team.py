@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from app.engine import thread_team
 from app.engine.runner import ModelRunner
-from app.engine.thread_team import LONGEST_REST_S, MOST_THREADS, PATIENCE, PROBE_AFTER, TRIES, ThreadTeam
+from app.engine.thread_team import LONGEST_REST, MOST_THREADS, PROBE_AFTER, SHORTEST_REST, TRIES, ThreadTeam
 from model import checkpoint as checkpoints
 from model.checkpoint import Checkpoint
 from tests.app.engine.conftest import equal
@@ -91,41 +92,55 @@ def test_other_bits_are_no_team(clock: Clock) -> None:
     assert not clock.agree(ThreadTeam(clock.network("team", 1e-7), clock.network("alone"), 2))
 
 
-def test_where_the_team_is_much_slower_calls_have_one_thread_for_a_while(clock: Clock, team: ThreadTeam) -> None:
+def test_where_the_team_is_slower_calls_have_one_thread_for_longer_and_longer(clock: Clock, team: ThreadTeam) -> None:
     assert clock.ran(team, 3) == ["team"] * 3
     clock.seconds["team"] = 0.058
-    assert clock.ran(team, 3) == ["team", "alone", "alone"]
-    assert team.rest_s == pytest.approx(PATIENCE * 0.05 - 2 * 0.008)
+    assert clock.ran(team, 3) == ["team", "team", "alone"]
+    assert team.rest_s == pytest.approx(SHORTEST_REST * 0.05 - 0.008)
     clock.now += 1000
     assert clock.ran(team) == ["alone"], "an idle machine has not changed"
-    rest = round(team.rest_s / 0.008)
-    assert clock.ran(team, rest + 2) == ["alone"] * rest + ["team", "alone"], "one more try, and the same again"
+    tries = [i for i, name in enumerate(clock.ran(team, 5000)) if name == "team"]
+    rests = [0.008 * (later - earlier - 1) / 0.05 for earlier, later in itertools.pairwise(tries)]
+    assert rests[:4] == pytest.approx([4, 8, 16, 32], rel=0.1)
+    assert rests[4:] == pytest.approx([LONGEST_REST] * len(rests[4:]), rel=0.1)
+
+
+def test_a_team_that_is_faster_again_is_trusted_little_by_little(clock: Clock, team: ThreadTeam) -> None:
+    clock.seconds["team"] = 0.058
+    clock.ran(team, 1000)
     clock.seconds["team"], team.rest_s = 0.006, 0.0
+    assert team.patience == LONGEST_REST
+    assert clock.ran(team, 2) == ["team"] * 2
+    assert team.patience == LONGEST_REST // 4
     assert clock.ran(team, 20) == ["team"] * 20
+    assert team.patience == SHORTEST_REST
 
 
 def test_a_hiccup_ends_nothing_and_two_calls_that_are_a_little_slower_do(clock: Clock, team: ThreadTeam) -> None:
-    clock.seconds["team"] = 0.015
+    clock.seconds["team"] = 60.0
     assert clock.ran(team) == ["team"]
     clock.seconds["team"] = 0.006
     assert clock.ran(team, 2) == ["team", "team"]
-    clock.seconds["team"] = 0.009
+    clock.seconds["team"] = 0.013
     assert clock.ran(team, 3) == ["team", "team", "alone"]
-    assert team.rest_s == pytest.approx(PATIENCE * 0.001 - 0.008)
-    team.rest_s = 0.0
-    assert clock.ran(team, 2) == ["team", "alone"], "it is as slow as before"
+    assert team.rest_s == pytest.approx(SHORTEST_REST * 0.005 - 0.008)
+    assert clock.ran(team, 2) == ["alone", "team"], "and it is as slow as before"
+    assert team.rest_s == pytest.approx(2 * SHORTEST_REST * 0.005)
 
 
-def test_a_call_that_was_held_up_for_long_ends_no_team(clock: Clock, team: ThreadTeam) -> None:
-    """As by SIGSTOP."""
+def test_a_call_that_was_held_up_for_long_counts_as_a_slow_one(clock: Clock, team: ThreadTeam) -> None:
+    """As by SIGSTOP, with one thread or several."""
     clock.seconds["team"] = 60.0
     assert clock.ran(team) == ["team"]
-    assert team.rest_s == LONGEST_REST_S
-    clock.seconds.update(team=0.012, alone=60.0)
+    clock.seconds["team"] = 0.012
+    assert clock.ran(team) == ["team"]
+    assert team.rest_s == pytest.approx(SHORTEST_REST * 0.004)
+    clock.seconds["team"], team.rest_s = 60.0, 0.0
+    assert clock.ran(team) == ["team"]
+    assert team.rest_s == pytest.approx(2 * SHORTEST_REST * 0.004)
+    clock.seconds["alone"] = 60.0
     assert clock.ran(team) == ["alone"]
     assert team.alone_s < 0.009
-    clock.seconds["alone"], team.rest_s = 0.008, 0.0
-    assert clock.ran(team, 2) == ["team", "alone"]
 
 
 def test_a_warm_up_beside_others_is_forgotten(clock: Clock) -> None:
