@@ -18,7 +18,7 @@ from model.diffusion import Network
 MOST_THREADS = 4  # a row's operations are too short for more
 TRIES = 2  # the faster was less disturbed by others
 SMOOTHING = 0.1  # of the newest call on one thread in the running estimate, where it took longer
-SHORTEST_REST, LONGEST_REST = 2, 64  # times what a slow call has lost: tries cost at most 2 % where none is faster
+SHORTEST_REST, LONGEST_REST = 8, 64  # times what a slow call has lost: tries cost an eighth at first, then 2 %
 PROBE_AFTER = 100  # calls of the team, one has one thread: it may be faster than it was
 
 
@@ -33,7 +33,7 @@ class ThreadTeam:
         self._network, self._alone = network, alone
         self.alone_s = 0.0  # of a call, about
         self.lost_s = 0.0  # by the team's last call
-        self.patience = SHORTEST_REST  # of the next rest; doubled by a slow call after a slow one, halved by a fast one
+        self.patience = LONGEST_REST  # of the next rest; doubled by a slow call after a slow one, halved by a fast one
         self.in_a_row = 0  # calls of the team
         self.rest_s = 0.0  # so long calls have one thread; time without calls does not count
 

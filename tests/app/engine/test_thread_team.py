@@ -65,8 +65,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def team(clock: Clock) -> ThreadTeam:
+    """One that has been faster so far."""
     team = ThreadTeam(clock.network("team"), clock.network("alone"), 3)
     assert clock.agree(team)
+    assert clock.ran(team, 5) == ["team"] * 5
+    assert team.patience == SHORTEST_REST
     return team
 
 
@@ -101,8 +104,17 @@ def test_where_the_team_is_slower_calls_have_one_thread_for_longer_and_longer(cl
     assert clock.ran(team) == ["alone"], "an idle machine has not changed"
     tries = [i for i, name in enumerate(clock.ran(team, 5000)) if name == "team"]
     rests = [0.008 * (later - earlier - 1) / 0.05 for earlier, later in itertools.pairwise(tries)]
-    assert rests[:4] == pytest.approx([4, 8, 16, 32], rel=0.1)
-    assert rests[4:] == pytest.approx([LONGEST_REST] * len(rests[4:]), rel=0.1)
+    assert rests[:2] == pytest.approx([2 * SHORTEST_REST, 4 * SHORTEST_REST], rel=0.1)
+    assert rests[2:] == pytest.approx([LONGEST_REST] * len(rests[2:]), rel=0.1)
+
+
+def test_a_new_team_that_is_slower_rests_for_long(clock: Clock) -> None:
+    """As on a machine that is always busy."""
+    team = ThreadTeam(clock.network("team"), clock.network("alone"), 2)
+    assert clock.agree(team)
+    clock.seconds["team"] = 0.1
+    assert clock.ran(team, 3) == ["team", "team", "alone"]
+    assert team.rest_s == pytest.approx(LONGEST_REST * 0.092 - 0.008)
 
 
 def test_a_team_that_is_faster_again_is_trusted_little_by_little(clock: Clock, team: ThreadTeam) -> None:
@@ -124,7 +136,8 @@ def test_a_hiccup_ends_nothing_and_two_calls_that_are_a_little_slower_do(clock: 
     clock.seconds["team"] = 0.013
     assert clock.ran(team, 3) == ["team", "team", "alone"]
     assert team.rest_s == pytest.approx(SHORTEST_REST * 0.005 - 0.008)
-    assert clock.ran(team, 2) == ["alone", "team"], "and it is as slow as before"
+    team.rest_s = 0.0
+    assert clock.ran(team) == ["team"], "and it is as slow as before"
     assert team.rest_s == pytest.approx(2 * SHORTEST_REST * 0.005)
 
 
