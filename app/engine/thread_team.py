@@ -2,7 +2,7 @@
 
 The threads meet hundreds of times in a call, and each time the early one waits. On a quiet machine the row is done in
 three quarters of the time or less. Beside a busy neighbour, or on cores that share no cache, it can take much longer,
-so the times choose at every call.
+so the times choose at every call: what the team saves is its credit, and without credit a call has one thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from model.diffusion import Network
 MOST_THREADS = 4  # a row's operations are too short for more
 TRIES = 2  # the faster was less disturbed by others
 SMOOTHING = 0.1  # of the newest call on one thread in the running estimate, where it took longer
-SHORTEST_REST, LONGEST_REST = 8, 64  # times what a slow call has lost: tries cost an eighth at first, then 2 %
+PATIENCE = 32  # times what the team has lost is spent on one thread before the next try: tries cost 3 %
+MOST_CREDIT, MOST_LOST = 8, 16  # calls on one thread: what a team can have saved, and what one call of it can lose
 PROBE_AFTER = 100  # calls of the team, one has one thread: it may be faster than it was
 
 
@@ -32,10 +33,8 @@ class ThreadTeam:
         self.threads = min(threads, MOST_THREADS)
         self._network, self._alone = network, alone
         self.alone_s = 0.0  # of a call, about
-        self.lost_s = 0.0  # by the team's last call
-        self.patience = LONGEST_REST  # of the next rest; doubled by a slow call after a slow one, halved by a fast one
+        self.credit_s = 0.0  # below 0 a call has one thread; a hiccup of the machine costs some, and no more
         self.in_a_row = 0  # calls of the team
-        self.rest_s = 0.0  # so long calls have one thread; time without calls does not count
 
     def agrees(self, x: Tensor, t: Tensor, y: Tensor | None) -> Generator[None, None, bool]:
         """Whether both give the same bits; where not, it may not be called. Packs, records and times them, and yields
@@ -54,22 +53,18 @@ class ThreadTeam:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """As the network. From one thread only."""
         began = time.monotonic()
-        if self.rest_s > 0 or self.in_a_row == PROBE_AFTER:
+        if self.credit_s < 0 or self.in_a_row == PROBE_AFTER:
             out = self._alone(x, t, y)
-            took = time.monotonic() - began
-            longer = took - self.alone_s  # of which a call that was held up counts as twice as long at most
-            self.alone_s += longer if longer < 0 else SMOOTHING * min(longer, self.alone_s)
-            self.rest_s -= took
+            took = min(time.monotonic() - began, 2 * self.alone_s)  # it may have been held up
+            longer = took - self.alone_s
+            self.alone_s += longer if longer < 0 else SMOOTHING * longer
+            self.credit_s += took / PATIENCE
             self.in_a_row = 0
             return out
         self.in_a_row += 1
         out = self._on_all(x, t, y)
-        before, self.lost_s = self.lost_s, max(0.0, time.monotonic() - began - self.alone_s)
-        if not self.lost_s:
-            self.patience = max(self.patience // 2, SHORTEST_REST)
-        elif before:  # once it is a hiccup, which one thread has too
-            self.rest_s = self.patience * min(self.lost_s, before)
-            self.patience = min(2 * self.patience, LONGEST_REST)
+        saved = max(self.alone_s - (time.monotonic() - began), -MOST_LOST * self.alone_s)
+        self.credit_s = min(self.credit_s + saved, MOST_CREDIT * self.alone_s)
         return out
 
     def _on_all(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

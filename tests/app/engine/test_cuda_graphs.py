@@ -1,5 +1,5 @@
 """Graphs of whole steps are made, checked and done without: on the CPU with a recorder that repeats calls, on a GPU
-with the real one. What they compute in any company is in `test_slots`."""
+with the real one. What they compute in any company is in `test_latent_pool`."""
 
 from __future__ import annotations
 

@@ -476,6 +476,14 @@ def test_high_concurrency_gets_larger_batches(
     assert metrics["ddpm_batch_utilization_sum"] > 0.7 * metrics["ddpm_batch_utilization_count"], "nearly all were full"
 
 
+def test_a_step_is_counted_by_its_images_and_by_its_rows(metrics: Metrics) -> None:
+    for _ in range(2):
+        metrics.count_step("tiny", images=3, rows=6, budget=8, seconds=0.5)
+    assert (metrics["ddpm_image_steps_total"], metrics["ddpm_nfe_total"]) == (6, 12)
+    assert (metrics["ddpm_batch_size_sum"], metrics["ddpm_batch_utilization_sum"]) == (12, 1.5)
+    assert (metrics["ddpm_step_seconds_sum"], metrics["ddpm_step_seconds_count"]) == (1.0, 2)
+
+
 def test_default_timeouts_are_refused_only_beyond_their_slack(engine: Engine, served: ModelInstance, ask: Ask) -> None:
     async def main(loop: asyncio.AbstractEventLoop) -> None:
         served.throughput.nfe_per_second = 10.0
