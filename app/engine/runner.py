@@ -114,7 +114,7 @@ class ModelRunner:
             sample.x, sample.x0, sample.x0_prev = x, x0, sample.x0
         for sample in samples:
             sample.step += 1
-        return [sample for sample, ok in zip([*others, *graphed], finite, strict=True) if not ok]
+        return [sample for sample, ok in zip(others + graphed, finite, strict=True) if not ok]
 
     def _recorded(self, samples: list[Sample]) -> tuple[list[Sample], Batch | None]:
         """Whom graphs step. A dynamic limit or a mask is its own request's affair: the others keep theirs."""
