@@ -24,6 +24,7 @@ from model.images import from_uint8
 from model.nn.ema import EMA
 from model.nn.unet import UNet
 from tests.bench import networks, timing
+from training.loop.compiler import compiled
 
 DECAY = 0.9999
 
@@ -33,7 +34,7 @@ def prepared(network: nn.Module, options: set[str]) -> Callable[..., object]:
     network.train()
     if "channels_last" in options:
         network.to(memory_format=torch.channels_last)
-    return torch.compile(network) if "compile" in options else network
+    return compiled(network, next(network.parameters()).device) if "compile" in options else network
 
 
 def layout(options: set[str]) -> torch.memory_format:

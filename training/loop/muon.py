@@ -40,6 +40,7 @@ class MuonAdamW:
             lr=learning_rate,
             fused=True,
         )
+        self._is_on_cpu = all(kernel.device.type == "cpu" for kernel in self._kernels)
         for matrix in self._matrices:  # now, so that a first step that does not count has something to go back to
             self._muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
 
@@ -67,13 +68,20 @@ class MuonAdamW:
             matrix.grad = None if kernel.grad is None else _matrix(kernel.grad, like=kernel)
             if matrix.grad is not None and self.grad_scale is not None:
                 matrix.grad = matrix.grad / self.grad_scale
+        if not self._is_on_cpu:
+            self._step_and_go_back()
+        elif self.found_inf == 0:
+            self._muon.step()
+        for matrix in self._matrices:
+            matrix.grad = None
+
+    def _step_and_go_back(self) -> None:
+        """A step of Muon's that the device undoes where it does not count."""
         changing = [*self._matrices, *(self._muon.state[matrix]["momentum_buffer"] for matrix in self._matrices)]
         before = [tensor.clone() for tensor in changing]
         self._muon.step()
         for tensor, old in zip(changing, before, strict=True):
             tensor.copy_(torch.where(self.found_inf == 0, tensor, old))
-        for matrix in self._matrices:
-            matrix.grad = None
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""

@@ -114,7 +114,7 @@ class TrainConfig:
     precision: str = _option(
         "fp32", "bf16 is autocast; tf32 is fp32 whose products have 10 bits, on a GPU", ("fp32", "tf32", "bf16")
     )
-    channels_last: bool = _option(True, "on a GPU: a pixel's channels side by side, and kernels chosen by their times")
+    channels_last: bool = _option(True, "a pixel's channels side by side, on a GPU or with --compile")
     compile: bool = _option(False, "compile the network")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, …")
     seed: int = _option(0, "every random draw of step i follows from this and i")

@@ -1,17 +1,19 @@
 """--compile, with a backend that needs no C++ compiler: the network is one graph, traced once, and learns the same."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.nn.config import UNetConfig
 from model.nn.unet import UNet
-from training.loop.compiler import compiled
+from training.loop.compiler import ChannelGroupNorm, compiled
 from training.run.config import TrainConfig
 from training.train import main, train
 
@@ -32,13 +34,34 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     return backend
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channel_group_norm_is_a_group_norm(dtype: torch.dtype) -> None:
+    """Forward, and the gradients of input, weight and bias, for groups of one, two and twelve channels."""
+    torch.manual_seed(0)
+    for groups in (12, 6, 1):
+        plain = nn.GroupNorm(groups, 12, eps=1e-3)
+        nn.init.normal_(plain.weight)
+        nn.init.normal_(plain.bias)
+        norm, x = ChannelGroupNorm(deepcopy(plain)), (3 * torch.randn(2, 12, 5, 7) - 4).to(dtype)
+        upstream, outcomes = torch.randn(2, 12, 5, 7).to(dtype), []
+        for module in (plain, norm):
+            z = x.clone().requires_grad_()
+            y = module(z)
+            y.backward(upstream)
+            outcomes.append([y, z.grad, *(p.grad for p in module.parameters())])
+        assert outcomes[1][0].dtype == dtype
+        for ours, theirs in zip(outcomes[1], outcomes[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5 if dtype == torch.float32 else 3e-2)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-3)])
 def test_a_compiled_run_traces_one_graph_and_learns_the_same(
-    tiny_options: Options, counter: CompileCounterWithBackend
+    precision: str, tolerance: float, tiny_options: Options, counter: CompileCounterWithBackend
 ) -> None:
     """With every draw that a step makes: classes left out, two parts a batch, under autocast."""
     options = tiny_options | {"label_dropout": 0.3, "accumulate": 2, "dropout": 0.0, "iterations": 4}
-    config = TrainConfig(**options | {"precision": "bf16"})
+    config = TrainConfig(**options | {"precision": precision})
     plain = train(config)
     assert counter.frame_count == 0
     run = train(replace(config, compile=True, run_name="compiled"))
@@ -46,7 +69,7 @@ def test_a_compiled_run_traces_one_graph_and_learns_the_same(
     a, b = (torch.load(folder / "state-0000004.pt", weights_only=True)["network"] for folder in (plain, run))
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-3)
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=tolerance)
 
 
 @pytest.mark.slow
@@ -68,6 +91,8 @@ def test_a_network_in_channels_last_is_one_graph_both_ways(
         model(x, t, y).square().mean().backward()
     assert counter.frame_count == 2
     assert network.out_conv.bias.grad is not None
+    assert not any(isinstance(module, nn.GroupNorm) for module in network.modules())
+    network.load_state_dict(UNet(config).state_dict())
 
 
 def test_compile_without_a_compiler_is_refused_and_leaves_no_run(

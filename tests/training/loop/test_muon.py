@@ -55,9 +55,11 @@ def test_inner_kernels_are_muons_and_the_rest_is_adamws(tiny: UNet) -> None:
             torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.01), rtol=1e-3, atol=1e-6)
 
 
-def test_a_step_is_that_of_torchs_two_with_clipping(tiny: UNet) -> None:
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_a_step_is_that_of_torchs_two_with_clipping(is_on_cpu: bool, tiny: UNet) -> None:
     other = copy.deepcopy(tiny)
     optimizer = muon(tiny, 0.1)
+    optimizer._is_on_cpu = is_on_cpu
     names = dict(other.named_parameters())
     kernels = {name: torch.nn.Parameter(p.detach().flatten(1)) for name, p in names.items() if is_inner(name)}
     decaying = [names["init_conv.weight"], names["out_conv.weight"]]
@@ -84,8 +86,12 @@ def test_a_step_is_that_of_torchs_two_with_clipping(tiny: UNet) -> None:
 @pytest.mark.parametrize("first", [True, False], ids=["at the first step", "later"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["out_conv.bias", "mid.0.conv_1.weight"])
-def test_a_gradient_not_finite_changes_nothing(where: str, poison: float, first: bool, tiny: UNet) -> None:
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_a_gradient_not_finite_changes_nothing(
+    is_on_cpu: bool, where: str, poison: float, first: bool, tiny: UNet
+) -> None:
     optimizer = muon(tiny, 0.1)
+    optimizer._is_on_cpu = is_on_cpu  # elsewhere nothing waits to see whether it is finite
     if not first:
         with_gradient(tiny)
         assert step(optimizer, 1e-3, 1.0)
