@@ -1,5 +1,6 @@
-"""--compile, with a backend that needs no C++ compiler: the network is one graph, traced once, and learns the same."""
+"""--compile: the network is one graph, traced once, and learns the same; mostly by a backend without a C++ compiler."""
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.nn.config import UNetConfig
+from model.nn.layers import Upsample
 from model.nn.unet import UNet
 from training.loop.compiler import ChannelGroupNorm, compiled
 from training.run.config import TrainConfig
@@ -93,6 +95,23 @@ def test_a_network_in_channels_last_is_one_graph_both_ways(
     assert network.out_conv.bias.grad is not None
     assert not any(isinstance(module, nn.GroupNorm) for module in network.modules())
     network.load_state_dict(UNet(config).state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+def test_gradients_by_the_real_compiler_pass_norms_and_the_doubling_of_pixels() -> None:
+    """In bfloat16, where inductor's own gradient of `F.interpolate` is zero."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Upsample(8), nn.GroupNorm(4, 8), nn.SiLU())
+    network, x = deepcopy(plain), torch.randn(4, 8, 8, 8)
+    for model in (plain, compiled(network, torch.device("cpu"))):
+        with torch.autocast("cpu", torch.bfloat16):
+            (model(x) - 1).square().mean().backward()
+    for expected, parameter in zip(plain.parameters(), network.parameters(), strict=True):
+        assert expected.grad is not None
+        assert parameter.grad is not None
+        assert (parameter.grad - expected.grad).norm() <= 0.05 * expected.grad.norm() + 1e-4
 
 
 def test_compile_without_a_compiler_is_refused_and_leaves_no_run(
