@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from model.checkpoint import CheckpointConfig
@@ -22,7 +23,7 @@ from training.data.batches import Batches
 from training.data_record import NOTHING, DataChanges
 from training.loop import gpu
 from training.loop.backward import backward
-from training.loop.compiler import compiled
+from training.loop.compiler import check_gradient, compiled
 from training.loop.distributed import DistributedContext, exit_now, init_distributed
 from training.loop.optimizer import learning_rate, rollback, step
 from training.loop.state import TrainState
@@ -94,10 +95,19 @@ class Trainer:
         if run and (warning := single_channel_groups(self.state.network.config)):
             print(f"training.train: {warning}", file=sys.stderr)
         network = self.state.network
-        self._network = ranks.wrap_ddp(compiled(network, device) if config.compile else network)
         self._last_loss: float | None = None
         self._saved_at = self.state.iteration
+        self._network = ranks.wrap_ddp(self._compiled(network) if config.compile else network)
         self._restart_clock()
+
+    def _compiled(self, network: UNet) -> nn.Module:
+        """The network for a compiler, whose gradient of the first batch was found to be right."""
+        model = compiled(network, self.device)
+        batch, share = self._batches[self.state.iteration], self.ranks.shard
+        t, weights = map(share, self.state.timesteps(batch.u))
+        with memory_for(f"a step of {self.config.batch_size} images", self._less_memory()):
+            check_gradient(network, lambda trial: backward(trial, self.diffusion, batch, t, weights, self.config))
+        return model
 
     def _go_on_from(self, saved: dict[str, Any]) -> None:
         try:

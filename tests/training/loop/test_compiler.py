@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from model.nn.config import UNetConfig
 from model.nn.layers import Upsample
 from model.nn.unet import UNet
-from training.loop.compiler import ChannelGroupNorm, compiled
+from training.loop.compiler import ChannelGroupNorm, check_gradient, compiled
 from training.run.config import TrainConfig
 from training.train import main, train
 
@@ -67,7 +67,7 @@ def test_a_compiled_run_traces_one_graph_and_learns_the_same(
     plain = train(config)
     assert counter.frame_count == 0
     run = train(replace(config, compile=True, run_name="compiled"))
-    assert counter.frame_count == 2  # the trial of the compiler, and the network
+    assert counter.frame_count == 2  # the trial of the compiler, and the network, of which there is one graph
     a, b = (torch.load(folder / "state-0000004.pt", weights_only=True)["network"] for folder in (plain, run))
     assert a.keys() == b.keys()
     for name in a:
@@ -99,19 +99,39 @@ def test_a_network_in_channels_last_is_one_graph_both_ways(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
-def test_gradients_by_the_real_compiler_pass_norms_and_the_doubling_of_pixels() -> None:
-    """In bfloat16, where inductor's own gradient of `F.interpolate` is zero."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Upsample(8), nn.GroupNorm(4, 8), nn.SiLU())
-    network, x = deepcopy(plain), torch.randn(4, 8, 8, 8)
-    for model in (plain, compiled(network, torch.device("cpu"))):
+def test_the_real_compilers_gradient_passes_the_doubling_of_pixels() -> None:
+    """In bfloat16, where that of `F.interpolate` is 0, which is refused."""
+    x = torch.randn(4, 8, 8, 8)
+
+    def add_gradient(network: nn.Module) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            (model(x) - 1).square().mean().backward()
-    for expected, parameter in zip(plain.parameters(), network.parameters(), strict=True):
-        assert expected.grad is not None
-        assert parameter.grad is not None
-        assert (parameter.grad - expected.grad).norm() <= 0.05 * expected.grad.norm() + 1e-4
+            (network(x) - 1).float().square().mean().backward()
+
+    def network(doubling: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), doubling, nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    torch.compiler.reset()
+    check_gradient(network(Upsample(8)), add_gradient)
+    torchs = nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1))
+    with pytest.raises(ValueError, match=r"--compile: the gradient of 0\.weight that this machine's compiler makes"):
+        check_gradient(network(torchs), add_gradient)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, float("nan")])
+def test_a_wrong_gradient_is_refused_and_leaves_no_run(
+    factor: float, command_line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a single parameter in the middle, in a network that begins with zeros above it, and with dropout."""
+
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        if isinstance(function, UNet):
+            function.mid[0].conv_1.weight.register_hook(lambda gradient: factor * gradient)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    assert main([*command_line, "--dropout", "0.5", "--compile"]) == 2
+    assert "--compile: the gradient of mid.0.conv_1.weight that this" in capsys.readouterr().err
 
 
 def test_compile_without_a_compiler_is_refused_and_leaves_no_run(
