@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model import checkpoint
 from model.diffusion import GaussianDiffusion
 from model.nn.unet import UNet
 from model.sampling.schedule import make_schedule
@@ -63,16 +64,17 @@ def test_mnist_is_the_recipe_of_the_bundled_checkpoint() -> None:
 
 
 @pytest.mark.slow
-def test_cifar10_small_is_the_recipe_of_the_bundled_checkpoint() -> None:
+def test_cifar10_small_is_the_network_of_the_bundled_checkpoint_and_muons_long_run() -> None:
     words = (
         "--use_labels --label_dropout 0.1 --class_conditioning both --flip --patch_size 2 --base_channels 96 "
         "--channel_mults 1,2 --num_res_blocks 1 --attention_at 8 --time_emb_dim 256 --norm_groups 16 --dropout 0 "
-        "--schedule cosine --prediction v --timestep_sampler stratified --batch_size 64 --learning_rate 6e-4 "
-        "--warmup 300 --lr_schedule cosine --grad_clip 1 --ema_decay 0.999,0.9995 --precision bf16 "
-        "--guidance_scale 1.5 --iterations 8600 --run_name a"
+        "--schedule cosine --prediction v --timestep_sampler stratified --batch_size 64 --optimizer muon "
+        "--learning_rate 6e-4 --warmup 300 --lr_schedule wsd --grad_clip 1 --ema_decay 0.999,0.9995 "
+        "--ema_power 0.05,0.1 --precision bf16 --guidance_scale 1.5 --iterations 62500 --run_name a"
     )
     small, said = parsed("--preset cifar10-small --run_name a"), parsed(words)
-    assert small.unet((3, 32, 32), 10) == said.unet((3, 32, 32), 10)
+    bundled = checkpoint.load("cifar10-teacher").config.unet
+    assert small.unet((3, 32, 32), 10) == said.unet((3, 32, 32), 10) == bundled
     assert replace(said, attention_at=()) == small
 
 
