@@ -5,6 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,7 +121,11 @@ def test_the_real_compilers_gradient_passes_the_doubling_of_pixels() -> None:
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, float("nan")])
 def test_a_wrong_gradient_is_refused_and_leaves_no_run(
-    factor: float, command_line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    factor: float,
+    tiny_options: Options,
+    command_line: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of a single parameter in the middle, in a network that begins with zeros above it, and with dropout."""
 
@@ -132,6 +137,7 @@ def test_a_wrong_gradient_is_refused_and_leaves_no_run(
     monkeypatch.setattr(torch, "compile", compiler)
     assert main([*command_line, "--dropout", "0.5", "--compile"]) == 2
     assert "--compile: the gradient of mid.0.conv_1.weight that this" in capsys.readouterr().err
+    assert not list(Path(tiny_options["log_dir"]).rglob("config.json"))
 
 
 def test_compile_without_a_compiler_is_refused_and_leaves_no_run(
