@@ -25,7 +25,8 @@ from training.loop import gpu
 from training.loop.backward import backward
 from training.loop.compiler import check_gradient, compiled
 from training.loop.distributed import DistributedContext, exit_now, init_distributed
-from training.loop.optimizer import learning_rate, rollback, step
+from training.loop.optimizer import learning_rate, step
+from training.loop.rollback import rollback
 from training.loop.state import TrainState
 from training.loop.validation import chosen, finite, validation_loss
 from training.memory import is_out_of_memory, memory_for

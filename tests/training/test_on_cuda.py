@@ -20,7 +20,8 @@ from training.data.batches import Batches
 from training.loop import distributed
 from training.loop import gpu as training_gpu
 from training.loop.distributed import DistributedContext
-from training.loop.optimizer import rollback, step
+from training.loop.optimizer import step
+from training.loop.rollback import rollback
 from training.loop.state import TrainState
 from training.loop.validation import chosen, validation_loss
 from training.run.config import TrainConfig, torch_device

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.loop.rollback import rollback
+
 OUTER = ("init_conv", "out_conv")  # a network's first and last layer
 
 
@@ -80,8 +82,7 @@ class MuonAdamW:
         changing = [*self._matrices, *(self._muon.state[matrix]["momentum_buffer"] for matrix in self._matrices)]
         before = [tensor.clone() for tensor in changing]
         self._muon.step()
-        for tensor, old in zip(changing, before, strict=True):
-            tensor.copy_(torch.where(self.found_inf == 0, tensor, old))
+        rollback(changing, before, self.found_inf == 0)
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,13 +63,6 @@ def step(optimizer: Optimizer, rate: float, largest_norm: float = 0.0) -> Tensor
     optimizer.step()
     optimizer.zero_grad()
     return finite
-
-
-@torch.no_grad()
-def rollback(tensors: Iterable[Tensor], before: Iterable[Tensor], finite: Tensor) -> None:
-    """Puts `tensors` back to what they were `before`, unless the step was finite (bool [])."""
-    for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, old))
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:

@@ -119,19 +119,23 @@ def test_the_real_compilers_gradient_passes_the_doubling_of_pixels() -> None:
         check_gradient(network(torchs), add_gradient)
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, float("nan")])
+@pytest.mark.parametrize("factor", [0.0, 0.5, float("nan"), None], ids=str)
 def test_a_wrong_gradient_is_refused_and_leaves_no_run(
-    factor: float,
+    factor: float | None,
     tiny_options: Options,
     command_line: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of a single parameter in the middle, in a network that begins with zeros above it, and with dropout."""
+    """Of a single parameter in the middle, or none for it, in a network that begins with zeros, and with dropout."""
 
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(function, UNet):
-            function.mid[0].conv_1.weight.register_hook(lambda gradient: factor * gradient)
+            weight = function.mid[0].conv_1.weight
+            if factor is None:
+                weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+            else:
+                weight.register_hook(lambda gradient: factor * gradient)
         return function
 
     monkeypatch.setattr(torch, "compile", compiler)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from model.nn.unet import UNet
-from training.loop.optimizer import load_state, make_optimizer, rollback, step
+from training.loop.optimizer import load_state, make_optimizer, step
+from training.loop.rollback import rollback
 from training.run.config import TrainConfig
 
 
