@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -61,8 +62,11 @@ class DistributedContext:
 
     def wrap_ddp(self, network: nn.Module) -> nn.Module:
         """A network whose gradient is the mean over the processes, and whose weights are the first one's."""
+        if self.size == 1:
+            return network
         # Statistics of a batch norm are each process's own; the first one's are saved
-        return DistributedDataParallel(network, broadcast_buffers=False) if self.size > 1 else network
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13
+        return DistributedDataParallel(network, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
 
 
 def no_sync(network: nn.Module, skip: bool) -> AbstractContextManager[None]:
