@@ -48,6 +48,8 @@ def compiled(network: nn.Module, device: torch.device) -> nn.Module:
             f"--compile needs {needed} for the device {device.type}, and it does not work: {why}"
         ) from error
     if device.type == "cpu":
+        # Or dynamo cuts the graph into torchrun's buckets of gradients, so that a GPU can send one and compute the next
+        torch._dynamo.config.optimize_ddp = False
         for module in list(network.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.GroupNorm):

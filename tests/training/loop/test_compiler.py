@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from model.nn.config import UNetConfig
 from model.nn.layers import Upsample
@@ -32,6 +34,7 @@ Options = dict[str, Any]
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Counts the graphs that `compiled` makes, forward and backward traced, and fails where one is broken in two."""
     torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     backend = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
     return backend
@@ -96,6 +99,22 @@ def test_a_network_in_channels_last_is_one_graph_both_ways(
     assert network.out_conv.bias.grad is not None
     assert not any(isinstance(module, nn.GroupNorm) for module in network.modules())
     network.load_state_dict(UNet(config).state_dict())
+
+
+@pytest.mark.slow
+def test_a_network_is_one_graph_under_torchrun(
+    tiny_config: UNetConfig, counter: CompileCounterWithBackend, tmp_path: Path
+) -> None:
+    """On a CPU, with buckets so small that a GPU's would be several."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = UNet(tiny_config)
+        model = DistributedDataParallel(compiled(network, torch.device("cpu")), bucket_cap_mb=0.001)
+        model(torch.randn(2, 1, *tiny_config.image_size), torch.tensor([0, 9]), torch.tensor([0, 2])).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert counter.frame_count == 2
+    assert network.init_conv.weight.grad is not None
 
 
 @pytest.mark.slow
