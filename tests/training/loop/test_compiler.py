@@ -1,7 +1,7 @@
 """--compile: the network is one graph, traced once, and learns the same; mostly by a backend without a C++ compiler."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -31,13 +31,13 @@ Options = dict[str, Any]
 
 
 @pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
     """Counts the graphs that `compiled` makes, forward and backward traced, and fails where one is broken in two."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     backend = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
-    return backend
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        yield backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
