@@ -15,6 +15,7 @@ COMMANDS = {
     "key": ("app.access", "make an API key"),
     "sign": ("app.sign", "sign an image's address, so that it needs no API key for a while"),
     "train": ("training.train", "train a network on images"),
+    "decay": ("training.decay", "copy a run, to end the copy with a falling learning rate"),
     "distill": ("training.distill", "train a student of few steps, one network row each, from its teacher"),
     "sample": ("training.sample", "make a folder of images from a checkpoint"),
     "evaluate": ("training.evaluate", "measure how good a checkpoint's samples are"),

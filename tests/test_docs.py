@@ -51,7 +51,7 @@ def modules(text: str) -> Iterator[tuple[str, list[str]]]:
     for words in shell_lines(text):
         if words[0].rpartition("/")[2] == "ddpm-serve":
             yield COMMANDS_OF_DDPM_SERVE[words[1]][0], words[2:]
-        if "-m" in words and (words[0].rpartition("/")[2].startswith("python") or words[0] == "torchrun"):
+        if "-m" in words and (words[0].rpartition("/")[2].startswith(("python", "torchrun"))):
             at = words.index("-m")
             if words[at + 1] not in NOT_OURS and not words[at + 1].startswith("docs."):
                 yield words[at + 1], words[at + 2 :]

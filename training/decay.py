@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import pickle
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +18,13 @@ import torch
 
 from model.atomic_write import atomic_write, put_in_place
 from training.cli.options import Parser
+from training.console import exit_code
 from training.run.config import TrainConfig
-from training.run.run_dir import config_text, read_config
+from training.run.run_dir import config_text, iteration, read_config
 
 
-def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.2) -> TrainConfig:
-    """Makes the folder `name` beside `run`, with its state at `iteration` (None: the newest) and log until there.
+def branch(run: Path, name: str, begin: int | None = None, share: float = 0.2) -> TrainConfig:
+    """Makes the folder `name` beside `run`, with its state at iteration `begin` (None: the newest) and log until there.
 
     The learning rate falls from there on along a line, which is the last `share` of the copy's steps. Returns its
     configuration. Raises ValueError or OSError with a sentence where that cannot be.
@@ -32,20 +35,20 @@ def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.
         raise ValueError(f"{run}: no run there ({error.strerror}: config.json)") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{run}: its config.json cannot be used: {error}") from error
-    states = {int(path.stem.split("-")[1]): path for path in run.glob("state-*.pt")}
-    chosen = max(states, default=None) if iteration is None else iteration
+    states = {iteration(path): path for path in run.glob("state-*.pt")}
+    chosen = max(states, default=None) if begin is None else begin
+    found = ", ".join(map(str, sorted(states))) or "none"
     if chosen is None or chosen not in states:
-        found = ", ".join(map(str, sorted(states))) or "none"
         raise ValueError(f"{run} has no state of iteration {chosen}; it has: {found}")
     if saved.lr_schedule == "cosine":
         raise ValueError(f"{run} has --lr_schedule cosine: its learning rate has been falling from the start")
-    began = (1 - saved.decay_share) * saved.iterations
-    if saved.lr_schedule == "wsd" and chosen > began:
+    falls = (1 - saved.decay_share) * saved.iterations
+    if saved.lr_schedule == "wsd" and chosen > falls:
         raise ValueError(
-            f"{run}: the learning rate has been falling since iteration {began:.0f}: choose a state before"
+            f"{run}: the learning rate has been falling since iteration {falls:.0f}: choose a state before"
         )
-    if not 0 < share < 1:
-        raise ValueError(f"the share of the decay is above 0 and below 1, not {share}")
+    if not 0 < share < 1 or math.ceil(chosen / (1 - share)) == chosen:
+        raise ValueError(f"the share of the decay is above 0 and below 1, and a step at least, not {share}")
     folder = run.parent / name
     if Path(name).name != name or name == "..":
         raise ValueError(f"NAME is that of a folder beside {run}, not a path, as {name!r} is")
@@ -54,17 +57,24 @@ def branch(run: Path, name: str, iteration: int | None = None, share: float = 0.
     config = replace(
         saved, lr_schedule="wsd", decay_share=share, iterations=math.ceil(chosen / (1 - share)), run_name=name
     )
-    part = run.parent / f"{name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    state = torch.load(states[chosen], weights_only=True, map_location="cpu")
-    with atomic_write(part / states[chosen].name) as file:
-        torch.save(state | {"best": math.inf}, file)  # the best is to be one of the copy
-    if (run / "log.jsonl").exists():
-        shutil.copyfile(run / "log.jsonl", part / "log.jsonl")
-    with atomic_write(part / "config.json") as file:
-        file.write_text(config_text(config, data))
-    put_in_place(part, folder)
+    try:
+        state = torch.load(states[chosen], weights_only=True, map_location="cpu")
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{states[chosen]} cannot be read: choose another --iteration of {found}") from error
+    part = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=run.parent))
+    try:
+        with atomic_write(part / states[chosen].name) as file:
+            torch.save(state | {"best": math.inf}, file)  # the best is to be one of the copy
+        if (run / "log.jsonl").exists():
+            shutil.copyfile(run / "log.jsonl", part / "log.jsonl")
+        with atomic_write(part / "config.json") as file:
+            file.write_text(config_text(config, data))
+        part.chmod(run.stat().st_mode)  # others may read the copy as they may the run
+        put_in_place(part, folder)
+    except RuntimeError as error:  # torch's for a full disk
+        raise OSError(f"cannot write {folder} (is the disk full?): {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return config
 
 
@@ -84,13 +94,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     run = Path(args.run).expanduser().resolve()
-    try:
+
+    def copy() -> None:
         config = branch(run, args.name, args.iteration, args.share)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"training.decay: {error}", file=sys.stderr)
-        return 2
-    print(f"{config.iterations} steps in all; go on with: python -m training.train --resume {run.parent / args.name}")
-    return 0
+        go_on = f"python -m training.train --resume {run.parent / args.name}"
+        print(f"{config.iterations} steps in all; go on with: {go_on}")
+
+    return exit_code("training.decay", copy, "interrupted: nothing was made")
 
 
 if __name__ == "__main__":

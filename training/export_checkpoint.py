@@ -19,11 +19,9 @@ from training.run import load_weights
 
 def publish(args: argparse.Namespace) -> Path:
     """Writes the checkpoint. Raises ValueError or OSError with a sentence where that cannot be."""
-    source, which = load_weights.load(args.source, args.weights, {}, torch.device("cpu"))
+    source, _ = load_weights.load(args.source, args.weights, {}, torch.device("cpu"))
     settings, _ = settings_of(source, args)
     provenance = source.config.provenance | ({} if args.notes is None else {"notes": args.notes})
-    if which != "ema":  # the losses it tells of are those of the first average
-        provenance["weights"] = which
     weights = source.network.state_dict()
     if args.half:
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}

@@ -29,10 +29,8 @@ The picture is not chosen: seed 0, image indices in order, {sampling}.
 | SHA-256 | `{sha256}` |
 | training steps | {iterations:,} ({images_seen:,} images seen) |
 | training loss | {train_loss:.5f} (mean since the last line of the log) |
-{compared}
-| trained on | {machine} |
-| source | git {git_revision} |
-| seed | {seed} |
+{compared}| trained on | {machine} |
+{source}| seed | {seed} |
 | sampled by default with | {sampling} |
 | diffusion | {diffusion} |
 | network | {unet} |
@@ -41,18 +39,16 @@ Trained by
 
     {command}
 {notes}{evaluation}
-The weights are the moving average (EMA).{memory} This card was written by
+The weights are {weights}.{memory} This card was written by
 `python -m training.model_card {name}`.
 """
 
 
-TRAINED = "| validation loss | {validation_loss:.5f} (EMA weights, 1,024 held-out images, fixed noise) |"
-TAUGHT = """| distance to its teacher | {distance_to_teacher:.5f} (pixels in [-1, 1], 64 images of the same noise) |
-| distilled from | `{name}`, SHA-256 `{sha256}`, by method {method} |"""
-ANCHORED = """
-| anchored | its own steps are a fitted table; other samplers, steps and guidance are as its teacher's |"""
-INSIDE = """
-| inside its weights | guidance_scale {guidance_scale:g}, at one network row a step; other scales are refused |"""
+TRAINED = "| validation loss | {validation_loss:.5f} (EMA weights, 1,024 held-out images, fixed noise) |\n"
+NEARNESS = "| distance to its teacher | {distance_to_teacher:.5f} (pixels in [-1, 1], 64 images of the same noise) |\n"
+TAUGHT = "| distilled from | `{name}`, SHA-256 `{sha256}`, by method {method} |\n"
+ANCHORED = "| anchored | its own steps are a fitted table; other samplers, steps and guidance are as its teacher's |\n"
+INSIDE = "| inside its weights | guidance_scale {guidance_scale:g}, at a row a step; other scales are refused |\n"
 TABLES = """
 Schedules were fitted to these weights, for `sampler: "fitted"`. Distances are to the teacher's images, from noise that
 no fit has seen: before is dpmpp_2m with the best spacing and as many steps, all guided.
@@ -67,9 +63,9 @@ How good its samples are, by
     {command}
 
 in the features of a classifier ({extractor_accuracy:.2%} of the test images right, SHA-256 `{extractor}`):
-{num_images:,} images, as many of each class, sampled with {sampling}.
+{num_images:,} images, equally many of each class, sampled with {sampling}.
 The Fréchet distance is to the train split, in this classifier's features: it is not an FID.
-It, precision and recall are of {compared_images:,} images, beside as many held-out ones.
+The distance, precision and recall compare {compared_images:,} samples, and as many held-out images.
 
 | | generated | held out |
 |---|---|---|
@@ -192,8 +188,10 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
     c, h, w = config.unet.image_shape
     fields = {**provenance, **provenance["metrics"]}
     return CARD.format(
-        **{key: value for key, value in fields.items() if key not in ("metrics", "notes", "teacher")},
+        **{key: value for key, value in fields.items() if key not in ("metrics", "notes", "teacher", "weights")},
         compared=compared(config),
+        source=f"| source | git {revision} |\n" if (revision := provenance.get("git_revision")) else "",
+        weights=which_weights(provenance.get("weights", "ema")),
         name=file.stem,
         evaluation=tables_text(config.fitted) + evaluation,
         memory=""
@@ -215,12 +213,21 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
 
 
 def compared(config: CheckpointConfig) -> str:
-    """The lines of the card's table that say how far training came."""
+    """The lines of the card's table that say how far training came: what is known of these weights."""
     metrics, teacher, inside = config.provenance["metrics"], config.provenance.get("teacher"), config.distilled
+    known = {"validation_loss": TRAINED, "distance_to_teacher": NEARNESS}
+    text = "".join(line.format(**metrics) for key, line in known.items() if key in metrics)
     if teacher is None:
-        return TRAINED.format(**metrics)
-    text = TAUGHT.format(**metrics, **teacher, method=inside.method if inside else "end_to_end")
+        return text
+    text += TAUGHT.format(**teacher, method=inside.method if inside else "end_to_end")
     return text + (INSIDE.format(guidance_scale=inside.guidance_scale) if inside else ANCHORED)
+
+
+def which_weights(name: str) -> str:
+    """Of the provenance's name of them: "ema", the first average; "raw"; or such as "ema power-0.1"."""
+    if name == "raw":
+        return "the last of the training, not an average"
+    return f"the moving average{name.removeprefix('ema')} (EMA)"
 
 
 def neighbours_picture(evaluation: Path, file: Path) -> str | None:

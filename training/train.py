@@ -25,7 +25,7 @@ from training.loop import gpu
 from training.loop.backward import backward
 from training.loop.compiler import check_gradient, compiled
 from training.loop.distributed import DistributedContext, exit_now, init_distributed
-from training.loop.optimizer import learning_rate, step
+from training.loop.optimizer import learning_rate, step, tell_jump
 from training.loop.rollback import rollback
 from training.loop.state import TrainState
 from training.loop.validation import chosen, finite, validation_loss
@@ -34,7 +34,7 @@ from training.run.config import TrainConfig
 from training.run.git import git_revision, machine
 from training.run.image_io import NUM_PREVIEW, sample_grid, sequence
 from training.run.norm_groups import single_channel_groups
-from training.run.run_dir import RunDir
+from training.run.run_dir import RunDir, read_config
 from training.run.signals import StopSignals
 from training.run.trackers import Trackers
 from training.run.warm_start import warm_start
@@ -59,6 +59,8 @@ def train(config: TrainConfig, resume: bool = False, changes: DataChanges = NOTH
             if run:
                 print(f"Nothing to do: {run.path} has done its {done} iterations; give more --iterations to go on")
             return config.run_dir
+        if run and saved:
+            tell_jump(config, read_config(run.path)[0], done)
         images = RunImages.load(config, ranks, saved, changes, resume)
         Trainer(config, ranks, device, run, saved, images).fit()
     return config.run_dir

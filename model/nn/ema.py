@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-WIDEST = 0.28  # of a power profile; that of a plain mean is 0.2887
+NARROWEST, WIDEST = 0.001, 0.28  # of a power profile; that of a plain mean is 0.2887
 
 
 class EMAState(TypedDict):
@@ -65,8 +65,8 @@ class EMA:
         for decay in decays:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema_decay must be at least 0 and below 1, not {decay}")
-        if len(set(powers)) < len(powers) or not all(0 < width <= WIDEST for width in powers):
-            raise ValueError(f"ema_power must be above 0 and at most {WIDEST}, or several such, not {powers}")
+        if len(set(powers)) < len(powers) or not all(NARROWEST <= width <= WIDEST for width in powers):
+            raise ValueError(f"ema_power is from {NARROWEST} to {WIDEST}, or several such, not {powers}")
         self._source = dict(network.state_dict(keep_vars=True))
         device = next(iter(self._source.values())).device
         self._updates = torch.zeros((), dtype=torch.float64, device=device)

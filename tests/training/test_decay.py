@@ -13,6 +13,7 @@ from training import decay
 from training import train as module
 from training.loop.optimizer import learning_rate
 from training.run.config import TrainConfig
+from training.run.run_dir import read_config
 from training.train import train
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -104,6 +105,7 @@ def run(tmp_path: Path) -> Path:
         ("run --iteration 70", "exists already: choose another name"),
         ("a/b --iteration 70", "not a path"),
         ("end --iteration 70 --share 1", "above 0 and below 1"),
+        ("end --iteration 70 --share 1e-17", "a step at least"),
     ],
 )
 def test_a_decay_that_cannot_be_is_refused(
@@ -112,6 +114,54 @@ def test_a_decay_that_cannot_be_is_refused(
     assert decay.main([str(run), *words.split()]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing"])
+def test_a_damaged_state_is_told_with_the_others(content: bytes, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "state-0000080.pt").write_bytes(content)
+    assert decay.main([str(run), "end"]) == 2  # 90 is too late
+    assert decay.main([str(run), "end", "--iteration", "80"]) == 2
+    assert "state-0000080.pt cannot be read: choose another --iteration of 70, 80, 90" in capsys.readouterr().err
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_an_interrupted_copy_leaves_nothing_and_no_other_folder_goes(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run.with_name("end.part")
+    other.mkdir()
+    save = torch.save
+
+    def interrupted(*words: object) -> None:
+        save(*words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert decay.main([str(run), "end", "--iteration", "70"]) == 130
+    assert "interrupted: nothing was made" in capsys.readouterr().err
+    assert {path.name for path in run.parent.iterdir()} == {"run", "end.part"}
+    monkeypatch.undo()
+    assert decay.main([str(run), "end", "--iteration", "70"]) == 0
+    assert {path.name for path in run.parent.iterdir()} == {"run", "end.part", "end"}
+    assert run.with_name("end").stat().st_mode == run.stat().st_mode
+
+
+@pytest.mark.slow
+def test_a_rate_that_rises_again_is_told(
+    tiny_options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"lr_schedule": "wsd", "decay_share": 0.5, "iterations": 8}
+    monkeypatch.setattr(module, "StopSignals", stopping_after(6))
+    run = train(TrainConfig(**tiny_options | options))
+    monkeypatch.setattr(module, "StopSignals", stopping_after(1))
+    assert module.main(["--resume", str(run)]) == 0
+    assert "learning rate" not in capsys.readouterr().err
+    assert module.main(["--resume", str(run), "--iterations", "100"]) == 0
+    told = "at step 7 with these options the learning rate is 0.001, where the run's own would be 0.00025"
+    assert told in capsys.readouterr().err
+    assert module.main(["--resume", str(run), "--lr_schedule", "constant"]) == 0
+    config, _ = read_config(run)
+    assert (config.lr_schedule, config.decay_share) == ("constant", 0.2)
 
 
 @pytest.mark.parametrize(("config", "message"), [(None, "no run there"), ("{", "cannot be used")])

@@ -125,7 +125,8 @@ def test_tables_of_other_weights_are_left_out_and_said(
 ) -> None:
     run, out, served = tmp_path / "run", tmp_path / "out.safetensors", checkpoint.load(source)
     run.mkdir()
-    fitted(run / "best.safetensors", served.network.state_dict(), served.config)
+    for name in ("best", "checkpoint-0000001"):
+        fitted(run / f"{name}.safetensors", served.network.state_dict(), served.config)
     torch.save({"network": randomised(UNET, seed=1).state_dict(), "iteration": 1}, run / "state-0000001.pt")
     assert export_checkpoint.main([str(run), str(out), "--weights", "raw"]) == 0
     said = capsys.readouterr()

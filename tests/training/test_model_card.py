@@ -100,7 +100,7 @@ def test_a_card_shows_what_an_evaluation_found(file: Path, tmp_path: Path) -> No
     text = file.with_suffix(".md").read_text()
     assert "| 50.00% | 50.00% |" in text
     assert "| Fréchet distance | 2.5000 | 1.2500 |" in text
-    assert "1,500 images, beside as many" in text
+    assert "compare 1,500 samples, and as many held-out images" in text
     assert "By sampler" not in text
 
 
@@ -162,6 +162,24 @@ def test_a_card_of_a_checkpoint_without_provenance_is_refused(file: Path, capsys
     checkpoint.save(file, UNet(UNET).state_dict(), config)
     assert model_card.main([str(file)]) == 2
     assert "not made by training.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("raw", "The weights are the last of the training, not an average."),
+        ("ema power-0.1", "The weights are the moving average power-0.1 (EMA)."),
+    ],
+)
+def test_a_card_tells_other_weights_and_no_loss_of_the_first_average(weights: str, words: str, file: Path) -> None:
+    source = checkpoint.load(file)
+    told = source.config.provenance | {"weights": weights, "metrics": {"train_loss": 0.5}}
+    checkpoint.save(file, source.network.state_dict(), replace(source.config, provenance=told))
+    assert model_card.main([str(file)]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert words in text
+    assert "validation loss" not in text
+    assert "| training loss | 0.50000 (mean since the last line of the log) |\n| trained on |" in text
 
 
 def test_a_card_lists_fitted_tables_with_their_cost(file: Path) -> None:

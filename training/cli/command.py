@@ -151,6 +151,8 @@ def _resumed(resume: str, given: dict[str, Any]) -> TrainConfig:
         raise ValueError(f"--resume {resume}: its config.json cannot be used: {error}") from error
     above = folder.parent
     place = {"log_dir": above.parent, "project_name": above.name} if saved.project_name else {"log_dir": above}
+    if given.get("lr_schedule", "wsd") != "wsd":  # or what the run had of wsd would contradict it
+        given = {"decay_share": TrainConfig.decay_share} | given
     config = replace(saved, **given, **{k: str(v) for k, v in place.items()}, run_name=folder.name)
     for name in FIXED:
         if getattr(config, name) != getattr(saved, name):

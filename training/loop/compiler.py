@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -62,7 +63,8 @@ def check_gradient(network: nn.Module, add_gradient: Callable[[nn.Module], objec
 
     Compilers err without a word: inductor's gradient of `F.interpolate` is 0 in bfloat16 on a CPU (torch 2.13), and a
     network learns for hours without its lower levels. `add_gradient` adds a batch's. It is asked of a copy without
-    dropout, whose weights are moved a little, for a network begins with zeros that let no gradient through.
+    dropout, whose weights are moved a little, for a network begins with zeros that let no gradient through. Where the
+    network's own gradient is not finite, it says so and checks nothing.
     """
     trial, gradients = deepcopy(network), []
     generator = torch.Generator().manual_seed(0)
@@ -78,6 +80,9 @@ def check_gradient(network: nn.Module, add_gradient: Callable[[nn.Module], objec
         trial.zero_grad()
     own, made = gradients
     total = torch.nn.utils.get_total_norm(own.values())
+    if not total.isfinite():
+        print("--compile: the first batch's gradient is not finite, so the compiler's is not checked", file=sys.stderr)
+        return
     for name, gradient in own.items():
         error = made.get(name, torch.zeros_like(gradient)) - gradient
         if not error.norm() <= 0.25 * gradient.norm() + 1e-3 * total:  # nor where it is not a number

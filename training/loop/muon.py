@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from training.loop.rollback import rollback
 
 OUTER = ("init_conv", "out_conv")  # a network's first and last layer
+MOMENTUM = "momentum_buffer"  # torch's name
 
 
 class MuonAdamW:
@@ -44,7 +45,7 @@ class MuonAdamW:
         )
         self._is_on_cpu = all(kernel.device.type == "cpu" for kernel in self._kernels)
         for matrix in self._matrices:  # now, so that a first step that does not count has something to go back to
-            self._muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+            self._muon.state[matrix][MOMENTUM] = torch.zeros_like(matrix)
 
     @property
     def parts(self) -> list[torch.optim.Optimizer]:
@@ -79,7 +80,7 @@ class MuonAdamW:
 
     def _step_and_go_back(self) -> None:
         """A step of Muon's that the device undoes where it does not count."""
-        changing = [*self._matrices, *(self._muon.state[matrix]["momentum_buffer"] for matrix in self._matrices)]
+        changing = [*self._matrices, *(self._muon.state[matrix][MOMENTUM] for matrix in self._matrices)]
         before = [tensor.clone() for tensor in changing]
         self._muon.step()
         rollback(changing, before, self.found_inf == 0)
@@ -91,13 +92,17 @@ class MuonAdamW:
             kernel.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Both, by name."""
-        return {"adamw": self._adamw.state_dict(), "muon": self._muon.state_dict()}
+        """Both, by name; Muon's momentum has the shape of the kernels, however these lie in memory."""
+        muon = self._muon.state_dict()
+        state = {i: {MOMENTUM: _kernel(muon["state"][i][MOMENTUM], k)} for i, k in enumerate(self._kernels)}
+        return {"adamw": self._adamw.state_dict(), "muon": muon | {"state": state}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`."""
+        muon = state["muon"]
+        momenta = {i: {MOMENTUM: _matrix(muon["state"][i][MOMENTUM], k)} for i, k in enumerate(self._kernels)}
         self._adamw.load_state_dict(state["adamw"])
-        self._muon.load_state_dict(state["muon"])
+        self._muon.load_state_dict(muon | {"state": momenta})
 
 
 def _matrix(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -105,7 +110,18 @@ def _matrix(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
     Muon does not mind their order, and this way the matrix of a kernel with its channels last is a view, too.
     """
-    lies = tensor if like is None else like
-    if lies.dim() == 4 and not lies.is_contiguous():
+    if _is_channels_last(tensor if like is None else like):
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.view(len(tensor), -1) if like is None else tensor.reshape(len(tensor), -1)
+
+
+def _kernel(matrix: Tensor, like: Tensor) -> Tensor:
+    """The way back: a tensor of the shape of the kernel `like`."""
+    if not _is_channels_last(like):
+        return matrix.view(like.shape)
+    out, inside, height, width = like.shape
+    return matrix.view(out, height, width, inside).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(kernel: Tensor) -> bool:
+    return kernel.dim() == 4 and not kernel.is_contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -21,14 +22,25 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     if not config.weight_decay:
         return kind(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    decaying = {
-        id(module.weight) for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
-    }  # an embedding's rows are the biases of classes
+    parameters, decay = dict(network.named_parameters()), _decaying(network)
     groups = [
-        {"params": [p for p in network.parameters() if id(p) in decaying], "weight_decay": config.weight_decay},
-        {"params": [p for p in network.parameters() if id(p) not in decaying], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if name in decay], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in decay], "weight_decay": 0.0},
     ]
     return kind(groups, lr=config.learning_rate, fused=True)
+
+
+def numbered(network: nn.Module, state: dict[str, Any]) -> list[str]:
+    """The parameters of a network by name, as the `state` of its Adam numbers them: weights that decay come first."""
+    names = [name for name, _ in network.named_parameters()]
+    decay = _decaying(network) if len(state["param_groups"]) > 1 else set()
+    return [name for name in names if name in decay] + [name for name in names if name not in decay]
+
+
+def _decaying(network: nn.Module) -> set[str]:
+    """Weights of convolutions and linear layers; an embedding's rows are the biases of classes."""
+    layers = network.named_modules()
+    return {f"{name}.weight" for name, layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))}
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -74,3 +86,11 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
     elif config.lr_schedule == "wsd":
         decay = min(1.0, (config.iterations - iteration) / (config.decay_share * config.iterations))
     return config.learning_rate * warm * decay
+
+
+def tell_jump(config: TrainConfig, before: TrainConfig, iteration: int) -> None:
+    """Says where a run's new options make the learning rate jump, such as back up in the middle of a decay."""
+    now, was = learning_rate(config, iteration), learning_rate(before, iteration)
+    if not math.isclose(now, was, rel_tol=1e-3):
+        told = f"with these options the learning rate is {now:.3g}, where the run's own would be {was:.3g}"
+        print(f"training.train: at step {iteration} {told}", file=sys.stderr)

@@ -14,7 +14,7 @@ import torch
 from model.backends.cuda import use_tf32
 from model.diffusion import LOSSES, PREDICTIONS, SCHEDULES, VARIANCES, WEIGHTINGS, DiffusionConfig, GaussianDiffusion
 from model.nn.config import CONDITIONINGS, UNetConfig
-from model.nn.ema import WIDEST
+from model.nn.ema import NARROWEST, WIDEST
 from model.nn.layers import ACTIVATIONS, NORMS
 from model.sampling.schedule import SamplingParams, make_schedule
 from training.cli.options import check_choice, expanded, format_value, printable
@@ -185,9 +185,9 @@ class TrainConfig:
                 f"--ema_decay must be at least 0 and below 1, or several such, not {format_value(decays)!r}"
             )
         powers = self.ema_power
-        if len(set(powers)) < len(powers) or not all(0 < width <= WIDEST for width in powers):
+        if len(set(powers)) < len(powers) or not all(NARROWEST <= width <= WIDEST for width in powers):
             raise ValueError(
-                f"--ema_power must be above 0 and at most {WIDEST}, or several such, not {format_value(powers)!r}"
+                f"--ema_power is from {NARROWEST} to {WIDEST}, or several such, not {format_value(powers)!r}"
             )
         if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"--image_size is height,width, such as 32,48, not {self.image_size}")
@@ -226,6 +226,13 @@ class TrainConfig:
         ):
             if getattr(self, name) != defaults[name] and not has:
                 raise ValueError(f"--{name} needs {needed}")
+        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}")
+        if self.timestep_sampler == LOGNORMAL and self.zero_terminal_snr:
+            raise ValueError(
+                f"--timestep_sampler {LOGNORMAL} draws no infinite noise level, as --zero_terminal_snr has at the last "
+                "timestep, so that it would not be learned: choose another"
+            )
         if self.attention_at and self.attention_resolutions not in ((), defaults["attention_resolutions"]):
             raise ValueError("--attention_at and --attention_resolutions say the same in two ways: give one of them")
         if not self.attention_at and not all(0 <= i < len(self.channel_mults) for i in self.attention_resolutions):

@@ -28,6 +28,7 @@ from model.sampling.fitted import weights_digest
 from model.sampling.schedule import SamplingParams
 from training.cli.options import choice_option, expanded, format_value, numbers
 from training.run.config import TrainConfig
+from training.run.run_dir import iteration
 
 CliOverrides = Mapping[str, Any]
 """Options of TrainConfig that were given, which a file may not know."""
@@ -85,10 +86,11 @@ def load_abarankab(path: Path, told: CliOverrides) -> Original:
 def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> tuple[Checkpoint, str]:
     """A network to sample from, and which weights it has, in words: of a file, a run, or a name on the hub.
 
-    `weights` is "ema" (the first average), "raw", or the name of an average, such as "0.999" or "power-0.1". A run's
-    folder gives its best checkpoint. All but the first average are in the state that belongs to a checkpoint, or, for
-    a folder, in the newest. Raises ValueError with a sentence where there are none, or the checkpoint contradicts what
-    was `told`.
+    `weights` is "ema" (the first average), "raw", or the name of an average: its decay as it was given, or such as
+    "power-0.1". A run's folder gives the first average of its best checkpoint. All others are in the state that belongs
+    to a checkpoint, or, for a folder, in the newest; `provenance` then says which weights they are, and has no measure
+    of the first average. Raises ValueError with a sentence where there are none, or the checkpoint contradicts what was
+    `told`.
     """
     path = expanded(name)
     if not path.exists() and (on_hub := hub.parse(name)) is not None:
@@ -99,7 +101,8 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
     if path.is_dir():
         if not (path / "best.safetensors").is_file():
             raise CheckpointError(f"{path} is a folder, but not that of a run that has saved a checkpoint")
-        served, state = checkpoint.load(path / "best.safetensors", device), max(path.glob("state-*.pt"), default=None)
+        served = checkpoint.load(path / "best.safetensors", device)
+        state = max(path.glob("state-*.pt"), key=iteration, default=None)
     else:
         served = checkpoint.load(name, device)
         state = path.with_name(path.name.replace("checkpoint-", "state-")).with_suffix(".pt")
@@ -110,11 +113,14 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
         return served, "ema"
     if state is None or not state.is_file():
         raise CheckpointError(f"{name}: only the first average is in it; the rest is in a run's folder (state-*.pt)")
+    if path.is_dir():
+        served = checkpoint.load(state.with_name(f"checkpoint-{state.stem.split('-')[1]}.safetensors"), device)
     if weights == "raw":
-        return _of_state(state, served.config, None, device), "raw"
+        return _of_state(state, served.config, None, "raw", device)
     if weights != "ema":
-        return _of_state(state, served.config, weights, device), f"ema {weights}"
-    return _of_state(state, served.config, index, device), f"ema of decay {decays[index]}"
+        which = decays.index(float(weights)) if weights in map(repr, decays) else weights
+        return _of_state(state, served.config, which, f"ema {weights}", device)
+    return _of_state(state, served.config, index, f"ema of decay {decays[index]}", device)
 
 
 def _from_hub(name: HubName) -> Path:
@@ -139,18 +145,23 @@ def _of_abarankab(path: Path, weights: str, told: CliOverrides, device: torch.de
     return _checkpoint(path, config, tensors, device), weights
 
 
-def _of_state(path: Path, config: CheckpointConfig, which: int | str | None, device: torch.device) -> Checkpoint:
-    """The raw weights in a state (`which` None), or its average of that number or name."""
+def _of_state(
+    path: Path, config: CheckpointConfig, which: int | str | None, words: str, device: torch.device
+) -> tuple[Checkpoint, str]:
+    """The raw weights in a state (`which` None), or its average of that number or name; and `words`, what they are."""
     state = load_weights(path)
+    metrics = {key: x for key, x in config.provenance.get("metrics", {}).items() if key == "train_loss"}
+    config = replace(config, provenance=config.provenance | {"metrics": metrics, "weights": words})
     try:
-        averages = state["ema"]["averages"] if which is not None else {}
-        if isinstance(which, str) and which not in averages:
-            raise CheckpointError(f"{path} has no weights {which!r}; it has: raw, {', '.join(averages)}")
+        of_run = state["ema"]["averages"] if which is not None else {}
+        if isinstance(which, str) and which not in of_run:
+            names = [*map(repr, decays := averages(config)), *list(of_run)[len(decays) :]]
+            raise CheckpointError(f"{path} has no weights {which!r}; it has: raw, {', '.join(names)}")
         if which is None:
             tensors = state["network"]
         else:
-            tensors = averages[which] if isinstance(which, str) else list(averages.values())[which]
-        return _checkpoint(path, config, tensors, device)
+            tensors = of_run[which] if isinstance(which, str) else list(of_run.values())[which]
+        return _checkpoint(path, config, tensors, device), words
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a state of this run: {error!r}") from error
 

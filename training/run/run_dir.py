@@ -130,7 +130,7 @@ class RunDir:
 
     def load_state(self) -> dict[str, Any] | None:
         """The newest state that can be read; None where the run has saved none. Raises OSError if none can be."""
-        states = sorted(self.path.glob("state-*.pt"), key=_iteration, reverse=True)
+        states = sorted(self.path.glob("state-*.pt"), key=iteration, reverse=True)
         for state in states:
             try:
                 loaded: dict[str, Any] = torch.load(state, weights_only=True, map_location="cpu")
@@ -144,7 +144,7 @@ class RunDir:
         return None
 
     def _keep(self, pattern: str, count: int) -> None:
-        for old in sorted(self.path.glob(pattern), key=_iteration)[:-count]:
+        for old in sorted(self.path.glob(pattern), key=iteration)[:-count]:
             old.unlink()
 
     def _write(self, name: str, data: bytes) -> None:
@@ -178,7 +178,7 @@ def read_config(folder: Path) -> tuple[TrainConfig, DataRecord | None]:
     return TrainConfig(**options), DataRecord.from_dict(data) if data else None
 
 
-def _iteration(path: Path) -> int:
+def iteration(path: Path) -> int:
     """N of state-N.pt and checkpoint-N.safetensors."""
     return int(path.stem.split("-")[1])
 

@@ -22,7 +22,7 @@ from model.nn.networks import AnyConfig
 from model.nn.unet import UNet
 from training.cli.options import expanded, format_value, printable
 from training.loop.muon import MuonAdamW
-from training.loop.optimizer import Optimizer, load_state
+from training.loop.optimizer import Optimizer, load_state, numbered
 from training.run.config import TrainConfig
 from training.run.load_weights import is_original, load_abarankab
 
@@ -80,11 +80,18 @@ def _check(config: TrainConfig, ours: UNetConfig, theirs: AnyConfig, process: Di
 
 def _load_optimizer(path: Path, weights: Path, network: UNet, optimizer: torch.optim.Optimizer) -> None:
     """Adam's moments and step counts; learning rate and the like stay those of the options."""
+    ours = optimizer.state_dict()
+    names = [name for name, _ in network.named_parameters()]
     try:
         loaded = load_weights(path)
         keys = set(loaded) if isinstance(loaded, dict) else set()
         if {"optimizer", "network"} <= keys:
-            state = loaded["optimizer"]["state"]
+            saved = loaded["optimizer"]
+            if "muon" in saved:
+                raise UnsupportedCheckpointError("it is of Muon, whose state goes on by --resume only")
+            state = saved["state"]
+            if len(state) == len(names):
+                names = numbered(network, saved)
         elif {"state", "param_groups"} <= keys and is_original(weights):
             state = _original_moments(loaded, load_weights(weights), network)
         elif {"state", "param_groups"} <= keys:
@@ -93,20 +100,18 @@ def _load_optimizer(path: Path, weights: Path, network: UNet, optimizer: torch.o
             )
         else:
             raise UnsupportedCheckpointError("it is neither a state of ours (state-*.pt) nor the original's -optim.pth")
-        parameters = list(network.parameters())
-        if sorted(state) != list(range(len(parameters))):
-            raise UnsupportedCheckpointError(
-                f"it is of {len(state)} parameters, where the network has {len(parameters)}"
-            )
-        for i, parameter in enumerate(parameters):
+        if sorted(state) != list(range(len(names))):
+            raise UnsupportedCheckpointError(f"it is of {len(state)} parameters, where the network has {len(names)}")
+        named = {name: state[i] for i, name in enumerate(names)}
+        for name, parameter in network.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
-                if state[i][moment].shape != parameter.shape:
-                    raise UnsupportedCheckpointError(f"parameter {i} has shape {list(parameter.shape)}, in it another")
+                if named[name][moment].shape != parameter.shape:
+                    raise UnsupportedCheckpointError(f"{name} has shape {list(parameter.shape)}, in it another")
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--optim_checkpoint {path}: something is missing in it: {error!r}") from error
     except UnsupportedCheckpointError as error:
         raise ValueError(f"--optim_checkpoint {path}: {error}") from error
-    load_state(optimizer, optimizer.state_dict() | {"state": state})
+    load_state(optimizer, ours | {"state": {i: named[name] for i, name in enumerate(numbered(network, ours))}})
 
 
 def _original_moments(loaded: dict[str, Any], weights: Weights, network: UNet) -> dict[int, dict[str, Tensor]]:

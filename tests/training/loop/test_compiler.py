@@ -138,6 +138,15 @@ def test_the_real_compilers_gradient_passes_the_doubling_of_pixels() -> None:
         check_gradient(network(torchs), add_gradient)
 
 
+def test_a_gradient_that_is_no_number_by_itself_is_no_fault_of_the_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    x = torch.tensor([[float("nan")]])
+    check_gradient(nn.Linear(1, 1), lambda network: network(x).sum().backward())
+    assert "--compile: the first batch's gradient is not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("factor", [0.0, 0.5, float("nan"), None], ids=str)
 def test_a_wrong_gradient_is_refused_and_leaves_no_run(
     factor: float | None,

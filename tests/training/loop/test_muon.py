@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.nn.unet import UNet
 from training.loop.muon import MuonAdamW
-from training.loop.optimizer import make_optimizer, step
+from training.loop.optimizer import load_state, make_optimizer, step
 from training.run.config import TrainConfig
 
 
@@ -123,6 +123,41 @@ def test_a_state_goes_on_exactly(tiny: UNet) -> None:
         with_gradient(network, 1)
         step(one, 0.01)
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_goes_on_where_kernels_lie_otherwise(tiny: UNet) -> None:
+    optimizer, other = muon(tiny), copy.deepcopy(tiny).to(memory_format=torch.channels_last)
+    for seed in range(3):
+        with_gradient(tiny, seed)
+        step(optimizer, 0.01)
+    other.load_state_dict(tiny.state_dict())
+    resumed = muon(other)
+    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    back = muon(tiny)
+    load_state(back, copy.deepcopy(resumed.state_dict()))
+    for one, again in zip(
+        tensors(optimizer.state_dict()["muon"]["state"]), tensors(back.state_dict()["muon"]["state"]), strict=True
+    ):
+        assert torch.equal(one, again)
+    before = copy.deepcopy(tiny)
+    for network, one in ((tiny, optimizer), (other, resumed)):
+        with_gradient(network, 0, 1e-3)  # the momentum says where to go
+        step(one, 0.01)
+    for (name, p), q, start in zip(tiny.named_parameters(), other.parameters(), before.parameters(), strict=True):
+        moves = [(x - start).flatten() for x in (p, q)]
+        assert torch.cosine_similarity(*moves, dim=0) > 0.99, name
+
+
+def test_inner_kernels_decay_and_the_rest_that_is_adamws_does_too() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
+    optimizer = MuonAdamW(network, 0.1, 0.5)
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), None
+    before = copy.deepcopy(network)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for (name, p), start in zip(network.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p, start * (0.95 if name.endswith("weight") else 1.0), msg=name)
 
 
 def test_a_kernel_with_channels_last_steps_as_one_without() -> None:

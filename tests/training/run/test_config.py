@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.diffusion import DiffusionConfig
 from model.nn.config import UNetConfig
@@ -100,9 +101,14 @@ def test_a_tuple_of_one_and_of_none() -> None:
         ("--lr_schedule wsd --decay_share 0", "--decay_share must be above 0"),
         ("--noise_mean 0", "--noise_mean needs --timestep_sampler lognormal"),
         ("--timestep_sampler lognormal --noise_std 0", "--noise_std above 0"),
+        (
+            "--schedule cosine --prediction v --zero_terminal_snr --timestep_sampler lognormal",
+            "--timestep_sampler lognormal draws no infinite noise level",
+        ),
         ("--haar", "--haar needs --patch_size 2"),
-        ("--ema_power 0.3", "--ema_power must be above 0 and at most 0.28"),
-        ("--ema_power 0.1,0.1", "--ema_power must be"),
+        ("--ema_power 0.3", "--ema_power is from 0.001 to 0.28"),
+        ("--ema_power 1e-160", "--ema_power is from 0.001 to 0.28"),
+        ("--ema_power 0.1,0.1", "--ema_power is from"),
         ("--schedule cosine --schedule_low 1e-3", "--schedule_low needs --schedule linear"),
         ("--norm bn --norm_groups 8", "--norm_groups needs --norm gn"),
         ("--norm none --norm_eps 1e-6", "--norm_eps needs a --norm"),
@@ -126,6 +132,13 @@ def test_what_makes_no_sense_is_refused_with_a_sentence(
 ) -> None:
     words += " --sample_steps 5" if "num_timesteps" in words else ""
     assert message in refused(capsys, *words.split())
+
+
+def test_muon_is_refused_where_torch_has_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert "--optimizer muon needs torch 2.9 or newer" in refused(capsys, "--optimizer", "muon")
 
 
 def test_help_names_every_option_once_under_its_headline(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """What --model_path names: the original's files, runs and their states; and what a checkpoint is compared with."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,37 @@ def test_a_run_gives_its_best_raw_and_averaged_weights(tiny_options: dict[str, A
         loaded("best.safetensors", "raw")
     with pytest.raises(ValueError, match="not that of a run"):
         loaded("..")
-    torch.save({"network": {}}, folder / "state-0000009.pt")
+    torch.save({"network": {}}, folder / "state-0000008.pt")
     with pytest.raises(ValueError, match="not a state of this run"):
         loaded("", "raw")
+
+
+@pytest.mark.slow
+def test_other_weights_come_with_what_is_known_of_them(tiny_options: dict[str, Any]) -> None:
+    options = {"ema_decay": (0.3, 0.9), "ema_update_rate": 2, "ema_power": (0.1,)}
+    folder = train(TrainConfig(**tiny_options | options))
+    shutil.copyfile(folder / "checkpoint-0000004.safetensors", folder / "best.safetensors")
+    for name in ("9999999", "10000000"):
+        shutil.copyfile(folder / "state-0000004.pt", folder / f"state-{name}.pt")
+        shutil.copyfile(folder / "checkpoint-0000004.safetensors", folder / f"checkpoint-{name}.safetensors")
+    assert load_weights.load(str(folder), "raw", {}, CPU)[0].name == "state-10000000"
+    for name in ("9999999", "10000000"):
+        (folder / f"state-{name}.pt").unlink()
+
+    best, _ = load_weights.load(str(folder), "ema", {}, CPU)
+    assert best.config.provenance["iterations"] == 4
+    state = torch.load(folder / "state-0000008.pt", weights_only=True)["ema"]["averages"]
+    for name, number, words in (("0.9", 1, "ema 0.9"), ("power-0.1", 2, "ema power-0.1")):
+        found, which = load_weights.load(str(folder), name, {}, CPU)
+        assert which == words
+        expected = list(state.values())[number]
+        assert all(torch.equal(expected[key], tensor) for key, tensor in found.network.state_dict().items())
+        provenance = found.config.provenance
+        assert provenance["weights"] == words
+        assert (provenance["iterations"], provenance["images_seen"]) == (8, 8 * TrainConfig(**tiny_options).batch_size)
+        assert provenance["metrics"].keys() == {"train_loss"}
+    with pytest.raises(ValueError, match=r"it has: raw, 0\.3, 0\.9, power-0\.1"):
+        load_weights.load(str(folder), "0.5", {}, CPU)
 
 
 def test_every_known_option_is_compared(save_checkpoint: Callable[..., str]) -> None:

@@ -1,6 +1,7 @@
 """A run that begins with another's weights begins exactly there; what does not fit is told by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from model.convert.layout import Flags
 from model.nn.ema import EMA
 from model.nn.unet import UNet
 from tests.fixtures import theirs
+from training.loop.optimizer import make_optimizer
 from training.run.config import TrainConfig
 from training.run.warm_start import warm_start
 from training.train import main, train
@@ -137,6 +139,39 @@ def test_ours_go_on_with_their_optimizer(tiny_options: dict[str, Any]) -> None:
     found = optimizer.state_dict()
     assert all(torch.equal(saved[i][key], found["state"][i][key]) for i in saved for key in ("exp_avg", "exp_avg_sq"))
     assert found["param_groups"][0]["lr"] == 7.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theirs_decay", [0.0, 0.1])
+@pytest.mark.parametrize("ours_decay", [0.0, 0.1])
+def test_moments_reach_their_parameters_whatever_decays(
+    theirs_decay: float, ours_decay: float, tiny_options: dict[str, Any]
+) -> None:
+    adamw = tiny_options | {"optimizer": "adamw", "iterations": 2}
+    first = train(TrainConfig(**adamw | {"weight_decay": theirs_decay}))
+    paths = {"model_checkpoint": str(first / "best.safetensors"), "optim_checkpoint": str(first / "state-0000002.pt")}
+    config = TrainConfig(**adamw | paths | {"weight_decay": ours_decay, "run_name": "second"})
+    networks = [UNet(config.unet((1, 8, 12), 2)) for _ in range(2)]
+    theirs = make_optimizer(networks[0], replace(config, weight_decay=theirs_decay))
+    theirs.load_state_dict(torch.load(first / "state-0000002.pt", weights_only=True)["optimizer"])
+    ours = make_optimizer(networks[1], config)
+    assert isinstance(theirs, torch.optim.AdamW)
+    assert isinstance(ours, torch.optim.AdamW)
+    warm_start(config, networks[1], EMA(networks[1], *config.ema_decay), ours)
+    for their_p, our_p in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(theirs.state[their_p][key], ours.state[our_p][key])
+    assert {group["weight_decay"] for group in ours.param_groups} == {0.0, ours_decay}
+
+
+@pytest.mark.slow
+def test_a_state_of_muon_is_refused(tiny_options: dict[str, Any]) -> None:
+    first = train(TrainConfig(**tiny_options | {"optimizer": "muon", "iterations": 1}))
+    paths = {"model_checkpoint": str(first / "best.safetensors"), "optim_checkpoint": str(first / "state-0000001.pt")}
+    config = TrainConfig(**tiny_options | paths | {"run_name": "second"})
+    network = UNet(config.unet((1, 8, 12), 2))
+    with pytest.raises(ValueError, match="it is of Muon, whose state goes on by --resume only"):
+        warm_start(config, network, EMA(network, *config.ema_decay), make_optimizer(network, config))
 
 
 def test_classes_that_get_another_name_are_told(
