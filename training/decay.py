@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from model.atomic_write import atomic_write, put_in_place
 from training.cli.options import Parser
 from training.console import exit_code
 from training.run.config import TrainConfig
-from training.run.run_dir import config_text, iteration, read_config
+from training.run.run_dir import STATES, UNREADABLE, config_text, iteration, read_config
 
 
 def branch(run: Path, name: str, begin: int | None = None, share: float = 0.2) -> TrainConfig:
@@ -35,7 +34,7 @@ def branch(run: Path, name: str, begin: int | None = None, share: float = 0.2) -
         raise ValueError(f"{run}: no run there ({error.strerror}: config.json)") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{run}: its config.json cannot be used: {error}") from error
-    states = {iteration(path): path for path in run.glob("state-*.pt")}
+    states = {iteration(path): path for path in run.glob(STATES)}
     chosen = max(states, default=None) if begin is None else begin
     found = ", ".join(map(str, sorted(states))) or "none"
     if chosen is None or chosen not in states:
@@ -59,17 +58,18 @@ def branch(run: Path, name: str, begin: int | None = None, share: float = 0.2) -
     )
     try:
         state = torch.load(states[chosen], weights_only=True, map_location="cpu")
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        state |= {"best": math.inf}  # the best is to be one of the copy
+    except UNREADABLE as error:
         raise ValueError(f"{states[chosen]} cannot be read: choose another --iteration of {found}") from error
     part = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=run.parent))
     try:
         with atomic_write(part / states[chosen].name) as file:
-            torch.save(state | {"best": math.inf}, file)  # the best is to be one of the copy
+            torch.save(state, file)
         if (run / "log.jsonl").exists():
             shutil.copyfile(run / "log.jsonl", part / "log.jsonl")
         with atomic_write(part / "config.json") as file:
             file.write_text(config_text(config, data))
-        part.chmod(run.stat().st_mode)  # others may read the copy as they may the run
+        part.chmod(run.stat().st_mode | 0o700)  # others may read the copy as they may the run
         put_in_place(part, folder)
     except RuntimeError as error:  # torch's for a full disk
         raise OSError(f"cannot write {folder} (is the disk full?): {error}") from error
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         go_on = f"python -m training.train --resume {run.parent / args.name}"
         print(f"{config.iterations} steps in all; go on with: {go_on}")
 
-    return exit_code("training.decay", copy, "interrupted: nothing was made")
+    return exit_code("training.decay", copy, "interrupted")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ The picture is not chosen: seed 0, image indices in order, {sampling}.
 | file | `{name}.safetensors`, {bytes:,} bytes |
 | SHA-256 | `{sha256}` |
 | training steps | {iterations:,} ({images_seen:,} images seen) |
-| training loss | {train_loss:.5f} (mean since the last line of the log) |
 {compared}| trained on | {machine} |
 {source}| seed | {seed} |
 | sampled by default with | {sampling} |
@@ -44,6 +43,7 @@ The weights are {weights}.{memory} This card was written by
 """
 
 
+LOSS = "| training loss | {train_loss:.5f} (mean since the last line of the log) |\n"
 TRAINED = "| validation loss | {validation_loss:.5f} (EMA weights, 1,024 held-out images, fixed noise) |\n"
 NEARNESS = "| distance to its teacher | {distance_to_teacher:.5f} (pixels in [-1, 1], 64 images of the same noise) |\n"
 TAUGHT = "| distilled from | `{name}`, SHA-256 `{sha256}`, by method {method} |\n"
@@ -130,6 +130,8 @@ def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint, picture: 
             raise ValueError("the evaluation is not by a classifier, whose numbers the card shows")
         if result["features"]["sha256"] != results[0]["features"]["sha256"]:
             raise ValueError("the evaluations are by different classifiers")
+    if (own := loaded.config.provenance.get("weights", "ema")) != (found := results[0]["sampling"]["weights"]):
+        raise ValueError(f"the first evaluation is of the weights {found}, where the checkpoint has {own}")
     text = headline(results[0])
     if picture:
         text += PICTURE.format(name=picture)
@@ -138,9 +140,11 @@ def evaluation_text(results: list[dict[str, Any]], loaded: Checkpoint, picture: 
 
 def _is_of(result: dict[str, Any], loaded: Checkpoint) -> bool:
     found = result["checkpoint"]
-    if result["sampling"]["weights"] != "ema":
-        return bool(found["name"] == f"state-{loaded.config.provenance['iterations']:07}")
-    return bool(found["sha256"] == loaded.sha256)
+    of_state = result["sampling"]["weights"] != "ema"
+    return bool(
+        found.get("sha256") == loaded.sha256
+        or (of_state and found["name"] == f"state-{loaded.config.provenance['iterations']:07}")
+    )
 
 
 def comparison_row(result: dict[str, Any]) -> str:
@@ -215,7 +219,7 @@ def card(loaded: Checkpoint, file: Path, evaluation: str = "") -> str:
 def compared(config: CheckpointConfig) -> str:
     """The lines of the card's table that say how far training came: what is known of these weights."""
     metrics, teacher, inside = config.provenance["metrics"], config.provenance.get("teacher"), config.distilled
-    known = {"validation_loss": TRAINED, "distance_to_teacher": NEARNESS}
+    known = {"train_loss": LOSS, "validation_loss": TRAINED, "distance_to_teacher": NEARNESS}
     text = "".join(line.format(**metrics) for key, line in known.items() if key in metrics)
     if teacher is None:
         return text

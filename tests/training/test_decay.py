@@ -116,9 +116,15 @@ def test_a_decay_that_cannot_be_is_refused(
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing"])
-def test_a_damaged_state_is_told_with_the_others(content: bytes, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "state-0000080.pt").write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"nothing", b"a", "a list"])
+def test_a_damaged_state_is_told_with_the_others(
+    content: bytes | str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if isinstance(content, bytes):
+        (run / "state-0000080.pt").write_bytes(content)
+    else:
+        torch.save([content], run / "state-0000080.pt")
+    (run / "state-backup.pt").touch()
     assert decay.main([str(run), "end"]) == 2  # 90 is too late
     assert decay.main([str(run), "end", "--iteration", "80"]) == 2
     assert "state-0000080.pt cannot be read: choose another --iteration of 70, 80, 90" in capsys.readouterr().err
@@ -138,7 +144,7 @@ def test_an_interrupted_copy_leaves_nothing_and_no_other_folder_goes(
 
     monkeypatch.setattr(torch, "save", interrupted)
     assert decay.main([str(run), "end", "--iteration", "70"]) == 130
-    assert "interrupted: nothing was made" in capsys.readouterr().err
+    assert "training.decay: interrupted" in capsys.readouterr().err
     assert {path.name for path in run.parent.iterdir()} == {"run", "end.part"}
     monkeypatch.undo()
     assert decay.main([str(run), "end", "--iteration", "70"]) == 0

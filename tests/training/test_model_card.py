@@ -150,6 +150,9 @@ def test_evaluations_that_do_not_belong_are_refused(file: Path) -> None:
     raw = evaluation(file)["sampling"] | {"weights": "raw"}
     with pytest.raises(ValueError, match="another checkpoint"):
         model_card.evaluation_text([evaluation(file, sampling=raw, checkpoint={"name": "state-0000008"})], loaded)
+    of_state = evaluation(file, sampling=raw, checkpoint={"name": "state-0000007", "sha256": "1" * 64})
+    with pytest.raises(ValueError, match="the first evaluation is of the weights raw, where the checkpoint has ema"):
+        model_card.evaluation_text([of_state, evaluation(file)], loaded)
     with pytest.raises(ValueError, match="different classifiers"):
         model_card.evaluation_text([evaluation(file), evaluation(file, features={"sha256": "e" * 64})], loaded)
     with pytest.raises(ValueError, match="not by a classifier"):

@@ -98,9 +98,11 @@ class MuonAdamW:
         return {"adamw": self._adamw.state_dict(), "muon": muon | {"state": state}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
-        muon = state["muon"]
-        momenta = {i: {MOMENTUM: _matrix(muon["state"][i][MOMENTUM], k)} for i, k in enumerate(self._kernels)}
+        """Goes on from a `state_dict`; one of before 2026-12 has matrices, and is of kernels that lay as here."""
+        muon, momenta = state["muon"], {}
+        for i, kernel in enumerate(self._kernels):
+            saved = muon["state"][i][MOMENTUM]
+            momenta[i] = {MOMENTUM: _matrix(saved, kernel) if saved.shape == kernel.shape else saved}
         self._adamw.load_state_dict(state["adamw"])
         self._muon.load_state_dict(muon | {"state": momenta})
 

@@ -28,7 +28,7 @@ from model.sampling.fitted import weights_digest
 from model.sampling.schedule import SamplingParams
 from training.cli.options import choice_option, expanded, format_value, numbers
 from training.run.config import TrainConfig
-from training.run.run_dir import iteration
+from training.run.run_dir import STATES, iteration
 
 CliOverrides = Mapping[str, Any]
 """Options of TrainConfig that were given, which a file may not know."""
@@ -102,7 +102,7 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
         if not (path / "best.safetensors").is_file():
             raise CheckpointError(f"{path} is a folder, but not that of a run that has saved a checkpoint")
         served = checkpoint.load(path / "best.safetensors", device)
-        state = max(path.glob("state-*.pt"), key=iteration, default=None)
+        state = max(path.glob(STATES), key=iteration, default=None)
     else:
         served = checkpoint.load(name, device)
         state = path.with_name(path.name.replace("checkpoint-", "state-")).with_suffix(".pt")
@@ -110,11 +110,11 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
     check(served.config, told, decays)
     index = decays.index(told["ema_decay"][0]) if "ema_decay" in told else 0
     if weights == "ema" and index == 0:
-        return served, "ema"
+        return served, str(served.config.provenance.get("weights", "ema"))
     if state is None or not state.is_file():
         raise CheckpointError(f"{name}: only the first average is in it; the rest is in a run's folder (state-*.pt)")
-    if path.is_dir():
-        served = checkpoint.load(state.with_name(f"checkpoint-{state.stem.split('-')[1]}.safetensors"), device)
+    if path.is_dir() and (of_state := state.with_name(f"checkpoint-{state.stem[6:]}.safetensors")).is_file():
+        served = checkpoint.load(of_state, device)
     if weights == "raw":
         return _of_state(state, served.config, None, "raw", device)
     if weights != "ema":
@@ -138,7 +138,7 @@ def _of_abarankab(path: Path, weights: str, told: CliOverrides, device: torch.de
     names = tuple(str(i) for i in range(found.unet.num_classes or 0))
     noted = {key: value for key, value in told.items() if key in ("ema_decay", "ema_update_rate")}
     steps = min(SamplingParams.steps, found.diffusion.num_timesteps)
-    provenance = {"imported_from": path.name, "as_told": noted}
+    provenance = {"imported_from": path.name, "as_told": noted, "weights": weights}
     config = CheckpointConfig(found.unet, found.diffusion, names, SamplingParams(steps=steps), provenance)
     check(config, {key: value for key, value in told.items() if key not in noted}, ())
     tensors = found.averaged if weights == "ema" else found.raw
@@ -150,9 +150,8 @@ def _of_state(
 ) -> tuple[Checkpoint, str]:
     """The raw weights in a state (`which` None), or its average of that number or name; and `words`, what they are."""
     state = load_weights(path)
-    metrics = {key: x for key, x in config.provenance.get("metrics", {}).items() if key == "train_loss"}
-    config = replace(config, provenance=config.provenance | {"metrics": metrics, "weights": words})
     try:
+        config = replace(config, provenance=_provenance(config.provenance, state, words, which == 0))
         of_run = state["ema"]["averages"] if which is not None else {}
         if isinstance(which, str) and which not in of_run:
             names = [*map(repr, decays := averages(config)), *list(of_run)[len(decays) :]]
@@ -164,6 +163,18 @@ def _of_state(
         return _checkpoint(path, config, tensors, device), words
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a state of this run: {error!r}") from error
+
+
+def _provenance(told: dict[str, Any], state: dict[str, Any], words: str, is_first: bool) -> dict[str, Any]:
+    """That of weights in a state, from what its checkpoint tells, or, if that one is gone, the run's best.
+
+    `is_first`: they are the first average, which the checkpoint's measures are of.
+    """
+    counts = {"iterations": state["iteration"], "images_seen": state.get("images_seen", told.get("images_seen"))}
+    metrics = told.get("metrics", {}) if counts["iterations"] == told.get("iterations") else {}
+    if not is_first:
+        metrics = {key: x for key, x in metrics.items() if key == "train_loss"}
+    return told | counts | {"metrics": metrics, "weights": words}
 
 
 def _checkpoint(path: Path, config: CheckpointConfig, tensors: Weights, device: torch.device) -> Checkpoint:

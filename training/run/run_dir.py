@@ -28,6 +28,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 GRIDS = 100  # the last so many stay
+STATES, CHECKPOINTS = "state-[0-9]*.pt", "checkpoint-[0-9]*.safetensors"
+UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError, TypeError, LookupError)  # of torch.load
 
 
 class RunConfig(Protocol):
@@ -125,19 +127,19 @@ class RunDir:
                 torch.save(state, part)
         except (OSError, RuntimeError) as error:  # torch has its own for a full disk
             raise OSError(f"cannot save iteration {iteration} in {self.path} (is the disk full?): {error}") from error
-        self._keep("state-*.pt", self.keep)
-        self._keep("checkpoint-*.safetensors", self.keep)
+        self._keep(STATES, self.keep)
+        self._keep(CHECKPOINTS, self.keep)
 
     def load_state(self) -> dict[str, Any] | None:
         """The newest state that can be read; None where the run has saved none. Raises OSError if none can be."""
-        states = sorted(self.path.glob("state-*.pt"), key=iteration, reverse=True)
+        states = sorted(self.path.glob(STATES), key=iteration, reverse=True)
         for state in states:
             try:
                 loaded: dict[str, Any] = torch.load(state, weights_only=True, map_location="cpu")
                 if "images_seen" not in loaded:  # from before they were counted
                     loaded["images_seen"] = loaded["iteration"] * read_config(self.path)[0].batch_size
                 return loaded
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, TypeError, LookupError) as error:
+            except UNREADABLE as error:
                 print(f"{state} cannot be read, so an older one is tried: {error}", file=sys.stderr)
         if states:
             raise OSError(f"none of the states in {self.path} can be read")

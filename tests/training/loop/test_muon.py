@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -148,8 +149,21 @@ def test_a_state_goes_on_where_kernels_lie_otherwise(tiny: UNet) -> None:
         assert torch.cosine_similarity(*moves, dim=0) > 0.99, name
 
 
-def test_inner_kernels_decay_and_the_rest_that_is_adamws_does_too() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
+def test_a_state_whose_momenta_are_matrices_goes_on(tiny: UNet) -> None:
+    tiny.to(memory_format=torch.channels_last)
+    optimizer, resumed = muon(tiny), muon(tiny)
+    with_gradient(tiny)
+    step(optimizer, 0.01)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["muon"] = copy.deepcopy(optimizer._muon.state_dict())
+    assert all(moments["momentum_buffer"].dim() == 2 for moments in state["muon"]["state"].values())
+    load_state(resumed, state)
+    for one, again in zip(snapshot(tiny, optimizer), snapshot(tiny, resumed), strict=True):
+        assert torch.equal(one, again)
+
+
+def test_weights_of_layers_decay_and_no_others() -> None:
+    network = nn.Sequential(OrderedDict(init_conv=nn.Conv2d(3, 8, 3), mid=nn.Conv2d(8, 8, 3), dense=nn.Linear(8, 8)))
     optimizer = MuonAdamW(network, 0.1, 0.5)
     optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), None
     before = copy.deepcopy(network)

@@ -182,6 +182,17 @@ def test_other_weights_come_with_what_is_known_of_them(tiny_options: dict[str, A
         assert provenance["weights"] == words
         assert (provenance["iterations"], provenance["images_seen"]) == (8, 8 * TrainConfig(**tiny_options).batch_size)
         assert provenance["metrics"].keys() == {"train_loss"}
+    (folder / "state-backup.pt").touch()
+    first, _ = load_weights.load(str(folder), "0.3", {}, CPU)
+    of_8 = checkpoint.load(folder / "checkpoint-0000008.safetensors")
+    assert first.config.provenance["metrics"] == of_8.config.provenance["metrics"]
+    (folder / "checkpoint-0000008.safetensors").unlink()
+    alone = load_weights.load(str(folder), "raw", {}, CPU)[0].config.provenance
+    assert (alone["iterations"], alone["images_seen"], alone["metrics"]) == (
+        8,
+        of_8.config.provenance["images_seen"],
+        {},
+    )
     with pytest.raises(ValueError, match=r"it has: raw, 0\.3, 0\.9, power-0\.1"):
         load_weights.load(str(folder), "0.5", {}, CPU)
 
