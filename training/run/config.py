@@ -227,7 +227,7 @@ class TrainConfig:
             if getattr(self, name) != defaults[name] and not has:
                 raise ValueError(f"--{name} needs {needed}")
         if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}")
+            raise ValueError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}: take adamw")
         if self.timestep_sampler == LOGNORMAL and self.zero_terminal_snr:
             raise ValueError(
                 f"--timestep_sampler {LOGNORMAL} draws no infinite noise level, as --zero_terminal_snr has at the last "
