@@ -16,6 +16,8 @@ from model.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
 from model.sampling.fitted import FittedTable
 from training.run.image_io import sample_grid, save_png
 
+MOST_CLASSES = 20  # that are listed one by one
+
 CARD = """# {name}
 
 ![samples: a row for each class]({name}.png)
@@ -72,6 +74,10 @@ The distance, precision and recall compare {compared_images:,} samples, and as m
 | classified as asked | {generated[accuracy]:.2%} | {test[accuracy]:.2%} |
 | Fréchet distance | {generated[frechet_distance]:.4f} | {test[frechet_distance]:.4f} |
 | precision, recall | {generated[precision]:.3f}, {generated[recall]:.3f} | {test[precision]:.3f}, {test[recall]:.3f} |
+"""
+
+BY_CLASS = """
+Classified as asked, by class: {shares}.
 """
 
 BITS = """
@@ -168,6 +174,8 @@ def headline(result: dict[str, Any]) -> str:
     extractor = {"extractor": result["features"]["sha256"], "extractor_accuracy": result["features"]["accuracy"]}
     text = ", ".join(f"{key} {sampling[key]}" for key in shown)
     shown = EVALUATION.format(**{**result, **extractor, "sampling": text})
+    if 1 < len(classes := result["generated"].get("accuracy_by_class", {})) <= MOST_CLASSES:
+        shown += BY_CLASS.format(shares=", ".join(f"{name} {share:.1%}" for name, share in classes.items()))
     if bound := result.get("bits_per_dim"):
         error = bound["standard_error"]
         shown += BITS.format(**bound, error="" if error is None else f" ± {error:.4f}")

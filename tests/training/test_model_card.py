@@ -131,6 +131,17 @@ def test_a_card_has_bits_per_dimension_and_neighbours(file: Path, tmp_path: Path
     assert "nearest of" not in alone
 
 
+def test_a_card_lists_the_classes_one_by_one_if_they_are_few(file: Path) -> None:
+    loaded = checkpoint.load(file)
+
+    def text(by_class: dict[str, float]) -> str:
+        generated = evaluation(file)["generated"] | {"accuracy_by_class": by_class}
+        return model_card.evaluation_text([evaluation(file, generated=generated)], loaded)
+
+    assert "\nClassified as asked, by class: cat 12.5%, frog 100.0%.\n" in text({"cat": 0.125, "frog": 1.0})
+    assert "by class" not in text({str(i): 0.5 for i in range(21)})
+
+
 def test_several_evaluations_make_a_table_with_a_row_for_each(file: Path, tmp_path: Path) -> None:
     other = evaluation(file)
     other["sampling"] = {**other["sampling"], "sampler": "ddpm", "steps": 1000, "weights": "raw"}
