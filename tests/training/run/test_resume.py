@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,15 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(
     assert capsys.readouterr().err == "training.train: interrupted\n"
 
 
+@pytest.fixture
+def hangups_count() -> Iterator[None]:
+    """Even where pytest was begun with nohup, whose processes ignore them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_after_the_step_and_restores_handlers(
     read_log: ReadLog, number: signal.Signals, tiny_options: Options, monkeypatch: pytest.MonkeyPatch
