@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from tests.bench.timing import circumstances
+from training.cli import command
 
 CORES = sorted(os.sched_getaffinity(0))
 CONTENDERS = {"a process, 1 thread": (1, 1)}
@@ -38,19 +39,9 @@ class Contender:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        command = [sys.executable, "-m", "training.train", *options, "--device", "cpu", "--log_dir", str(folder)]
-        command += [
-            "--run_name",
-            "run",
-            "--batch_size",
-            str(batch),
-            "--log_rate",
-            "1",
-            "--iterations",
-            NEVER,
-            "--checkpoint_rate",
-            NEVER,
-        ]
+        every = f"--device cpu --run_name run --batch_size {batch} --log_rate 1 --iterations {NEVER}"
+        words = [sys.executable, "-m", "training.train", *options, *every.split(), "--checkpoint_rate", NEVER]
+        words += ["--log_dir", str(folder)]
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.processes = []
         with (folder / "output").open("w") as output:
@@ -58,7 +49,7 @@ class Contender:
                 cores = ",".join(map(str, CORES[rank : rank + threads]))
                 ranked = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
                 env = {**os.environ, "OMP_NUM_THREADS": str(threads), **ranked}
-                pinned = ["taskset", "-c", cores, *command]
+                pinned = ["taskset", "-c", cores, *words]
                 self.processes.append(subprocess.Popen(pinned, env=env, stdout=output, stderr=output))
 
     def steps(self) -> int:
@@ -87,7 +78,8 @@ class Contender:
         self.signal(signal.SIGSTOP)
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Its own options, and those of training.train, which it refuses as that would."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.training_processes",
         description="Times threads against processes. Other options go to training.train.",
@@ -96,6 +88,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=20, help="seconds (default: 20)")
     args, options = parser.parse_known_args(argv)
+    command.parse(options)
+    return args, options
+
+
+def main(argv: list[str]) -> None:
+    args, options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it takes its processes along
     contenders: dict[str, Contender] = {}
     with tempfile.TemporaryDirectory() as folder:
