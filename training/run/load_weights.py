@@ -88,8 +88,8 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
 
     `weights` is "ema" (the first average), "raw", or the name of an average: its decay as it was given, or such as
     "power-0.1". A run's folder gives the first average of its best checkpoint. All others are in the state that belongs
-    to a checkpoint, or, for a folder, in the newest; `provenance` then says which weights they are, and has no measure
-    of the first average. Raises ValueError with a sentence where there are none, or the checkpoint contradicts what was
+    to a checkpoint, or, for a folder, in the newest; `provenance` then says which weights they are, and has measures of
+    these only. Raises ValueError with a sentence where there are none, or the checkpoint contradicts what was
     `told`.
     """
     path = expanded(name)
