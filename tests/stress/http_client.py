@@ -46,8 +46,12 @@ async def connect(port: int, holding: int = 0) -> tuple[asyncio.StreamReader, as
     client.setblocking(False)
     if holding:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, holding)
-    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
-    return await asyncio.open_connection(sock=client, limit=max(holding, 4096) if holding else 2**20)
+    try:
+        await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+        return await asyncio.open_connection(sock=client, limit=max(holding, 4096) if holding else 2**20)
+    except BaseException:  # also a cancel: nobody else would close it
+        client.close()
+        raise
 
 
 async def ask(port: int, request: bytes) -> Answer:
