@@ -17,7 +17,6 @@ from app.auth import APIKeyStore
 from app.engine.batch_invariance import default_micro_batch_size
 from app.engine.engine import Engine
 from app.engine.instance import ModelInstance
-from app.engine.memory import tune_malloc
 from app.engine.runner import ModelRunner
 from app.engine.workers import usable_cores
 from app.error_handler import handle_errors
@@ -41,6 +40,7 @@ from app.signing import image_access
 from app.tracing import Tracer, TracingMiddleware
 from model.backends.compile import best_precision
 from model.checkpoint import Checkpoint
+from model.malloc import tune_malloc
 from model.nn.config import UNetConfig
 
 VERSION = "0.1.0"

@@ -16,6 +16,8 @@ The nouns are in `data`, `run` (a run's folder, options and records), `loop` (wh
 
 import os
 
+from model.malloc import tune_malloc
+
 # A spare allocator of pyarrow's, which `datasets` brings along, starts a thread that blocks all signals: a fault in it
 # ends the process without a traceback, whatever `faulthandler` is told. It has nothing to do, and is not started.
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
@@ -24,3 +26,6 @@ os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 # takes several times as long: the late one waits for a core on which another spins. It is read when torch is loaded.
 if "GOMP_SPINCOUNT" not in os.environ and "KMP_BLOCKTIME" not in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Steps on a CPU find their memory where the one before left it.
+tune_malloc()

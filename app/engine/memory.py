@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-LIBC = ctypes.CDLL(None)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # what a container may have, in cgroup v2
 
 
@@ -27,20 +24,6 @@ def is_out_of_memory(error: BaseException, rows: int = 1) -> bool:
     phrases = ["out of memory", "not enough memory", "can't allocate memory", "alloc_failed"]
     phrases += ["unable to find an engine"] * (rows > 1)
     return isinstance(error, RuntimeError) and any(phrase in said for phrase in phrases)
-
-
-def tune_malloc() -> None:
-    """Keeps what tensors leave behind for the next ones, where the C library is glibc. It would give large pieces back
-    to the system at once and get them anew page by page at every step: a sixth of the time of a small network's."""
-    if hasattr(LIBC, "mallopt"):
-        LIBC.mallopt(M_TRIM_THRESHOLD, 2**30)
-        LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
-
-
-def trim_malloc() -> None:
-    """Gives the system what is kept for later now."""
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

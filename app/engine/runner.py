@@ -19,7 +19,7 @@ from app.engine.batch_invariance import candidate_batch_sizes, largest_invariant
 from app.engine.cuda_graphs import CUDAGraphRunner, verify_against_eager
 from app.engine.edits import Kept, first_states, kept_parts
 from app.engine.latent_pool import LatentPool, pool_size
-from app.engine.memory import is_out_of_memory, trim_malloc
+from app.engine.memory import is_out_of_memory
 from app.engine.request import Sample, View
 from app.engine.thread_team import ThreadTeam
 from app.engine.workers import WorkerPool
@@ -30,6 +30,7 @@ from model.backends.recorded import RecordedNetwork
 from model.checkpoint import Checkpoint
 from model.diffusion import Network
 from model.images import Image, to_uint8
+from model.malloc import trim_malloc
 from model.sampling.noise import normals, normals_of
 from model.sampling.step import apply_step, cfg_forward
 
