@@ -17,7 +17,7 @@ from model.nn.networks import AnyUNet, build
 from model.sampling.schedule import SamplingParams
 from training import data
 from training.classifier.network import Classifier
-from training.cli.options import Parser, choice_option, expanded, format_value, integers
+from training.cli.options import Parser, boolean, choice_option, expanded, format_value, integers
 from training.console import exit_code, lasting_output
 from training.distillation.config import FIXED, DistillConfig
 from training.distillation.matching import FeatureMatching
@@ -174,8 +174,17 @@ def parse(argv: list[str] | None) -> tuple[DistillConfig, bool]:
     for f in fields(DistillConfig):
         text = f.metadata["help"].replace("%", "%%")
         text += f" (default: {format_value(f.default)})" if f.default not in ("", (), None) else ""
-        kind: Any = {"int": int, "int | None": int, "str": str, "tuple[int, ...]": integers}.get(str(f.type), float)
-        settings: dict[str, Any] = {"type": kind, "metavar": {int: "N", str: "TEXT", integers: "N,N,.."}.get(kind, "X")}
+        kinds: dict[str, Any] = {
+            "int": int,
+            "int | None": int,
+            "str": str,
+            "bool": boolean,
+            "tuple[int, ...]": integers,
+        }
+        metavars: dict[Any, str] = {int: "N", str: "TEXT", boolean: "yes|no", integers: "N,N,.."}
+        kind = kinds.get(str(f.type), float)
+        settings: dict[str, Any] = {"type": kind, "metavar": metavars.get(kind, "X")}
+        settings |= {"nargs": "?", "const": True} if kind is boolean else {}
         settings |= choice_option(f.metadata["choices"]) if f.metadata["choices"] else {}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **settings)
     given = vars(parser.read(argv))

@@ -63,6 +63,7 @@ class DistillConfig:
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0 for no limit")
     ema_decay: float = _option(0.999, "of the weights' moving average, the one that is served")
     precision: str = _option("fp32", "of teacher and student; bf16 is autocast", ("fp32", "bf16"))
+    compile: bool = _option(False, "compile the student, whose channels then lie side by side")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, …")
     seed: int = _option(0, "every random draw of step i follows from this and i")
 

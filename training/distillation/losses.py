@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.diffusion import GaussianDiffusion, Network
 from model.sampling.schedule import COEFFICIENTS, SamplingSchedule
@@ -40,7 +40,7 @@ class Lesson:
     bf16: bool
 
 
-def sfd(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
+def sfd(network: Network, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
     """Simple and fast distillation (Zhou et al. 2024, 2409.19681): after each step, the distance to the trajectory.
 
     The next step goes on from where the student came to, without its gradient. A step's distance is divided by the
@@ -51,7 +51,7 @@ def sfd(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
         yield loss + _features(x, batch.targets[:, i], lesson) if i == len(lesson.schedule) - 1 else loss
 
 
-def end_to_end(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
+def end_to_end(network: Network, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
     """The distance of the images alone, through all steps (Luhman & Luhman 2021, 2101.02388, for more than one)."""
     *_, (_, x) = walk(network, lesson.schedule, batch.x_T, batch.y, lesson.bf16, detached=False)
     loss = _l1(x, batch.targets[:, -1]) + _features(x, batch.targets[:, -1], lesson)
@@ -60,7 +60,7 @@ def end_to_end(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Ten
     yield loss + lesson.anchor * _anchor(network, batch, lesson) if lesson.anchor else loss
 
 
-def _anchor(network: nn.Module, batch: Batch, lesson: Lesson) -> Tensor:
+def _anchor(network: Network, batch: Batch, lesson: Lesson) -> Tensor:
     """How far the student is from its teacher at random timesteps, on the teacher's images; a quarter without class."""
     x, t = _noised(batch, lesson)
     y = batch.y
@@ -71,7 +71,7 @@ def _anchor(network: nn.Module, batch: Batch, lesson: Lesson) -> Tensor:
     return _apart(network, x, t, y, target, lesson)
 
 
-def _apart(network: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, target: Tensor, lesson: Lesson) -> Tensor:
+def _apart(network: Network, x: Tensor, t: Tensor, y: Tensor | None, target: Tensor, lesson: Lesson) -> Tensor:
     """The mean squared difference of the student's output and the teacher's `target`, [n]."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=lesson.bf16):
         out: Tensor = network(x, t, y)
@@ -84,7 +84,7 @@ def _noised(batch: Batch, lesson: Lesson) -> tuple[Tensor, Tensor]:
     return lesson.diffusion.q_sample(batch.targets[:, -1], t, batch.noise), t
 
 
-def guidance(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
+def guidance(network: Network, batch: Batch, lesson: Lesson) -> Iterator[Tensor]:
     """The first stage of Meng et al. 2022 (2210.03142): the guided output in one row, on the teacher's own images."""
     x, t = _noised(batch, lesson)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def guidance(network: nn.Module, batch: Batch, lesson: Lesson) -> Iterator[Tenso
     yield _apart(network, x, t, batch.y, target, lesson)
 
 
-LOSSES: dict[str, Callable[[nn.Module, Batch, Lesson], Iterator[Tensor]]] = {
+LOSSES: dict[str, Callable[[Network, Batch, Lesson], Iterator[Tensor]]] = {
     "sfd": sfd,
     "end_to_end": end_to_end,
     "guidance": guidance,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.checkpoint import Checkpoint, CheckpointConfig
-from model.diffusion import GaussianDiffusion, Table
+from model.diffusion import GaussianDiffusion, Network, Table
 from model.distilled import ANY_STEPS, Distilled
 from model.sampling.fitted import FITTED_TO, FittedTable, weights_digest
 from model.sampling.schedule import COEFFICIENTS, FITTED, THRESHOLDING, SamplingParams, SamplingSchedule
@@ -85,7 +85,7 @@ class Batch:
 
 
 def walk(
-    network: nn.Module, schedule: SamplingSchedule, x_T: Tensor, y: Tensor | None, bf16: bool, detached: bool
+    network: Network, schedule: SamplingSchedule, x_T: Tensor, y: Tensor | None, bf16: bool, detached: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """The steps of `model.sampling.step.sample` for a schedule without guidance and noise, with their gradients.
 

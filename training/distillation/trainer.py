@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from model.backends.compile import compile_for_inference
 from model.checkpoint import Checkpoint, CheckpointConfig
+from model.diffusion import Network
 from model.nn.ema import EMA
 from model.nn.networks import AnyUNet, build
 from model.sampling.fitted import weights_digest
@@ -23,6 +26,7 @@ from training.distillation.losses import LOSSES, Lesson, feature_distance
 from training.distillation.matching import FeatureMatching
 from training.distillation.student import Batch, easiest_points, inside, student_config, student_table, walk
 from training.distillation.trajectories import AT_ONCE, Trajectories
+from training.loop.compiler import check_gradient, compiled
 from training.loop.distributed import DistributedContext
 from training.loop.loss_meter import LossMeter
 from training.loop.optimizer import learning_rate, load_state, step
@@ -61,6 +65,8 @@ class DistillTrainer:
         if saved and matching and saved.get("real_images", matching.fingerprint) != matching.fingerprint:
             raise ValueError(f"--real_images {config.real_images} has changed since {run.path} began: begin anew")
         self.network = student.eval().requires_grad_(True).to(device)  # no dropout: the teacher has none either
+        if config.compile:
+            self.network.to(memory_format=torch.channels_last)
         self.ema = EMA(self.network, config.ema_decay)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, fused=True)
         self.meter = LossMeter(device)
@@ -144,8 +150,26 @@ class DistillTrainer:
             schedule = student_table(self.diffusion, np.array(self._timesteps), self.config.sampler, self.params.limit)
         self._held_out = Batch(x_T, states[:, self._points], self.trajectories.classes(indices), x_T, x_T[:, 0, 0, 0])
         self.lesson = self._lesson_of(schedule)
+        self._student: Network = self._compiled() if self.config.compile else self.network
         if self._matching is not None and self.iteration == 0:
             self._show(self.network, self._matching)  # so that the first update knows where it stands
+
+    def _compiled(self) -> Network:
+        """The student for a compiler, whose gradient of a step with the first batch was found to be right."""
+        batch, bf16 = self._batch(self.iteration), self.lesson.bf16
+        x_T = batch.x_T.contiguous(memory_format=torch.channels_last)
+        t = torch.full((len(x_T),), self.lesson.schedule.timesteps[0].item(), device=self.device)
+
+        def add_gradient(network: nn.Module) -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                out = network(x_T, t, batch.y)
+            out.float().square().mean().backward()
+
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # torch's compiler asks
+        model = compiled(self.network, self.device)
+        with memory_for(f"a step of {self.config.batch_size} images", "give a smaller --batch_size"):
+            check_gradient(self.network, add_gradient)
+        return lambda x, t, y: model(x.contiguous(memory_format=torch.channels_last), t, y)  # one layout, one graph
 
     @torch.no_grad()
     def _show(self, network: AnyUNet, matching: FeatureMatching) -> FeatureMatching:
@@ -179,7 +203,7 @@ class DistillTrainer:
         config, rate = self.config, learning_rate(self.config, self.iteration)
         with memory_for(f"a step of {config.batch_size} images", "give a smaller --batch_size"):
             losses = []
-            for loss in LOSSES[config.method](self.network, self._batch(self.iteration), self.lesson):
+            for loss in LOSSES[config.method](self._student, self._batch(self.iteration), self.lesson):
                 loss.mean().backward()
                 is_finite = step(self.optimizer, rate, config.grad_clip)
                 self.ema.update(is_finite)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
@@ -50,6 +52,28 @@ def test_a_one_step_student_learns_its_teacher(words: list[str], teacher: str, t
     assert student.config.distilled == Distilled(G, 1, method, checkpoint.load(teacher).sha256)
     assert student.config.sampling == SamplingParams(FITTED, 1, 0.0, G)
     assert student.config.schedule(student.config.sampling).nfe.tolist() == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["end_to_end", "sfd", "guidance"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_a_compiled_student_is_compiled_whole_and_learns_the_same(
+    words: list[str], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --compile in its card's command, and on after a resume."""
+    words = [*words, "--method", method, "--lr_schedule", "constant"]
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    assert distill.main(words) == 0
+    assert counter.frame_count == 0
+    assert distill.main([*words, "--compile", "--run_name", "half", "--iterations", "4"]) == 0
+    assert counter.frame_count > 2  # besides the compiler's trial and that of the gradient
+    assert distill.main(["--resume", str(tmp_path / "runs/half"), "--iterations", "8"]) == 0
+    a, b = (checkpoint.load(tmp_path / f"runs/{name}/checkpoint-0000008.safetensors") for name in ("run", "half"))
+    assert "--compile" in b.config.provenance["command"]
+    for name, weight in a.network.state_dict().items():
+        torch.testing.assert_close(b.network.state_dict()[name], weight, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -227,7 +251,9 @@ def test_a_resume_keeps_what_its_weights_mean(
 
 
 def test_the_command_of_a_run_makes_it_again(teacher: str) -> None:
-    config = DistillConfig(teacher=teacher, steps=3, timesteps=(999, 500, 249), features="judge", run_name="x")
+    config = DistillConfig(
+        teacher=teacher, steps=3, timesteps=(999, 500, 249), features="judge", compile=True, run_name="x"
+    )
     words = config.command().split()[3:]
     found, resume = distill.parse([*words, "--run_name", "x"])
     assert (found, resume) == (config, False)
