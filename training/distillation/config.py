@@ -139,7 +139,7 @@ class DistillConfig:
             value = getattr(self, f.name)
             is_needed = f.name in ("teacher", "steps") or value != f.default
             if is_needed and f.name not in ("log_dir", "run_name", "device"):
-                words += [f"--{f.name}", format_value(value)]
+                words += [f"--{f.name}", *([] if value is True else [format_value(value)])]
         return shlex.join(words)
 
 

@@ -255,6 +255,7 @@ def test_the_command_of_a_run_makes_it_again(teacher: str) -> None:
         teacher=teacher, steps=3, timesteps=(999, 500, 249), features="judge", compile=True, run_name="x"
     )
     words = config.command().split()[3:]
+    assert words[-1] == "--compile"
     found, resume = distill.parse([*words, "--run_name", "x"])
     assert (found, resume) == (config, False)
 
