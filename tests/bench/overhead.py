@@ -27,9 +27,9 @@ import httpx
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.engine.memory import tune_malloc
 from model import checkpoint
 from model.backends.compile import best_precision, compile_for_inference
+from model.malloc import tune_malloc
 from model.sampling.schedule import make_schedule
 from model.sampling.step import sample
 from tests.app.processes import ServerProcess, metric, wait_for

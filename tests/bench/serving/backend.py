@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.engine.memory import tune_malloc
 from model import checkpoint
 from model.backends.compile import best_precision, compile_for_inference
 from model.images import grid, to_uint8
+from model.malloc import tune_malloc
 from model.sampling.schedule import SamplingSchedule, make_schedule
 from model.sampling.step import sample
 from tests.bench.serving.fixed_latency import held
