@@ -19,7 +19,7 @@ from model.atomic_write import atomic_write, put_in_place
 from training.cli.options import Parser
 from training.console import exit_code
 from training.run.config import TrainConfig
-from training.run.run_dir import STATES, UNREADABLE, config_text, iteration, read_config
+from training.run.run_dir import UNREADABLE, config_text, read_config, saved_states
 
 
 def branch(run: Path, name: str, begin: int | None = None, share: float = 0.2) -> TrainConfig:
@@ -34,18 +34,20 @@ def branch(run: Path, name: str, begin: int | None = None, share: float = 0.2) -
         raise ValueError(f"{run}: no run there ({error.strerror}: config.json)") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{run}: its config.json cannot be used: {error}") from error
-    states = {iteration(path): path for path in run.glob(STATES)}
+    states = saved_states(run)
     chosen = max(states, default=None) if begin is None else begin
-    found = ", ".join(map(str, sorted(states))) or "none"
+    found = ", ".join(map(str, states)) or "none"
     if chosen is None or chosen not in states:
         raise ValueError(f"{run} has no state of iteration {chosen}; it has: {found}")
     if saved.lr_schedule == "cosine":
         raise ValueError(f"{run} has --lr_schedule cosine: its learning rate has been falling from the start")
     falls = (1 - saved.decay_share) * saved.iterations
-    if saved.lr_schedule == "wsd" and chosen > falls:
+    if saved.lr_schedule == "wsd" and chosen > falls + 1e-6:  # what a product of floats may be off
         raise ValueError(
             f"{run}: the learning rate has been falling since iteration {falls:.0f}: choose a state before"
         )
+    if chosen < saved.warmup:
+        raise ValueError(f"{run}: the learning rate rises until iteration {saved.warmup}: choose a state after")
     if not 0 < share < 1 or math.ceil(chosen / (1 - share)) == chosen:
         raise ValueError(f"the share of the decay is above 0 and below 1, and a step at least, not {share}")
     folder = run.parent / name

@@ -228,7 +228,7 @@ def compared(config: CheckpointConfig) -> str:
     """The lines of the card's table that say how far training came: what is known of these weights."""
     metrics, teacher, inside = config.provenance["metrics"], config.provenance.get("teacher"), config.distilled
     known = {"train_loss": LOSS, "validation_loss": TRAINED, "distance_to_teacher": NEARNESS}
-    text = "".join(line.format(**metrics) for key, line in known.items() if key in metrics)
+    text = "".join(line.format(**metrics) for key, line in known.items() if metrics.get(key) is not None)
     if teacher is None:
         return text
     text += TAUGHT.format(**teacher, method=inside.method if inside else "end_to_end")

@@ -29,6 +29,7 @@ CONTENDERS = {"a process, 1 thread": (1, 1)}
 CONTENDERS[f"a process, {len(CORES)} threads"] = (1, len(CORES))
 CONTENDERS[f"{len(CORES)} processes, 1 thread each"] = (len(CORES), 1)
 NEVER = "1000000"
+OWN = {"device", "run_name", "log_rate", "iterations", "checkpoint_rate", "log_dir"}
 
 
 class Contender:
@@ -88,7 +89,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=20, help="seconds (default: 20)")
     args, options = parser.parse_known_args(argv)
-    command.parse(options)
+    if own := OWN & {option.partition("=")[0].removeprefix("--") for option in options}:
+        parser.error(f"--{', --'.join(sorted(own))}: this has its own")
+    command.parse([*options, "--batch_size", str(args.batch_size)])
     return args, options
 
 

@@ -1,6 +1,7 @@
 """A learning rate that stays and then falls, from any saved state, while the run can go on from before."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,23 @@ def test_a_folder_that_is_no_run_is_refused(config: str | None, message: str, ru
         (run / "config.json").write_text(config)
     with pytest.raises(ValueError, match=message):
         decay.branch(run, "end")
+
+
+def test_a_rate_that_still_rises_has_no_decay(run: Path) -> None:
+    (run / "config.json").write_text(TrainConfig(iterations=100, warmup=80).to_json())
+    with pytest.raises(ValueError, match="rises until iteration 80: choose a state after"):
+        decay.branch(run, "end", 70)
+    assert decay.branch(run, "end", 90).iterations == 113
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 0.9])
+def test_a_copy_can_be_copied_at_the_iteration_where_its_fall_begins(run: Path, share: float) -> None:
+    (run / "config.json").write_text(TrainConfig(iterations=1000, lr_schedule="constant").to_json())
+    for count in (3, 7, 63):
+        torch.save({"iteration": count, "best": 1.0}, run / f"state-{count:07d}.pt")
+        decay.branch(run, f"end-{count}", count, share)
+        if math.isclose((1 - share) * math.ceil(count / (1 - share)), count):  # not rounded up by much
+            decay.branch(run.with_name(f"end-{count}"), f"again-{count}", count, share)
 
 
 def test_a_rate_that_fell_from_the_start_has_no_decay(run: Path) -> None:

@@ -55,6 +55,16 @@ def test_a_card_has_provenance_and_samples(file: Path) -> None:
         assert picture.size == (8 * 8, 2 * 8)
 
 
+def test_the_card_of_a_checkpoint_from_before_the_first_loss_has_no_line_of_it(file: Path) -> None:
+    loaded = checkpoint.load(file)
+    provenance = PROVENANCE | {"metrics": {"train_loss": None, "validation_loss": 0.25}}
+    checkpoint.save(file, loaded.network.state_dict(), replace(loaded.config, provenance=provenance))
+    assert model_card.main([str(file)]) == 0
+    text = file.with_suffix(".md").read_text()
+    assert "| validation loss | 0.25000 " in text
+    assert "training loss" not in text
+
+
 def test_the_card_of_a_student_names_its_teacher(file: Path) -> None:
     loaded = checkpoint.load(file)
     told = {

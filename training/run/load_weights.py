@@ -28,7 +28,7 @@ from model.sampling.fitted import weights_digest
 from model.sampling.schedule import SamplingParams
 from training.cli.options import choice_option, expanded, format_value, numbers
 from training.run.config import TrainConfig
-from training.run.run_dir import STATES, iteration
+from training.run.run_dir import saved_states
 
 CliOverrides = Mapping[str, Any]
 """Options of TrainConfig that were given, which a file may not know."""
@@ -102,15 +102,18 @@ def load(name: str, weights: str, told: CliOverrides, device: torch.device) -> t
         if not (path / "best.safetensors").is_file():
             raise CheckpointError(f"{path} is a folder, but not that of a run that has saved a checkpoint")
         served = checkpoint.load(path / "best.safetensors", device)
-        state = max(path.glob(STATES), key=iteration, default=None)
+        state = next(reversed(saved_states(path).values()), None)
     else:
         served = checkpoint.load(name, device)
         state = path.with_name(path.name.replace("checkpoint-", "state-")).with_suffix(".pt")
     decays = averages(served.config)
     check(served.config, told, decays)
     index = decays.index(told["ema_decay"][0]) if "ema_decay" in told else 0
+    own = str(served.config.provenance.get("weights", "ema"))
+    if weights in map(repr, decays[:1]) and own == "ema" and path.is_file():
+        weights = "ema"
     if weights == "ema" and index == 0:
-        return served, str(served.config.provenance.get("weights", "ema"))
+        return served, own
     if state is None or not state.is_file():
         raise CheckpointError(f"{name}: only the first average is in it; the rest is in a run's folder (state-*.pt)")
     if path.is_dir() and (of_state := state.with_name(f"checkpoint-{state.stem[6:]}.safetensors")).is_file():
@@ -151,7 +154,7 @@ def _of_state(
     """The raw weights in a state (`which` None), or its average of that number or name; and `words`, what they are."""
     state = load_weights(path)
     try:
-        config = replace(config, provenance=_provenance(config.provenance, state, words, which == 0))
+        config = replace(config, provenance=_provenance(config, state, words, which == 0))
         of_run = state["ema"]["averages"] if which is not None else {}
         if isinstance(which, str) and which not in of_run:
             names = [*map(repr, decays := averages(config)), *list(of_run)[len(decays) :]]
@@ -165,13 +168,16 @@ def _of_state(
         raise CheckpointError(f"{path} is not a state of this run: {error!r}") from error
 
 
-def _provenance(told: dict[str, Any], state: dict[str, Any], words: str, is_first: bool) -> dict[str, Any]:
+def _provenance(config: CheckpointConfig, state: dict[str, Any], words: str, is_first: bool) -> dict[str, Any]:
     """That of weights in a state, from what its checkpoint tells, or, if that one is gone, the run's best.
 
     `is_first`: they are the first average, which the checkpoint's measures are of.
     """
-    counts = {"iterations": state["iteration"], "images_seen": state.get("images_seen", told.get("images_seen"))}
-    metrics = told.get("metrics", {}) if counts["iterations"] == told.get("iterations") else {}
+    told, count = config.provenance, state["iteration"]
+    if (seen := state.get("images_seen")) is None:  # from before they were counted
+        seen = count * int(_of_command(config, "batch_size") or 0)
+    counts = {"iterations": count, "images_seen": seen}
+    metrics = told.get("metrics", {}) if count == told.get("iterations") else {}
     if not is_first:
         metrics = {key: x for key, x in metrics.items() if key == "train_loss"}
     return told | counts | {"metrics": metrics, "weights": words}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -28,7 +29,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 GRIDS = 100  # the last so many stay
-STATES, CHECKPOINTS = "state-[0-9]*.pt", "checkpoint-[0-9]*.safetensors"
 UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError, TypeError, LookupError)  # of torch.load
 
 
@@ -100,9 +100,9 @@ class RunDir:
         save_gif(self.path / f"sequence-{iteration:07d}.gif", frames)
         if self._can_plot:
             save_plot(self.path / "loss.png", self.path / "log.jsonl")
-        self._keep("samples-*.png", GRIDS)
-        self._keep("sequence-*.png", self.keep)
-        self._keep("sequence-*.gif", self.keep)
+        self._keep("samples", ".png", GRIDS)
+        self._keep("sequence", ".png", self.keep)
+        self._keep("sequence", ".gif", self.keep)
 
     def save(
         self,
@@ -127,13 +127,13 @@ class RunDir:
                 torch.save(state, part)
         except (OSError, RuntimeError) as error:  # torch has its own for a full disk
             raise OSError(f"cannot save iteration {iteration} in {self.path} (is the disk full?): {error}") from error
-        self._keep(STATES, self.keep)
-        self._keep(CHECKPOINTS, self.keep)
+        self._keep("state", ".pt", self.keep)
+        self._keep("checkpoint", ".safetensors", self.keep)
 
     def load_state(self) -> dict[str, Any] | None:
         """The newest state that can be read; None where the run has saved none. Raises OSError if none can be."""
-        states = sorted(self.path.glob(STATES), key=iteration, reverse=True)
-        for state in states:
+        states = saved_states(self.path)
+        for state in reversed(states.values()):
             try:
                 loaded: dict[str, Any] = torch.load(state, weights_only=True, map_location="cpu")
                 if "images_seen" not in loaded:  # from before they were counted
@@ -145,8 +145,8 @@ class RunDir:
             raise OSError(f"none of the states in {self.path} can be read")
         return None
 
-    def _keep(self, pattern: str, count: int) -> None:
-        for old in sorted(self.path.glob(pattern), key=iteration)[:-count]:
+    def _keep(self, kind: str, suffix: str, count: int) -> None:
+        for old in list(_numbered(self.path, kind, suffix).values())[:-count]:
             old.unlink()
 
     def _write(self, name: str, data: bytes) -> None:
@@ -180,9 +180,16 @@ def read_config(folder: Path) -> tuple[TrainConfig, DataRecord | None]:
     return TrainConfig(**options), DataRecord.from_dict(data) if data else None
 
 
-def iteration(path: Path) -> int:
-    """N of state-N.pt and checkpoint-N.safetensors."""
-    return int(path.stem.split("-")[1])
+def saved_states(folder: Path) -> dict[int, Path]:
+    """The run's states by iteration, the oldest first. Copies under other names are yours."""
+    return _numbered(folder, "state", ".pt")
+
+
+def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
+    """The files KIND-N.SUFFIX by N, the lowest first."""
+    names = re.compile(rf"{kind}-([0-9]+){re.escape(suffix)}")
+    found = {int(named[1]): path for path in folder.iterdir() if (named := names.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def _logged_by(line: str, iteration: int) -> bool:

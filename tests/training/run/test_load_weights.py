@@ -195,6 +195,14 @@ def test_other_weights_come_with_what_is_known_of_them(tiny_options: dict[str, A
     )
     with pytest.raises(ValueError, match=r"it has: raw, 0\.3, 0\.9, power-0\.1"):
         load_weights.load(str(folder), "0.5", {}, CPU)
+    shutil.copyfile(folder / "best.safetensors", folder / "alone.safetensors")
+    named, which = load_weights.load(str(folder / "alone.safetensors"), "0.3", {}, CPU)
+    assert (which, named.sha256) == ("ema", checkpoint.load(folder / "alone.safetensors").sha256)
+    old = torch.load(folder / "state-0000008.pt", weights_only=True)
+    del old["images_seen"]
+    torch.save(old, folder / "state-0000008.pt")
+    uncounted = load_weights.load(str(folder), "raw", {}, CPU)[0].config.provenance
+    assert uncounted["images_seen"] == of_8.config.provenance["images_seen"]
 
 
 def test_every_known_option_is_compared(save_checkpoint: Callable[..., str]) -> None:

@@ -19,7 +19,7 @@ from model.diffusion import DiffusionConfig
 from model.nn.unet import UNet
 from tests.forked import Forked
 from training.run.config import TrainConfig
-from training.run.run_dir import RunDir
+from training.run.run_dir import RunDir, saved_states
 
 
 @pytest.fixture
@@ -41,6 +41,23 @@ def save(run: RunDir, tiny: UNet, iteration: int, best: bool = False, **state: t
 
 def names(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.path.iterdir() if path.name != ".lock")
+
+
+def test_copies_under_names_of_your_own_stay_and_are_not_taken_for_the_runs(run: RunDir, tiny: UNet) -> None:
+    for iteration in (1, 2):
+        save(run, tiny, iteration)
+    yours = {"state-0000002 (copy).pt", "state-best.pt", "checkpoint-0000002-mine.safetensors", "samples-good.png"}
+    for name in yours:
+        (run.path / name).write_bytes(b"mine")
+    run.log(iteration=1, train_loss=0.5)
+    for iteration in (3, 4, 5):
+        save(run, tiny, iteration)
+        run.save_pictures(iteration, np.zeros((8, 8, 3), np.uint8), np.zeros((3, 2, 1, 3, 8, 8), np.uint8))
+    kept = {name for name in names(run) if name.startswith(("state-", "checkpoint-", "samples-"))}
+    own = {f"{kind}-000000{i}.{end}" for kind, end in (("state", "pt"), ("checkpoint", "safetensors")) for i in (4, 5)}
+    assert kept == yours | own | {f"samples-000000{i}.png" for i in (3, 4, 5)}
+    assert run.load_state() is not None
+    assert list(saved_states(run.path)) == [4, 5]
 
 
 def test_a_run_that_exists_is_not_written_over(config: TrainConfig) -> None:
